@@ -1,0 +1,118 @@
+"""Who is who: workloads, the addresses they hold, and the classes of peers that policies can tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+IpAddress = IPv4Address | IPv6Address
+IpNetwork = IPv4Network | IPv6Network
+
+DEFAULT_CLUSTER = "default"
+DEFAULT_TRUST_DOMAIN = "cluster.local"
+
+
+class IpFamily(IntEnum):
+    """Numbers as in bpf/abi.h, ``enum ip_family``."""
+
+    IPV4 = 0
+    IPV6 = 1
+
+    @classmethod
+    def of(cls, address: IpAddress | IpNetwork) -> IpFamily:
+        return cls.IPV4 if address.version == 4 else cls.IPV6
+
+
+class Entity(StrEnum):
+    """What a peer is when it is not a pod; Cilium's reserved identities. A peer may be several at once."""
+
+    HOST = "host"
+    REMOTE_NODE = "remote-node"
+    WORLD = "world"
+    WORLD_IPV4 = "world-ipv4"
+    WORLD_IPV6 = "world-ipv6"
+    UNMANAGED = "unmanaged"
+    HEALTH = "health"
+    INIT = "init"
+    KUBE_APISERVER = "kube-apiserver"
+    INGRESS = "ingress"
+
+
+class ProxyClass(StrEnum):
+    """Which principal a workload can have at all (DESIGN: principals)."""
+
+    NONE = "none"
+    SIDECAR = "sidecar"
+    AMBIENT = "ambient"
+    PROXYLESS = "proxyless"
+    GATEWAY = "gateway"
+    WAYPOINT = "waypoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Everything policies can ask of the other side of a flow; two addresses with equal Peers share an identity.
+
+    A pod has a namespace and no entities; a node, the world or an unknown address has entities and no namespace.
+    ``networks`` holds those CIDRs written in any policy that contain the address, so that an ipBlock is a set lookup.
+    """
+
+    namespace: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    namespace_labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    service_account: str = ""
+    cluster: str = DEFAULT_CLUSTER
+    trust_domain: str = DEFAULT_TRUST_DOMAIN
+    proxy: ProxyClass = ProxyClass.NONE
+    entities: frozenset[Entity] = frozenset()
+    networks: frozenset[IpNetwork] = frozenset()
+    masqueraded: bool = False
+
+    @property
+    def is_pod(self) -> bool:
+        return self.namespace is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerPort:
+    """A port a container declares; ``name`` may be empty."""
+
+    name: str
+    port: int
+    protocol: str = "TCP"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A pod as the API server has it: what policies select and what addresses it holds.
+
+    ``annotations`` and ``init_args`` (arguments of the istio-init container, None when there is none) are what the
+    capture state is computed from. ``phase`` Succeeded and Failed mean that its addresses are no longer its own.
+    """
+
+    namespace: str
+    name: str
+    uid: str
+    node: str
+    addresses: tuple[IpAddress, ...]
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    namespace_labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    annotations: Mapping[str, str] = field(default_factory=dict, hash=False)
+    service_account: str = "default"
+    ports: tuple[ContainerPort, ...] = ()
+    probe_ports: tuple[int | str, ...] = ()
+    host_network: bool = False
+    proxy: ProxyClass = ProxyClass.NONE
+    init_args: tuple[str, ...] | None = None
+    phase: str = "Running"
+
+    @property
+    def key(self) -> str:
+        """``namespace/name``, as people write it."""
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def spiffe_id(self) -> str:
+        return f"spiffe://{DEFAULT_TRUST_DOMAIN}/ns/{self.namespace}/sa/{self.service_account}"

@@ -1,0 +1,223 @@
+"""The typed policy model: what every policy kind is parsed into and every consumer reads.
+
+"any" and "nothing" are different values everywhere (``ANY`` is an instance, nothing is an empty tuple): most known
+policy traps are a confusion of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Any, Final
+
+from meshbridge.identity.model import Entity, IpFamily, IpNetwork
+
+
+class Verdict(IntEnum):
+    """Kleene's strong three values, ordered so that AND is ``min`` and OR is ``max``."""
+
+    DENY = 0
+    NEEDS_L7 = 1
+    ALLOW = 2
+
+    def __invert__(self) -> Verdict:
+        return Verdict(2 - self)
+
+
+class Direction(IntEnum):
+    """Seen from the endpoint; numbers as in bpf/abi.h."""
+
+    INGRESS = 0
+    EGRESS = 1
+
+
+class Layer(IntEnum):
+    """Which family of policies; a packet has to pass both. Numbers as in bpf/abi.h, ``enum policy_layer``."""
+
+    NETWORK = 0
+    MESH = 1
+
+
+class Judge(StrEnum):
+    """Who gives the answer a NEEDS_L7 leaves open."""
+
+    ENVOY = "envoy"
+    EXT_AUTHZ = "ext_authz"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where an object was read: a file and the line of each path in it (``spec.ingress[0]``), or the API server ("")."""
+
+    file: str = ""
+    lines: Mapping[str, int] = field(default_factory=dict, hash=False, compare=False)
+
+    def line(self, path: str) -> int:
+        """The line of ``path`` or of the nearest parent that has one; 0 when the object came from no file."""
+        while path and path not in self.lines:
+            cut = max(path.rfind("."), path.rfind("["))
+            path = path[:cut] if cut > 0 else ""
+        return self.lines.get(path, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One Kubernetes object as it was written; the last place where raw dicts are allowed."""
+
+    kind: str
+    api_version: str
+    namespace: str
+    name: str
+    data: Mapping[str, Any] = field(hash=False)
+    source: Source = Source()
+    uid: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What makes it the same object: API group, kind, namespace, name."""
+        return (self.api_version.rpartition("/")[0], self.kind, self.namespace, self.name)
+
+    def __str__(self) -> str:
+        place = f" ({self.source.file}:{self.source.line('')})" if self.source.file else ""
+        return f"{self.kind} {f'{self.namespace}/' if self.namespace else ''}{self.name}{place}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Origin:
+    """The rule a verdict comes from; what ``monitor``, ``explain`` and every drop show."""
+
+    kind: str
+    namespace: str
+    name: str
+    rule: str = ""
+    file: str = ""
+    line: int = 0
+
+    @property
+    def policy(self) -> str:
+        return f"{self.namespace}/{self.name}" if self.namespace else self.name
+
+    def __str__(self) -> str:
+        rule = f" {self.rule}" if self.rule else ""
+        place = f" ({self.file}:{self.line})" if self.file else ""
+        return f"{self.kind} {self.policy}{rule}{place}"
+
+
+class _Any:
+    """The whole universe of a dimension."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "ANY"
+
+    def __reduce__(self) -> str:
+        return "ANY"
+
+
+ANY: Final = _Any()
+
+
+@dataclass(frozen=True, slots=True)
+class PortMatch:
+    """Destination ports, seen at the pod. ``protocol`` 0 is any; ``first``..``last`` inclusive, 0..65535 is every port.
+
+    ``name`` is a container port name, resolved per destination pod; then first and last are not used.
+    For ICMP (1) and ICMPv6 (58) the port is the type.
+    """
+
+    protocol: int = 0
+    first: int = 0
+    last: int = 65535
+    name: str = ""
+
+
+class Tier(IntEnum):
+    """First match by tier, then priority; numbers as in Cilium."""
+
+    ADMIN = 100
+    NORMAL = 200
+    BASELINE = 250
+    DEFAULT = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An object that is not understood, and what therefore holds: see DESIGN, property 4."""
+
+    document: Document
+    reason: str
+    path: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        source = self.document.source
+        place = f"{source.file}:{source.line(self.path)}: " if source.file else ""
+        path = f" {self.path}" if self.path else ""
+        fix = f"; {self.fix}" if self.fix else ""
+        name = f"{self.document.namespace}/{self.document.name}" if self.document.namespace else self.document.name
+        return f"{place}{self.document.kind} {name}{path}: {self.reason}{fix}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PolicyKey:
+    """A kernel policy-map key without its set id; see bpf/abi.h, ``struct policy_key``.
+
+    ``identity`` 0 is any peer. ``prefix`` 0..16 leading bits of ``port`` under ``protocol``; 17: any protocol.
+    """
+
+    identity: int
+    layer: Layer
+    protocol: int
+    port: int
+    prefix: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyEntry:
+    """What a matching packet gets. ``origins`` are every rule that says so, sorted; ``judge`` is set for NEEDS_L7."""
+
+    verdict: Verdict
+    precedence: int
+    origins: tuple[Origin, ...]
+    deny_reason: int = 0
+    judge: Judge | None = None
+    audit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDefault:
+    """What holds where no entry matches; ``origins`` are the policies that isolate the endpoint."""
+
+    verdict: Verdict = Verdict.ALLOW
+    origins: tuple[Origin, ...] = ()
+    deny_reason: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyMap:
+    """The whole answer for one endpoint, direction and address family: a value, equal when the verdicts are."""
+
+    entries: Mapping[PolicyKey, PolicyEntry] = field(default_factory=dict, hash=False)
+    network_default: LayerDefault = LayerDefault()
+    mesh_default: LayerDefault = LayerDefault()
+
+    def default(self, layer: Layer) -> LayerDefault:
+        return self.network_default if layer is Layer.NETWORK else self.mesh_default
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointPolicy:
+    """A PolicyMap for each (direction, address family) of one endpoint."""
+
+    maps: Mapping[tuple[Direction, IpFamily], PolicyMap] = field(hash=False)
+
+    def map(self, direction: Direction, family: IpFamily) -> PolicyMap:
+        return self.maps[direction, family]
+
+
+__all__ = [
+    "ANY", "Direction", "Document", "EndpointPolicy", "Entity", "IpNetwork", "Judge", "Layer", "LayerDefault", "Origin",
+    "PolicyEntry", "PolicyKey", "PolicyMap", "PortMatch", "Refusal", "Source", "Tier", "Verdict",
+]  # fmt: skip
