@@ -30,22 +30,22 @@ enum policy_layer {
 };
 
 enum policy_verdict {
-	POLICY_NONE = 0,	/* no entry, or a layer without isolation */
+	POLICY_NONE = 0, /* no entry, or a layer without isolation */
 	POLICY_ALLOW = 1,
 	POLICY_DENY = 2,
-	POLICY_NEEDS_L7 = 3,	/* passes in the kernel because Envoy judges it; never written where Envoy does not */
+	POLICY_NEEDS_L7 = 3, /* passes in the kernel because Envoy judges it; never written where Envoy does not */
 };
 
 /* Where a layer's entry does not decide: what happens to a packet no entry matched. */
 enum policy_flags {
-	POLICY_F_AUDIT = 1,	/* a deny that is reported, not enforced */
+	POLICY_F_AUDIT = 1, /* a deny that is reported, not enforced */
 };
 
 enum event_type {
 	EVENT_DROP = 1,
-	EVENT_VERDICT = 2,	/* the policy verdict on a new flow */
-	EVENT_TRACE = 3,	/* first reply of a flow, forwarded */
-	EVENT_LOST = 4,		/* no packet: only the lost counter is meaningful */
+	EVENT_VERDICT = 2, /* the policy verdict on a new flow */
+	EVENT_TRACE = 3,   /* first reply of a flow, forwarded */
+	EVENT_LOST = 4,    /* no packet: only the lost counter is meaningful */
 };
 
 /* How specific the entry that decided was; Cilium's numbers and names. */
@@ -63,31 +63,31 @@ enum match_type {
 enum drop_reason {
 	DROP_NONE = 0,
 	DROP_INVALID_SOURCE_IP = 132,
-	DROP_POLICY = 133,		/* isolated, and no entry allows it */
-	DROP_INVALID_PACKET = 134,	/* cut short or self-contradictory */
+	DROP_POLICY = 133,         /* isolated, and no entry allows it */
+	DROP_INVALID_PACKET = 134, /* cut short or self-contradictory */
 	DROP_UNKNOWN_L4 = 142,
-	DROP_FRAG_NEEDED_STATE = 157,	/* the fragment table could not be read or written */
-	DROP_UNSUPPORTED_L2 = 166,	/* an ethertype that is neither IP nor ARP */
-	DROP_FRAG_NOT_FOUND = 175,	/* a later fragment without its first */
-	DROP_FORBIDDEN_ICMP6 = 176,	/* a router advertisement or foreign neighbour discovery from a pod */
+	DROP_FRAG_NEEDED_STATE = 157, /* the fragment table could not be read or written */
+	DROP_UNSUPPORTED_L2 = 166,    /* an ethertype that is neither IP nor ARP */
+	DROP_FRAG_NOT_FOUND = 175,    /* a later fragment without its first */
+	DROP_FORBIDDEN_ICMP6 = 176,   /* a router advertisement or foreign neighbour discovery from a pod */
 	DROP_POLICY_DENY = 181,
 	DROP_VLAN = 182,
-	DROP_ENDPOINT_NOT_READY = 203,	/* attached, but its policy is not known yet */
-	DROP_MESH_POLICY = 220,		/* a mesh ALLOW policy exists and no rule of any allows it */
+	DROP_ENDPOINT_NOT_READY = 203, /* attached, but its policy is not known yet */
+	DROP_MESH_POLICY = 220,        /* a mesh ALLOW policy exists and no rule of any allows it */
 	DROP_MESH_POLICY_DENY = 221,
-	DROP_NO_L7_JUDGE = 222,		/* the policy needs L7 and nobody judges L7 on this port */
+	DROP_NO_L7_JUDGE = 222, /* the policy needs L7 and nobody judges L7 on this port */
 	DROP_SERVICE_BACKENDS_DIFFER = 223,
-	DROP_ICMP_ERROR_UNRELATED = 224,	/* an ICMP error that quotes no live flow of the endpoint */
-	DROP_FRAG_TINY = 225,		/* a first fragment too short to carry its ports */
-	DROP_FRAG_OVERLAP = 226,	/* a fragment that reaches into the transport header of the first */
-	DROP_IPV6_EXTENSION = 227,	/* more extension headers than we follow, or one we do not know */
-	DROP_FORBIDDEN_ARP = 228,	/* ARP that speaks for an address that is not the pod's */
-	DROP_COMPENSATION = 229,	/* the port bypasses Envoy and the mesh's policy would not have allowed it */
+	DROP_ICMP_ERROR_UNRELATED = 224, /* an ICMP error that quotes no live flow of the endpoint */
+	DROP_FRAG_TINY = 225,            /* a first fragment too short to carry its ports */
+	DROP_FRAG_OVERLAP = 226,         /* a fragment that reaches into the transport header of the first */
+	DROP_IPV6_EXTENSION = 227,       /* more extension headers than we follow, or one we do not know */
+	DROP_FORBIDDEN_ARP = 228,        /* ARP that speaks for an address that is not the pod's */
+	DROP_COMPENSATION = 229,         /* the port bypasses Envoy and the mesh's policy would not have allowed it */
 };
 
 /* Identity numbers below IDENTITY_FIRST_LOCAL are reserved; names and numbers are Cilium's. */
 enum reserved_identity {
-	IDENTITY_ANY = 0,		/* in a policy key: whoever the peer is */
+	IDENTITY_ANY = 0, /* in a policy key: whoever the peer is */
 	IDENTITY_HOST = 1,
 	IDENTITY_WORLD = 2,
 	IDENTITY_UNMANAGED = 3,
@@ -102,9 +102,9 @@ enum reserved_identity {
 };
 
 enum endpoint_flags {
-	ENDPOINT_F_READY = 1,		/* unset: every packet of the endpoint is dropped */
-	ENDPOINT_F_NO_LOCALHOST = 2,	/* do not let the node's own processes in by themselves */
-	ENDPOINT_F_MAC = 4,		/* mac is known and enforced on ARP and neighbour discovery */
+	ENDPOINT_F_READY = 1,        /* unset: every packet of the endpoint is dropped */
+	ENDPOINT_F_NO_LOCALHOST = 2, /* do not let the node's own processes in by themselves */
+	ENDPOINT_F_MAC = 4,          /* mac is known and enforced on ARP and neighbour discovery */
 };
 
 /* map endpoints: hash, key = ifindex of the host side of the pod's veth */
@@ -113,13 +113,13 @@ struct endpoint_key {
 };
 
 struct endpoint_value {
-	__u32 id;		/* shown to people; unique on the node */
-	__u32 incarnation;	/* new for every pod: state never outlives the pod that made it */
-	__u32 identity;		/* the pod's own */
-	__u32 revision;		/* a conntrack entry with another revision is judged again */
-	__u32 flags;		/* enum endpoint_flags */
-	__u32 policy_set[4];	/* index = direction * 2 + ip_family; 0 = none yet, everything is dropped */
-	__u8 mac[6];		/* the pod's own */
+	__u32 id;            /* shown to people; unique on the node */
+	__u32 incarnation;   /* new for every pod: state never outlives the pod that made it */
+	__u32 identity;      /* the pod's own */
+	__u32 revision;      /* a conntrack entry with another revision is judged again */
+	__u32 flags;         /* enum endpoint_flags */
+	__u32 policy_set[4]; /* index = direction * 2 + ip_family; 0 = none yet, everything is dropped */
+	__u8 mac[6];         /* the pod's own */
 	__u8 pad[2];
 };
 
@@ -139,26 +139,27 @@ struct ipcache_key {
 };
 
 struct ipcache_cidr_key {
-	__u32 prefix_bits;	/* 0..128 over the v4-mapped form: an IPv4 /24 is 120 */
+	__u32 prefix_bits; /* 0..128 over the v4-mapped form: an IPv4 /24 is 120 */
 	__u8 address[16];
 };
 
 struct ipcache_value {
 	__u32 identity;
-	__u32 forwarded_identity;	/* not 0: a node's address; used when the packet was forwarded (ingress_ifindex != 0), i.e. masqueraded */
+	__u32
+	    forwarded_identity; /* not 0: a node's address; used when the packet was forwarded (ingress_ifindex != 0), i.e. masqueraded */
 };
 
 /* map policy: hash. A lookup probes, for the peer's identity and for IDENTITY_ANY, every prefix length the set uses. */
-#define POLICY_PREFIX_PROTO 0		/* 0..16: the protocol and that many leading bits of the port */
+#define POLICY_PREFIX_PROTO 0 /* 0..16: the protocol and that many leading bits of the port */
 #define POLICY_PREFIX_PORT 16
-#define POLICY_PREFIX_ANY 17		/* any protocol; protocol and port are 0 */
+#define POLICY_PREFIX_ANY 17 /* any protocol; protocol and port are 0 */
 struct policy_key {
 	__u32 set_id;
-	__u32 identity;		/* peer, or IDENTITY_ANY */
-	__u16 port;		/* destination port of the forward flow, masked to prefix; ICMP: the type */
-	__u8 protocol;		/* IPPROTO_*, 0 with POLICY_PREFIX_ANY */
-	__u8 prefix;		/* 0..16, POLICY_PREFIX_ANY */
-	__u8 layer;		/* enum policy_layer */
+	__u32 identity; /* peer, or IDENTITY_ANY */
+	__u16 port;     /* destination port of the forward flow, masked to prefix; ICMP: the type */
+	__u8 protocol;  /* IPPROTO_*, 0 with POLICY_PREFIX_ANY */
+	__u8 prefix;    /* 0..16, POLICY_PREFIX_ANY */
+	__u8 layer;     /* enum policy_layer */
 	__u8 pad[3];
 };
 
@@ -167,9 +168,9 @@ struct policy_key {
 struct policy_value {
 	__u32 precedence;
 	__u32 rule_id;
-	__u8 verdict;		/* enum policy_verdict */
-	__u8 flags;		/* enum policy_flags */
-	__u8 deny_reason;	/* enum drop_reason when verdict is POLICY_DENY */
+	__u8 verdict;     /* enum policy_verdict */
+	__u8 flags;       /* enum policy_flags */
+	__u8 deny_reason; /* enum drop_reason when verdict is POLICY_DENY */
 	__u8 pad;
 };
 
@@ -179,46 +180,46 @@ struct policy_set_key {
 };
 
 struct policy_layer_default {
-	__u32 prefixes;		/* bit n: some entry of the layer has prefix n */
-	__u32 rule_id;		/* names the policies that isolate the endpoint */
-	__u8 verdict;		/* where no entry matches: POLICY_ALLOW, POLICY_NEEDS_L7 or POLICY_DENY */
+	__u32 prefixes; /* bit n: some entry of the layer has prefix n */
+	__u32 rule_id;  /* names the policies that isolate the endpoint */
+	__u8 verdict;   /* where no entry matches: POLICY_ALLOW, POLICY_NEEDS_L7 or POLICY_DENY */
 	__u8 deny_reason;
 	__u8 flags;
 	__u8 pad;
 };
 
 struct policy_set_value {
-	struct policy_layer_default layers[2];	/* index = enum policy_layer */
+	struct policy_layer_default layers[2]; /* index = enum policy_layer */
 };
 
 /* map conntrack: hash of maps, key = incarnation; inner: LRU hash, so that one endpoint only evicts its own flows */
 struct conntrack_key {
-	__u8 source[16];	/* the forward flow: who opened it */
+	__u8 source[16]; /* the forward flow: who opened it */
 	__u8 destination[16];
-	__be16 source_port;	/* ICMP echo: the identifier */
-	__be16 destination_port;	/* ICMP echo: 0 */
+	__be16 source_port;      /* ICMP echo: the identifier */
+	__be16 destination_port; /* ICMP echo: 0 */
 	__u8 protocol;
-	__u8 direction;		/* enum direction of the forward flow */
+	__u8 direction; /* enum direction of the forward flow */
 	__u8 pad[2];
 };
 
 enum conntrack_flags {
 	CONNTRACK_F_REPLIED = 1,
-	CONNTRACK_F_CLOSING = 2,	/* a FIN or RST was seen */
+	CONNTRACK_F_CLOSING = 2, /* a FIN or RST was seen */
 };
 
 struct conntrack_value {
-	__u64 seen_ns;		/* bpf_ktime_get_ns of the last packet */
-	__u32 revision;		/* of the endpoint when the flow was last judged */
+	__u64 seen_ns;  /* bpf_ktime_get_ns of the last packet */
+	__u32 revision; /* of the endpoint when the flow was last judged */
 	__u32 peer_identity;
 	__u32 rule_id;
-	__u32 flags;		/* enum conntrack_flags */
+	__u32 flags; /* enum conntrack_flags */
 };
 
 /* map fragments: LRU hash, what a first fragment told about the later ones */
 struct fragment_key {
 	__u32 incarnation;
-	__u32 id;		/* IPv4: the 16-bit identification; network byte order as on the wire */
+	__u32 id; /* IPv4: the 16-bit identification; network byte order as on the wire */
 	__u8 source[16];
 	__u8 destination[16];
 	__u8 protocol;
@@ -237,7 +238,7 @@ struct fragment_value {
 
 /* map metrics: per-CPU hash */
 struct metric_key {
-	__u8 reason;		/* enum drop_reason, DROP_NONE = forwarded */
+	__u8 reason; /* enum drop_reason, DROP_NONE = forwarded */
 	__u8 direction;
 	__u8 pad[2];
 };
@@ -250,43 +251,43 @@ struct metric_value {
 /* map event_limiter: per-CPU array of one. Events a CPU could not send are counted and told in its next one. */
 struct event_limiter {
 	__u64 window_start_ns;
-	__u32 sent;		/* in this window */
-	__u32 lost;		/* since the last event that told it */
+	__u32 sent; /* in this window */
+	__u32 lost; /* since the last event that told it */
 };
 #define EVENT_WINDOW_NS 1000000
 #define EVENTS_PER_WINDOW 2
 
 /* map events: ring buffer of these */
 struct flow_event {
-	__u64 time_ns;		/* bpf_ktime_get_ns */
+	__u64 time_ns; /* bpf_ktime_get_ns */
 	__u32 endpoint_id;
 	__u32 ifindex;
 	__u32 source_identity;
 	__u32 destination_identity;
-	__u32 network_rule_id;	/* 0: none */
+	__u32 network_rule_id; /* 0: none */
 	__u32 mesh_rule_id;
-	__u32 lost;		/* events this CPU dropped since its last one */
+	__u32 lost; /* events this CPU dropped since its last one */
 	__u32 packet_bytes;
-	__u32 uid;		/* owner of the sending socket where visible (egress), else 0xffffffff */
+	__u32 uid; /* owner of the sending socket where visible (egress), else 0xffffffff */
 	__u8 source[16];
 	__u8 destination[16];
 	__be16 source_port;
 	__be16 destination_port;
-	__u8 type;		/* enum event_type */
-	__u8 reason;		/* enum drop_reason */
+	__u8 type;   /* enum event_type */
+	__u8 reason; /* enum drop_reason */
 	__u8 direction;
-	__u8 family;		/* enum ip_family; 255 when the packet was not IP */
+	__u8 family; /* enum ip_family; 255 when the packet was not IP */
 	__u8 protocol;
-	__u8 tcp_flags;		/* as on the wire */
+	__u8 tcp_flags; /* as on the wire */
 	__u8 icmp_type;
 	__u8 icmp_code;
-	__u8 network_verdict;	/* enum policy_verdict */
+	__u8 network_verdict; /* enum policy_verdict */
 	__u8 mesh_verdict;
-	__u8 match_type;	/* enum match_type of the layer that decided */
-	__u8 is_reply;		/* 0 request, 1 reply, 2 unknown */
+	__u8 match_type; /* enum match_type of the layer that decided */
+	__u8 is_reply;   /* 0 request, 1 reply, 2 unknown */
 	__be16 ethertype;
-	__u8 audit;		/* 1: policy would have dropped it */
-	__u8 rejudged;		/* 1: an open flow judged again */
+	__u8 audit;    /* 1: policy would have dropped it */
+	__u8 rejudged; /* 1: an open flow judged again */
 	__u8 pad[4];
 };
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import structlog
 
-SECRET_KEYS = frozenset({"authorization", "cookie", "set-cookie", "token", "key", "private_key", "body", "password", "secret"})
+SECRET_KEYS = frozenset(
+    {"authorization", "cookie", "set-cookie", "token", "key", "private_key", "body", "password", "secret"}
+)
 REDACTED = "[redacted]"
 
 

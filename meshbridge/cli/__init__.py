@@ -42,7 +42,11 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MESHBRIDGE", "max_content_width": 110},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "auto_envvar_prefix": "MESHBRIDGE",
+        "max_content_width": 110,
+    },
 )
 @click.version_option(__version__, "--version")
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")

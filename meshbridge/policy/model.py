@@ -48,7 +48,7 @@ class Judge(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an object was read: a file and the line of each path in it (``spec.ingress[0]``), or the API server ("")."""
+    """Where an object was read: a file and the line of each path in it (``spec.ingress[0]``); empty: the API server."""
 
     file: str = ""
     lines: Mapping[str, int] = field(default_factory=dict, hash=False, compare=False)
