@@ -63,7 +63,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One Kubernetes object as it was written; the last place where raw dicts are allowed."""
+    """One Kubernetes object as it was written; the last place where raw dicts are allowed.
+
+    A document with a ``fault`` (its source defines the object twice) is refused for that reason, whatever it says.
+    """
 
     kind: str
     api_version: str
@@ -72,6 +75,7 @@ class Document:
     data: Mapping[str, Any] = field(hash=False)
     source: Source = Source()
     uid: str = ""
+    fault: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, str]:

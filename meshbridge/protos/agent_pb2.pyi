@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Endpoint(_message.Message):
-    __slots__ = ("namespace", "name", "uid", "node", "addresses", "labels", "namespace_labels", "annotations", "service_account", "ports", "probe_ports", "proxy", "host_network", "istio_init", "phase", "extra_addresses")
+    __slots__ = ("namespace", "name", "uid", "node", "addresses", "labels", "namespace_labels", "annotations", "service_account", "ports", "probe_ports", "proxy", "host_network", "istio_init", "phase", "extra_addresses", "istio_proxy", "init_containers")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,8 @@ class Endpoint(_message.Message):
     ISTIO_INIT_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     EXTRA_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    ISTIO_PROXY_FIELD_NUMBER: _ClassVar[int]
+    INIT_CONTAINERS_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     name: str
     uid: str
@@ -61,7 +63,9 @@ class Endpoint(_message.Message):
     istio_init: InitContainer
     phase: str
     extra_addresses: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., node: _Optional[str] = ..., addresses: _Optional[_Iterable[bytes]] = ..., labels: _Optional[_Mapping[str, str]] = ..., namespace_labels: _Optional[_Mapping[str, str]] = ..., annotations: _Optional[_Mapping[str, str]] = ..., service_account: _Optional[str] = ..., ports: _Optional[_Iterable[_Union[ContainerPort, _Mapping]]] = ..., probe_ports: _Optional[_Iterable[str]] = ..., proxy: _Optional[str] = ..., host_network: _Optional[bool] = ..., istio_init: _Optional[_Union[InitContainer, _Mapping]] = ..., phase: _Optional[str] = ..., extra_addresses: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    istio_proxy: ProxyContainer
+    init_containers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., node: _Optional[str] = ..., addresses: _Optional[_Iterable[bytes]] = ..., labels: _Optional[_Mapping[str, str]] = ..., namespace_labels: _Optional[_Mapping[str, str]] = ..., annotations: _Optional[_Mapping[str, str]] = ..., service_account: _Optional[str] = ..., ports: _Optional[_Iterable[_Union[ContainerPort, _Mapping]]] = ..., probe_ports: _Optional[_Iterable[str]] = ..., proxy: _Optional[str] = ..., host_network: _Optional[bool] = ..., istio_init: _Optional[_Union[InitContainer, _Mapping]] = ..., phase: _Optional[str] = ..., extra_addresses: _Optional[_Iterable[bytes]] = ..., istio_proxy: _Optional[_Union[ProxyContainer, _Mapping]] = ..., init_containers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ContainerPort(_message.Message):
     __slots__ = ("name", "port", "protocol")
@@ -74,13 +78,43 @@ class ContainerPort(_message.Message):
     def __init__(self, name: _Optional[str] = ..., port: _Optional[int] = ..., protocol: _Optional[str] = ...) -> None: ...
 
 class InitContainer(_message.Message):
-    __slots__ = ("args",)
+    __slots__ = ("args", "env")
+    class EnvEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     ARGS_FIELD_NUMBER: _ClassVar[int]
+    ENV_FIELD_NUMBER: _ClassVar[int]
     args: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, args: _Optional[_Iterable[str]] = ...) -> None: ...
+    env: _containers.ScalarMap[str, str]
+    def __init__(self, args: _Optional[_Iterable[str]] = ..., env: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class ProxyContainer(_message.Message):
+    __slots__ = ("kind", "env", "uid", "gid", "native")
+    class EnvEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ENV_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    GID_FIELD_NUMBER: _ClassVar[int]
+    NATIVE_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    env: _containers.ScalarMap[str, str]
+    uid: int
+    gid: int
+    native: bool
+    def __init__(self, kind: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., uid: _Optional[int] = ..., gid: _Optional[int] = ..., native: _Optional[bool] = ...) -> None: ...
 
 class Policy(_message.Message):
-    __slots__ = ("api_version", "kind", "namespace", "name", "uid", "json", "file", "lines")
+    __slots__ = ("api_version", "kind", "namespace", "name", "uid", "json", "file", "lines", "fault")
     class LinesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +130,7 @@ class Policy(_message.Message):
     JSON_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
     LINES_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
     api_version: str
     kind: str
     namespace: str
@@ -104,10 +139,11 @@ class Policy(_message.Message):
     json: bytes
     file: str
     lines: _containers.ScalarMap[str, int]
-    def __init__(self, api_version: _Optional[str] = ..., kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., json: _Optional[bytes] = ..., file: _Optional[str] = ..., lines: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    fault: str
+    def __init__(self, api_version: _Optional[str] = ..., kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., json: _Optional[bytes] = ..., file: _Optional[str] = ..., lines: _Optional[_Mapping[str, int]] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class Address(_message.Message):
-    __slots__ = ("address", "namespace", "name", "labels", "namespace_labels", "service_account", "cluster", "trust_domain", "proxy", "entities", "node", "uid")
+    __slots__ = ("address", "namespace", "name", "labels", "namespace_labels", "service_account", "cluster", "trust_domain", "proxy", "entities", "node", "uid", "ports")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +170,7 @@ class Address(_message.Message):
     ENTITIES_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
+    PORTS_FIELD_NUMBER: _ClassVar[int]
     address: bytes
     namespace: str
     name: str
@@ -146,7 +183,8 @@ class Address(_message.Message):
     entities: _containers.RepeatedScalarFieldContainer[str]
     node: str
     uid: str
-    def __init__(self, address: _Optional[bytes] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., namespace_labels: _Optional[_Mapping[str, str]] = ..., service_account: _Optional[str] = ..., cluster: _Optional[str] = ..., trust_domain: _Optional[str] = ..., proxy: _Optional[str] = ..., entities: _Optional[_Iterable[str]] = ..., node: _Optional[str] = ..., uid: _Optional[str] = ...) -> None: ...
+    ports: _containers.RepeatedCompositeFieldContainer[ContainerPort]
+    def __init__(self, address: _Optional[bytes] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., namespace_labels: _Optional[_Mapping[str, str]] = ..., service_account: _Optional[str] = ..., cluster: _Optional[str] = ..., trust_domain: _Optional[str] = ..., proxy: _Optional[str] = ..., entities: _Optional[_Iterable[str]] = ..., node: _Optional[str] = ..., uid: _Optional[str] = ..., ports: _Optional[_Iterable[_Union[ContainerPort, _Mapping]]] = ...) -> None: ...
 
 class Mesh(_message.Message):
     __slots__ = ("root_namespace", "trust_domain", "trust_domain_aliases", "cluster")
@@ -159,6 +197,18 @@ class Mesh(_message.Message):
     trust_domain_aliases: _containers.RepeatedScalarFieldContainer[str]
     cluster: str
     def __init__(self, root_namespace: _Optional[str] = ..., trust_domain: _Optional[str] = ..., trust_domain_aliases: _Optional[_Iterable[str]] = ..., cluster: _Optional[str] = ...) -> None: ...
+
+class Problem(_message.Message):
+    __slots__ = ("text", "file", "line", "reason")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    LINE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    file: str
+    line: int
+    reason: str
+    def __init__(self, text: _Optional[str] = ..., file: _Optional[str] = ..., line: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Revision(_message.Message):
     __slots__ = ("number",)
