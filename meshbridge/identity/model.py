@@ -52,11 +52,21 @@ class ProxyClass(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class ContainerPort:
+    """A port a container declares; ``name`` may be empty."""
+
+    name: str
+    port: int
+    protocol: str = "TCP"
+
+
+@dataclass(frozen=True, slots=True)
 class Peer:
     """Everything policies can ask of the other side of a flow; two addresses with equal Peers share an identity.
 
     A pod has a namespace and no entities; a node, the world or an unknown address has entities and no namespace.
     ``networks`` holds those CIDRs written in any policy that contain the address, so that an ipBlock is a set lookup.
+    ``ports`` holds those container ports whose name an egress policy uses (``PolicySet.referenced_port_names``).
     """
 
     namespace: str | None = None
@@ -69,6 +79,7 @@ class Peer:
     entities: frozenset[Entity] = frozenset()
     networks: frozenset[IpNetwork] = frozenset()
     masqueraded: bool = False
+    ports: frozenset[ContainerPort] = frozenset()
 
     @property
     def is_pod(self) -> bool:
@@ -76,12 +87,18 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
-class ContainerPort:
-    """A port a container declares; ``name`` may be empty."""
+class ProxyContainer:
+    """The istio-proxy container of a pod, as far as redirection depends on it.
 
-    name: str
-    port: int
-    protocol: str = "TCP"
+    ``kind`` is the proxy type (``sidecar``, ``router``; empty when its arguments do not say), ``native`` whether it is
+    an init container that stays. ``uid`` and ``gid`` are those of its securityContext, None when unset.
+    """
+
+    kind: str = ""
+    env: Mapping[str, str] = field(default_factory=dict, hash=False)
+    uid: int | None = None
+    gid: int | None = None
+    native: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +106,9 @@ class Workload:
     """A pod as the API server has it: what policies select and what addresses it holds.
 
     ``annotations`` and ``init_args`` (arguments of the istio-init container, None when there is none) are what the
-    capture state is computed from. ``phase`` Succeeded and Failed mean that its addresses are no longer its own.
+    capture state is computed from; so are ``init_env`` (environment of istio-init), ``proxy_container`` and
+    ``init_containers`` (names of all init containers, in order; ``istio-validation`` among them tells the CNI form).
+    ``phase`` Succeeded and Failed mean that its addresses are no longer its own.
     """
 
     namespace: str
@@ -107,6 +126,9 @@ class Workload:
     proxy: ProxyClass = ProxyClass.NONE
     init_args: tuple[str, ...] | None = None
     phase: str = "Running"
+    init_env: Mapping[str, str] = field(default_factory=dict, hash=False)
+    proxy_container: ProxyContainer | None = None
+    init_containers: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -116,3 +138,15 @@ class Workload:
     @property
     def spiffe_id(self) -> str:
         return f"spiffe://{DEFAULT_TRUST_DOMAIN}/ns/{self.namespace}/sa/{self.service_account}"
+
+    def peer(self, networks: frozenset[IpNetwork] = frozenset(), cluster: str = DEFAULT_CLUSTER) -> Peer:
+        """The pod as policies see it; a host-network pod has no identity of its own, so its caller asks for its node's."""
+        return Peer(
+            namespace=self.namespace,
+            labels=self.labels,
+            namespace_labels=self.namespace_labels,
+            service_account=self.service_account,
+            cluster=cluster,
+            proxy=self.proxy,
+            networks=networks,
+        )
