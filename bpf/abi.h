@@ -63,9 +63,10 @@ enum match_type {
 enum drop_reason {
 	DROP_NONE = 0,
 	DROP_INVALID_SOURCE_IP = 132,
-	DROP_POLICY = 133,         /* isolated, and no entry allows it */
-	DROP_INVALID_PACKET = 134, /* cut short or self-contradictory */
-	DROP_UNKNOWN_L4 = 142,
+	DROP_POLICY = 133,            /* isolated, and no entry allows it */
+	DROP_INVALID_PACKET = 134,    /* cut short or self-contradictory */
+	DROP_UNKNOWN_L4 = 142,        /* ICMP in the wrong address family */
+	DROP_UNKNOWN_L3_TARGET = 150, /* to-pod: the destination is not an address of this pod */
 	DROP_FRAG_NEEDED_STATE = 157, /* the fragment table could not be read or written */
 	DROP_UNSUPPORTED_L2 = 166,    /* an ethertype that is neither IP nor ARP */
 	DROP_FRAG_NOT_FOUND = 175,    /* a later fragment without its first */
@@ -205,7 +206,8 @@ struct conntrack_key {
 
 enum conntrack_flags {
 	CONNTRACK_F_REPLIED = 1,
-	CONNTRACK_F_CLOSING = 2, /* a FIN or RST was seen */
+	CONNTRACK_F_CLOSING = 2,   /* a FIN or RST was seen */
+	CONNTRACK_F_FORWARDED = 4, /* ingress: its opener's packets had been forwarded (ingress_ifindex was not 0) */
 };
 
 struct conntrack_value {
@@ -233,7 +235,8 @@ struct fragment_value {
 	__be16 destination_port;
 	__u8 icmp_type;
 	__u8 icmp_code;
-	__u8 pad[2];
+	__u8 protocol;     /* IPv6: extension headers may stand between the fragment header and it */
+	__u8 header_units; /* a later fragment starting before this many 8-byte units overlaps the transport header */
 };
 
 /* map metrics: per-CPU hash */
@@ -248,14 +251,15 @@ struct metric_value {
 	__u64 bytes;
 };
 
-/* map event_limiter: per-CPU array of one. Events a CPU could not send are counted and told in its next one. */
+/* map event_limiter: per-CPU array of one. Events a CPU could not send are counted and told in its next one.
+ * Verdicts and traces stop at three quarters of a window, so that new flows cannot hide drops. */
 struct event_limiter {
 	__u64 window_start_ns;
 	__u32 sent; /* in this window */
 	__u32 lost; /* since the last event that told it */
 };
-#define EVENT_WINDOW_NS 1000000
-#define EVENTS_PER_WINDOW 2
+#define EVENT_WINDOW_NS 50000000
+#define EVENTS_PER_WINDOW 100
 
 /* map events: ring buffer of these */
 struct flow_event {
@@ -288,7 +292,7 @@ struct flow_event {
 	__be16 ethertype;
 	__u8 audit;    /* 1: policy would have dropped it */
 	__u8 rejudged; /* 1: an open flow judged again */
-	__u8 pad[4];
+	__u8 pad[8];
 };
 
 #endif
