@@ -1,0 +1,206 @@
+"""The delta ADS client of agents and authz servers: whole revisions, whatever the connection does.
+
+It keeps names and versions, never the messages: whoever takes an update turns it into its own model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import grpc
+import structlog
+from envoy.config.core.v3.base_pb2 import Node
+from envoy.service.discovery.v3 import ads_pb2_grpc
+from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
+from google.protobuf.message import DecodeError, Message
+from google.rpc.status_pb2 import Status
+
+from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy, Problem, Revision
+from meshbridge.xds import snapshot as xds
+from meshbridge.xds.auth import bearer
+
+log = structlog.get_logger()
+
+MESSAGES: Final[Mapping[str, type[Message]]] = {
+    xds.POLICY: Policy,
+    xds.ADDRESS: Address,
+    xds.MESH: Mesh,
+    xds.ENDPOINT: Endpoint,
+    xds.PROBLEM: Problem,
+    xds.REVISION: Revision,
+}
+"""What a node subscribes to, in the order the subscriptions are sent: the revision last."""
+
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MAX_S = 2.0
+CHANNEL_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", 8 << 20),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """All that changed from the last update to ``revision``; taken together it is a whole state, never half of one."""
+
+    revision: int
+    changed: Mapping[str, Mapping[str, Message]]
+    removed: Mapping[str, frozenset[str]]
+
+
+@dataclass(slots=True)
+class _Changes:
+    changed: dict[str, dict[str, Message]] = field(default_factory=lambda: {type_url: {} for type_url in MESSAGES})
+    removed: dict[str, set[str]] = field(default_factory=lambda: {type_url: set() for type_url in MESSAGES})
+
+    def put(self, type_url: str, name: str, message: Message) -> None:
+        self.removed[type_url].discard(name)
+        self.changed[type_url][name] = message
+
+    def drop(self, type_url: str, name: str) -> None:
+        self.changed[type_url].pop(name, None)
+        self.removed[type_url].add(name)
+
+    def merge(self, later: _Changes) -> None:
+        for type_url in MESSAGES:
+            for name, message in later.changed[type_url].items():
+                self.put(type_url, name, message)
+            for name in later.removed[type_url]:
+                self.drop(type_url, name)
+
+
+class ControllerClient:
+    """Follows the controller's view of one node.
+
+    ``updates`` yields as long as the task runs: while the controller is away nothing changes, afterwards only what
+    differs is sent again. Revisions that came in while the consumer was busy arrive as one update. A revision with a
+    resource that cannot be decoded is refused to the controller and withheld until every resource can: acting without
+    it could loosen what it says.
+    """
+
+    def __init__(self, target: str, node: str, token: Callable[[], str]) -> None:
+        """
+        Args:
+            target: ``unix:PATH`` of the controller.
+            node: name of the node, as in its token.
+            token: read before every connection, so that a renewed token is used.
+        """
+        self._target, self._node, self._token = target, node, token
+        self._versions: dict[str, dict[str, str]] = {type_url: {} for type_url in MESSAGES}
+        self._undecodable: set[tuple[str, str]] = set()
+        self._partial, self._whole = _Changes(), _Changes()
+        self._ready = asyncio.Event()
+        self.connected = False
+        self.revision_received = 0
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """Yield every state to act on, newest first in time: what was skipped is contained in what follows."""
+        follower = asyncio.create_task(self._follow(), name="follow-controller")
+        follower.add_done_callback(lambda _: self._ready.set())
+        try:
+            while True:
+                await self._ready.wait()
+                if follower.done():
+                    follower.result()
+                self._ready.clear()
+                taken, self._whole = self._whole, _Changes()
+                yield Update(
+                    revision=self.revision_received,
+                    changed=taken.changed,
+                    removed={type_url: frozenset(names) for type_url, names in taken.removed.items()},
+                )
+        finally:
+            follower.cancel()
+            await asyncio.gather(follower, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        backoff_s = BACKOFF_FIRST_S
+        quiet = False
+        async with grpc.aio.insecure_channel(self._target, options=CHANNEL_OPTIONS) as channel:
+            while True:
+                try:
+                    await self._run_stream(channel)
+                    reason = "the controller ended the stream"
+                except grpc.aio.AioRpcError as error:
+                    reason = f"{error.code().name}: {error.details()}"
+                except (OSError, asyncio.InvalidStateError) as error:  # no token to read; the stream ended in a write
+                    reason = str(error)
+                if self.connected:
+                    backoff_s, quiet = BACKOFF_FIRST_S, False
+                if not quiet:
+                    log.warning("controller.disconnected", target=self._target, reason=reason)
+                self.connected, quiet = False, True
+                await asyncio.sleep(backoff_s * random.uniform(0.5, 1))
+                backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+
+    async def _run_stream(self, channel: grpc.aio.Channel) -> None:
+        """Subscribe, take each response in, and answer it with an ACK or a NACK, until the stream ends."""
+        stub = ads_pb2_grpc.AggregatedDiscoveryServiceStub(channel)
+        call = stub.DeltaAggregatedResources(metadata=bearer(self._token()))
+        self._undecodable.clear()  # what still exists is sent again, as it is not among the versions
+        try:
+            for type_url, versions in self._versions.items():
+                await call.write(
+                    DeltaDiscoveryRequest(
+                        node=Node(id=self._node), type_url=type_url, initial_resource_versions=versions
+                    )
+                )
+            async for response in call:
+                if not self.connected:
+                    self.connected = True
+                    log.info("controller.connected", target=self._target)
+                answer = DeltaDiscoveryRequest(type_url=response.type_url, response_nonce=response.nonce)
+                refusal = self._take(response)
+                if refusal:
+                    answer.error_detail.CopyFrom(
+                        Status(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=refusal)
+                    )
+                await call.write(answer)
+        finally:
+            call.cancel()
+
+    def _take(self, response: DeltaDiscoveryResponse) -> str:
+        """Take in all of a response, or nothing; returns why nothing, else ""."""
+        type_url = response.type_url
+        if type_url not in MESSAGES:
+            return f"type {type_url[:200]!r} was not subscribed to"
+        messages: dict[str, Message] = {}
+        for resource in response.resources:
+            try:
+                if resource.resource.type_url != type_url:
+                    raise DecodeError(f"unexpected type {resource.resource.type_url[:200]!r}")
+                messages[resource.name] = MESSAGES[type_url].FromString(resource.resource.value)
+            except DecodeError as error:
+                self._undecodable.add((type_url, resource.name))
+                log.error("resource.refused", type=type_url, name=resource.name, reason=str(error))
+                return f"{resource.name}: {error}"
+        for resource in response.resources:
+            self._versions[type_url][resource.name] = resource.version
+            self._undecodable.discard((type_url, resource.name))
+            self._partial.put(type_url, resource.name, messages[resource.name])
+        for name in response.removed_resources:
+            self._versions[type_url].pop(name, None)
+            self._undecodable.discard((type_url, name))
+            self._partial.drop(type_url, name)
+        if type_url == xds.REVISION and messages:
+            self._finish_revision()
+        return ""
+
+    def _finish_revision(self) -> None:
+        numbers = [
+            message.number for message in self._partial.changed[xds.REVISION].values() if isinstance(message, Revision)
+        ]
+        if self._undecodable:
+            self._versions[xds.REVISION].clear()  # so that it is sent again after a reconnect
+            log.error("revision.withheld", revision=max(numbers, default=0), resources=len(self._undecodable))
+            return
+        self.revision_received = max(numbers, default=self.revision_received)
+        self._whole.merge(self._partial)
+        self._partial = _Changes()
+        self._ready.set()

@@ -1,0 +1,234 @@
+"""The delta ADS server: authenticates a stream, then keeps its client at the newest snapshot.
+
+Spec: envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+import structlog
+from envoy.service.discovery.v3 import ads_pb2_grpc
+from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client import Counter, Gauge
+
+from meshbridge.errors import SettingsError
+from meshbridge.xds.auth import AuthenticationError, Caller, authenticate
+from meshbridge.xds.snapshot import DeltaSession, Nack, ProtocolError, Snapshot
+
+log = structlog.get_logger()
+
+STREAMS = Gauge("meshbridge_xds_streams", "Open delta ADS streams.", ["kind"])
+RESPONSES = Counter("meshbridge_xds_responses", "Responses sent.", ["type"])
+NACKS = Counter("meshbridge_xds_nacks", "Responses that clients refused.", ["type"])
+REFUSED_CALLS = Counter("meshbridge_xds_refused_calls", "Streams refused, by reason.", ["reason"])
+
+UNIX = "unix:"
+MAX_MESSAGE_BYTES = 16 << 20  # a client with 100,000 addresses names them all when it reconnects
+SOCKET_MODE = 0o666  # every call carries a token; Envoys run as other users
+
+
+class Feed(Protocol):
+    """One stream's view of its client."""
+
+    snapshot: Snapshot | None
+    """None while the client's node or pod is not known: the stream waits."""
+    refusal: str
+    """Not empty: the client is gone or may have nothing, and the stream has to end."""
+
+    def close(self) -> None: ...
+
+
+class SnapshotSource(Protocol):
+    def open(self, caller: Caller, wake: Callable[[], None]) -> Feed:
+        """A feed for ``caller``; ``wake`` is called in the event loop after every change of it."""
+
+
+class DeltaServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc]  # generated, untyped
+    """Serves every client its own snapshot.
+
+    A client never waits for another, and never holds more than one unread response per type here.
+    """
+
+    def __init__(self, key: bytes, source: SnapshotSource) -> None:
+        self._key, self._source = key, source
+
+    async def DeltaAggregatedResources(
+        self, request_iterator: AsyncIterator[DeltaDiscoveryRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        try:
+            caller = authenticate(self._key, context.invocation_metadata() or ())
+        except AuthenticationError as error:
+            REFUSED_CALLS.labels("unauthenticated").inc()
+            log.warning("stream.refused", reason=str(error), peer=context.peer())
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        stream = _Stream(caller, context)
+        stream.feed = feed = self._source.open(caller, stream.wake)
+        STREAMS.labels(caller.kind).inc()
+        log.info("stream.opened", client=str(caller))
+        reader = asyncio.create_task(stream.read(request_iterator), name=f"read {caller}")
+        try:
+            await stream.write_until_ended(reader)
+        finally:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+            feed.close()
+            STREAMS.labels(caller.kind).dec()
+            log.info("stream.closed", client=str(caller))
+
+
+@dataclass(slots=True)
+class _End:
+    code: grpc.StatusCode
+    reason: str
+
+
+class _Stream:
+    feed: Feed
+
+    def __init__(self, caller: Caller, context: grpc.aio.ServicerContext) -> None:
+        self._caller, self._context = caller, context
+        self._session = DeltaSession()
+        self._awake = asyncio.Event()
+        self._end: _End | None = None
+        self._identified = False
+
+    def wake(self) -> None:
+        self._awake.set()
+
+    async def read(self, requests: AsyncIterator[DeltaDiscoveryRequest]) -> None:
+        """Take in requests until the client ends the stream or breaks the protocol."""
+        try:
+            async for request in requests:
+                self._check_node(request)
+                if self._end is not None:
+                    break
+                nack = self._session.receive(request)
+                if nack is not None:
+                    self._report(nack)
+                self.wake()
+        except ProtocolError as error:
+            self._end = _End(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            self.wake()
+
+    async def write_until_ended(self, reader: asyncio.Task[None]) -> None:
+        while True:
+            self._awake.clear()
+            if self.feed.refusal:
+                self._end = _End(grpc.StatusCode.PERMISSION_DENIED, self.feed.refusal)
+            if self._end is not None:
+                REFUSED_CALLS.labels(self._end.code.name.lower()).inc()
+                log.warning("stream.refused", client=str(self._caller), reason=self._end.reason)
+                await self._context.abort(self._end.code, self._end.reason)
+            if reader.done():
+                return
+            response = None
+            if self._identified and self.feed.snapshot is not None:
+                response = self._session.next_response(self.feed.snapshot)
+            if response is None:
+                await self._awake.wait()
+            else:
+                await self._write(response)
+
+    async def _write(self, response: DeltaDiscoveryResponse) -> None:
+        RESPONSES.labels(_short(response.type_url)).inc()
+        await self._context.write(response)
+
+    def _check_node(self, request: DeltaDiscoveryRequest) -> None:
+        """A client names itself in its first request at the latest; another's name ends the stream."""
+        node_id = request.node.id
+        if not node_id and self._identified:
+            return
+        if node_id != self._caller.node_id:
+            self._end = _End(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"node.id {node_id[:200]!r} is not the token's; use {self._caller.node_id!r}",
+            )
+        self._identified = True
+
+    def _report(self, nack: Nack) -> None:
+        NACKS.labels(_short(nack.type_url)).inc()
+        log.warning(
+            "resources.refused",
+            client=str(self._caller),
+            type=_short(nack.type_url),
+            names=list(nack.names[:10]),
+            count=len(nack.names),
+            reason=nack.message,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """A server certificate chain and its key, PEM."""
+
+    certificate: Path
+    key: Path
+
+
+async def start_server(servicer: DeltaServer, listen: str, tls: TlsFiles | None = None) -> grpc.aio.Server:
+    """Serve ADS and gRPC health on ``unix:PATH``, or on ``HOST:PORT`` with TLS.
+
+    Raises:
+        SettingsError: TCP without TLS, an address that cannot be used, or a socket another process answers on.
+    """
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)])
+    ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(servicer, server)
+    health_servicer = health.aio.HealthServicer()
+    await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    path = Path(listen.removeprefix(UNIX)) if listen.startswith(UNIX) else None
+    try:
+        if path is not None:
+            _make_room(path)
+            server.add_insecure_port(f"{UNIX}{path}")
+        elif tls is not None:
+            pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
+            server.add_secure_port(listen, grpc.ssl_server_credentials([pair]))
+        else:
+            raise SettingsError(
+                "TCP without TLS", where=f"--listen {listen}", fix="use unix:PATH, or give certificate and key"
+            )
+        await server.start()
+        if path is not None:
+            path.chmod(SOCKET_MODE)
+    except (OSError, RuntimeError) as error:
+        raise SettingsError(
+            f"cannot listen: {error}", where=f"--listen {listen}", fix="choose another address"
+        ) from error
+    return server
+
+
+def _make_room(path: Path) -> None:
+    """Leave no file at ``path``, unless somebody listens there."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    where = f"--listen {UNIX}{path}"
+    if not stat.S_ISSOCK(mode):
+        raise SettingsError("a file that is no socket is there", where=where, fix="remove it or choose another path")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+        else:
+            raise SettingsError("another process listens there", where=where, fix="stop it or choose another path")
+
+
+def _short(type_url: str) -> str:
+    return type_url.rpartition(".")[2]
