@@ -1,0 +1,66 @@
+"""Sockets that live in another network namespace than this process: how the harness measures inside a pod."""
+
+from __future__ import annotations
+
+import ctypes
+import http.client
+import os
+import socket
+import threading
+from dataclasses import dataclass
+
+from meshbridge.demo.layout import NETNS
+
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP answer; ``status`` 0 means that none came, ``error`` why."""
+
+    status: int
+    body: bytes = b""
+    error: str = ""
+
+
+def socket_in(netns: str, family: socket.AddressFamily = socket.AF_INET, timeout_s: float = 3.0) -> socket.socket:
+    """A TCP socket inside ``netns``. A thread of its own enters the namespace, so this process never leaves its own."""
+    made: list[socket.socket | OSError] = []
+
+    def make() -> None:
+        try:
+            handle = os.open(NETNS / netns, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if _libc.setns(handle, _CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), f"setns {netns}")
+            finally:
+                os.close(handle)
+            made.append(socket.socket(family, socket.SOCK_STREAM))
+        except OSError as error:
+            made.append(error)
+
+    thread = threading.Thread(target=make, name=f"netns-{netns}")
+    thread.start()
+    thread.join()
+    result = made[0]
+    if isinstance(result, OSError):
+        raise result
+    result.settimeout(timeout_s)
+    return result
+
+
+def http_get(netns: str, host: str, port: int, path: str, timeout_s: float = 3.0, method: str = "GET") -> Answer:
+    """One HTTP request from inside ``netns``."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+    try:
+        connection.sock = socket_in(netns, family, timeout_s)
+        connection.sock.connect((host, port))
+        connection.request(method, path)
+        response = connection.getresponse()
+        return Answer(response.status, response.read())
+    except (OSError, http.client.HTTPException) as error:
+        return Answer(0, error=f"{type(error).__name__}: {error}")
+    finally:
+        connection.close()

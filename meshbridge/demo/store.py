@@ -1,0 +1,158 @@
+"""The runtime copy of the manifests: what `demo apply` and `demo delete` change, and the controller watches.
+
+Pods are kept apart: the kubelet runs them and reports them, with their status, in a directory of its own, and the
+controller would be told of each one twice.
+
+Files stay as they were written, byte for byte, so that the lines in messages are those of the reader's own file. Only
+when an object moves to another file, or leaves one that holds several, is its document cut out of the old file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from meshbridge.demo.errors import DemoError
+
+# Kind, namespace, name: what makes it the same object.
+Key = tuple[str, str, str]
+
+_SEPARATOR = re.compile(r"^---(?=\s|$)[^\n]*\n?", re.MULTILINE)
+_CLUSTER_SCOPED = frozenset({"Namespace", "Node", "CiliumClusterwideNetworkPolicy"})
+_YAML = frozenset({".yaml", ".yml"})
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One document of a file, as text and as what it says."""
+
+    text: str
+    data: Mapping[str, Any]
+
+    @property
+    def key(self) -> Key:
+        metadata = self.data.get("metadata") or {}
+        kind = str(self.data.get("kind"))
+        namespace = "" if kind in _CLUSTER_SCOPED else str(metadata.get("namespace") or "default")
+        return kind, namespace, str(metadata.get("name"))
+
+
+def parts(text: str) -> list[Part]:
+    """The documents of a file; those that hold nothing but comments are left out.
+
+    Raises:
+        yaml.YAMLError: Some document cannot be read.
+    """
+    found = []
+    for chunk in _SEPARATOR.split(text):
+        data = yaml.safe_load(chunk)
+        if isinstance(data, dict):
+            found.append(Part(chunk, data))
+    return found
+
+
+def objects(directory: Path) -> Iterator[Mapping[str, Any]]:
+    """Every readable object of the directory's files; files that cannot be read are the controller's to name."""
+    for path in _files(directory):
+        try:
+            yield from (part.data for part in parts(path.read_text()))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The two directories: ``manifests`` for the controller, ``wanted`` for pods to run."""
+
+    manifests: Path
+    wanted: Path
+
+    def objects(self) -> list[Mapping[str, Any]]:
+        """Every readable object; what is unreadable is the controller's to name."""
+        return [item for directory in (self.manifests, self.wanted) for item in objects(directory)]
+
+    def apply(self, source: Path) -> list[Key]:
+        """Put a copy of ``source`` in force and return the keys of its objects; an object lives in one file only.
+
+        A file that cannot be read as YAML is copied too: refusing it, by name, is the product's work.
+        """
+        content = _read(source)
+        name = source.name if source.suffix in _YAML else f"{source.name}.yaml"
+        try:
+            held = parts(content.decode())
+        except (UnicodeDecodeError, yaml.YAMLError):
+            write(self.manifests / name, content)
+            return []
+        pods = [part for part in held if part.key[0] == "Pod"]
+        others = [part for part in held if part.key[0] != "Pod"]
+        self._cut({part.key for part in held}, keep=name)
+        for directory, some in ((self.manifests, others), (self.wanted, pods)):
+            if some:
+                write(directory / name, content if len(some) == len(held) else _join(some))
+            else:
+                (directory / name).unlink(missing_ok=True)
+        return [part.key for part in held]
+
+    def delete(self, source: Path) -> list[Key]:
+        """Take every object named in ``source`` out of force and return the keys of those that were there.
+
+        Raises:
+            DemoError: It is not YAML, and is not the content of an applied file of that name either.
+        """
+        content = _read(source)
+        try:
+            return sorted(self._cut({part.key for part in parts(content.decode())}))
+        except (UnicodeDecodeError, yaml.YAMLError):
+            path = self.manifests / source.name
+            if not path.is_file() or path.read_bytes() != content:
+                raise DemoError("is not readable YAML, and was not applied", where=str(source)) from None
+            path.unlink()
+            return []
+
+    def _cut(self, keys: set[Key], keep: str = "") -> set[Key]:
+        removed = set()
+        for path in (*_files(self.manifests), *_files(self.wanted)):
+            if path.name == keep:
+                continue
+            try:
+                held = parts(path.read_text())
+            except (OSError, UnicodeDecodeError, yaml.YAMLError):
+                continue
+            stay = [part for part in held if part.key not in keys]
+            removed |= {part.key for part in held if part.key in keys}
+            if held and not stay:
+                path.unlink()
+            elif len(stay) != len(held):
+                write(path, _join(stay))
+        return removed
+
+
+def write(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Replace ``path`` in one step: a watcher sees the old content or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    temporary.replace(path)
+
+
+def _join(some: list[Part]) -> bytes:
+    return "---\n".join(part.text for part in some).encode()
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("*") if path.suffix in _YAML and not path.name.startswith("."))
+
+
+def _read(source: Path) -> bytes:
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise DemoError(error.strerror or str(error), where=str(source), fix="name a readable file") from error
