@@ -38,6 +38,10 @@ class AbiStruct(ctypes.Structure):
             raise AttributeError(f"{type(self).__name__} has no field {name!r}")
         if isinstance(value, bytes):
             field: Any = self._types[name]
+            if len(value) != ctypes.sizeof(field):
+                raise ValueError(
+                    f"{type(self).__name__}.{name}: {len(value)} bytes given, {ctypes.sizeof(field)} needed"
+                )
             value = field.from_buffer_copy(value)
         super().__setattr__(name, value)
 

@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: GPL-2.0-only
+ *
+ * The maps of abi.h, declared once. Sizes are defaults: Python creates the maps and may choose others (MapSizes).
+ * Maps that only user space fills are not preallocated, so that their memory follows their content; maps that the
+ * programs fill are, so that no packet depends on an allocation.
+ */
+#ifndef MESHBRIDGE_MAPS_H
+#define MESHBRIDGE_MAPS_H
+
+BPF_F_TABLE("hash", struct endpoint_key, struct endpoint_value, endpoints, 4096, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct endpoint_address_key, struct endpoint_address_value, endpoint_addresses, 16384,
+            BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct ipcache_key, struct ipcache_value, ipcache, 1048576, BPF_F_NO_PREALLOC);
+BPF_LPM_TRIE(ipcache_cidr, struct ipcache_cidr_key, struct ipcache_value, 262144);
+BPF_F_TABLE("hash", struct policy_key, struct policy_value, policy, 4194304, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct policy_set_key, struct policy_set_value, policy_sets, 65536, BPF_F_NO_PREALLOC);
+
+/* The inner map is a template: every endpoint incarnation has one of its own. */
+BPF_TABLE("lru_hash", struct conntrack_key, struct conntrack_value, conntrack_inner, 4096);
+BPF_HASH_OF_MAPS(conntrack, u32, "conntrack_inner", 4096);
+
+BPF_TABLE("lru_hash", struct fragment_key, struct fragment_value, fragments, 8192);
+BPF_TABLE("percpu_hash", struct metric_key, struct metric_value, metrics, 512);
+BPF_TABLE("percpu_array", u32, struct event_limiter, event_limiter, 1);
+BPF_RINGBUF_OUTPUT(events, 256);
+
+#endif
