@@ -140,7 +140,7 @@ class Workload:
         return f"spiffe://{DEFAULT_TRUST_DOMAIN}/ns/{self.namespace}/sa/{self.service_account}"
 
     def peer(self, networks: frozenset[IpNetwork] = frozenset(), cluster: str = DEFAULT_CLUSTER) -> Peer:
-        """The pod as policies see it; a host-network pod has no identity of its own, so its caller asks for its node's."""
+        """The pod as policies see it. A host-network pod has no identity of its own: its addresses are its node's."""
         return Peer(
             namespace=self.namespace,
             labels=self.labels,

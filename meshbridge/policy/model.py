@@ -12,6 +12,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, Final
 
 from meshbridge.identity.model import Entity, IpFamily, IpNetwork
+from meshbridge.policy.selectors import PeerSelector, Selector
 
 
 class Verdict(IntEnum):
@@ -108,7 +109,7 @@ class Origin:
         return f"{self.kind} {self.policy}{rule}{place}"
 
 
-class _Any:
+class Anything:
     """The whole universe of a dimension."""
 
     __slots__ = ()
@@ -120,7 +121,7 @@ class _Any:
         return "ANY"
 
 
-ANY: Final = _Any()
+ANY: Final = Anything()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,21 +148,91 @@ class Tier(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class HttpMatch:
+    """One element of a CiliumNetworkPolicy's ``rules.http``: every field that is set must match.
+
+    ``method``, ``path`` and ``host`` are regular expressions that must match as a whole; ``headers`` are
+    (lower-case name, required value or None when presence is enough).
+    """
+
+    method: str = ""
+    path: str = ""
+    host: str = ""
+    headers: tuple[tuple[str, str | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkRule:
+    """One rule of the network family, whatever kind it was written in.
+
+    ``peers`` is ANY, or a tuple of which one must match: an empty tuple is nobody. ``ports`` likewise. A rule with
+    ``default_deny`` isolates what ``subject`` selects in ``direction``, also when it allows nobody. ``http`` not empty:
+    the verdict is NEEDS_L7, judged by ext_authz.
+    """
+
+    subject: Selector
+    direction: Direction
+    verdict: Verdict
+    peers: Anything | tuple[PeerSelector, ...]
+    ports: Anything | tuple[PortMatch, ...]
+    origin: Origin
+    default_deny: bool = True
+    tier: Tier = Tier.NORMAL
+    priority: int = 0
+    http: tuple[HttpMatch, ...] = ()
+
+
+class Severity(StrEnum):
+    """How much attention a notice wants."""
+
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something about a valid object that its author probably did not mean; it changes no verdict."""
+
+    document: Document
+    text: str
+    path: str = ""
+    severity: Severity = Severity.WARNING
+
+    def __str__(self) -> str:
+        return _sentence(self.document, self.path, self.text, "")
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
-    """An object that is not understood, and what therefore holds: see DESIGN, property 4."""
+    """An object that is not understood, and what therefore holds: see DESIGN, property 4.
+
+    ``selectors`` are the endpoints it may select and ``directions`` what it names; ``layer`` is its family.
+    """
 
     document: Document
     reason: str
     path: str = ""
     fix: str = ""
+    layer: Layer = Layer.NETWORK
+    selectors: tuple[Selector, ...] = ()
+    directions: frozenset[Direction] = frozenset(Direction)
+
+    @property
+    def origin(self) -> Origin:
+        """What drops that follow from the refusal are attributed to."""
+        document = self.document
+        line = document.source.line(self.path)
+        return Origin(document.kind, document.namespace, document.name, "refused", document.source.file, line)
 
     def __str__(self) -> str:
-        source = self.document.source
-        place = f"{source.file}:{source.line(self.path)}: " if source.file else ""
-        path = f" {self.path}" if self.path else ""
-        fix = f"; {self.fix}" if self.fix else ""
-        name = f"{self.document.namespace}/{self.document.name}" if self.document.namespace else self.document.name
-        return f"{place}{self.document.kind} {name}{path}: {self.reason}{fix}"
+        return _sentence(self.document, self.path, self.reason, self.fix)
+
+
+def _sentence(document: Document, path: str, what: str, fix: str) -> str:
+    source = document.source
+    place = f"{source.file}:{source.line(path)}: " if source.file else ""
+    name = f"{document.namespace}/{document.name}" if document.namespace else document.name
+    return f"{place}{document.kind} {name}{f' {path}' if path else ''}: {what}{f'; {fix}' if fix else ''}"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -199,13 +270,17 @@ class LayerDefault:
     deny_reason: int = 0
 
 
+ALLOWED: Final = LayerDefault()
+"""A layer without isolation."""
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyMap:
     """The whole answer for one endpoint, direction and address family: a value, equal when the verdicts are."""
 
     entries: Mapping[PolicyKey, PolicyEntry] = field(default_factory=dict, hash=False)
-    network_default: LayerDefault = LayerDefault()
-    mesh_default: LayerDefault = LayerDefault()
+    network_default: LayerDefault = ALLOWED
+    mesh_default: LayerDefault = ALLOWED
 
     def default(self, layer: Layer) -> LayerDefault:
         return self.network_default if layer is Layer.NETWORK else self.mesh_default
@@ -222,6 +297,7 @@ class EndpointPolicy:
 
 
 __all__ = [
-    "ANY", "Direction", "Document", "EndpointPolicy", "Entity", "IpNetwork", "Judge", "Layer", "LayerDefault", "Origin",
-    "PolicyEntry", "PolicyKey", "PolicyMap", "PortMatch", "Refusal", "Source", "Tier", "Verdict",
+    "ALLOWED", "ANY", "Anything", "Direction", "Document", "EndpointPolicy", "Entity", "HttpMatch", "IpNetwork",
+    "Judge", "Layer", "LayerDefault", "NetworkRule", "Notice", "Origin", "PolicyEntry", "PolicyKey", "PolicyMap",
+    "PortMatch", "Refusal", "Severity", "Source", "Tier", "Verdict",
 ]  # fmt: skip

@@ -1,0 +1,198 @@
+"""The mesh's three-valued verdict on one flow, from what a packet shows: DESIGN §2, "Baseline".
+
+Every operator is Kleene's, defined on ``Verdict`` once: AND is min, OR is max, NOT is ``~``. A condition the packet
+cannot answer is NEEDS_L7, which here reads "unknown".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from typing import Final
+
+from meshbridge.identity.model import IpAddress, IpNetwork
+from meshbridge.policy.capture import AppProtocol
+from meshbridge.policy.mesh import (
+    HTTP_ONLY,
+    IDENTITY,
+    Action,
+    Attribute,
+    AuthorizationPolicy,
+    AuthorizationRule,
+    Clause,
+    Condition,
+    EffectiveMtls,
+    MeshSettings,
+    MtlsMode,
+    network_of,
+)
+from meshbridge.policy.model import Origin, Refusal, Verdict
+from meshbridge.policy.precedence import DropReason
+from meshbridge.policy.strings import matches_identity
+
+TRUE, UNKNOWN, FALSE = Verdict.ALLOW, Verdict.NEEDS_L7, Verdict.DENY
+
+
+class Principal(Enum):
+    """What is known of a source's certificate when it is not a name."""
+
+    UNDECIDED = "may present any name or none"
+
+
+UNDECIDED: Final = Principal.UNDECIDED
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What is known before Envoy of a TCP connection to an endpoint.
+
+    ``principal`` is UNDECIDED for the early deny, the peer's own name or None for compensation. ``addresses`` are those
+    of the endpoint that the connection may have come in by.
+    """
+
+    networks: frozenset[IpNetwork]
+    port: int
+    principal: Principal | str | None = UNDECIDED
+    addresses: tuple[IpAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What guards one workload: the policies selecting it, its mTLS modes, and what was refused."""
+
+    policies: tuple[AuthorizationPolicy, ...]
+    mtls: EffectiveMtls
+    refusals: tuple[Refusal, ...]
+    mesh: MeshSettings
+
+    @property
+    def rules(self) -> Iterable[AuthorizationRule]:
+        return (rule for policy in self.policies for rule in policy.rules)
+
+
+@dataclass(frozen=True, slots=True)
+class MeshVerdict:
+    """``origins`` are the rules that decided, or those that leave it open."""
+
+    verdict: Verdict
+    origins: tuple[Origin, ...] = ()
+    deny_reason: int = 0
+
+
+def mesh_verdict(guard: Guard, flow: Flow, protocol: AppProtocol) -> MeshVerdict:
+    """The verdict on a flow; where Envoy sniffs the protocol both forms have to agree to be certain."""
+    if protocol is not AppProtocol.AUTO:
+        return _verdict(guard, flow, protocol)
+    http, tcp = (_verdict(guard, flow, form) for form in (AppProtocol.HTTP, AppProtocol.TCP))
+    if http.verdict is tcp.verdict:
+        return MeshVerdict(http.verdict, _origins(http.origins, tcp.origins), max(http.deny_reason, tcp.deny_reason))
+    return MeshVerdict(UNKNOWN, _origins(http.origins, tcp.origins))
+
+
+def _verdict(guard: Guard, flow: Flow, form: AppProtocol) -> MeshVerdict:
+    open_origins: list[Origin] = []
+    mode, mode_origin = guard.mtls.at(flow.port)
+    if mode is MtlsMode.STRICT and mode_origin is not None:
+        if flow.principal is None:
+            return MeshVerdict(FALSE, (mode_origin,), DropReason.MESH_POLICY_DENY)
+        if flow.principal is UNDECIDED:
+            open_origins.append(mode_origin)
+    denying: list[Origin] = []
+    allowing: list[Origin] = []
+    maybe_allowing: list[Origin] = []
+    allow_policies: list[Origin] = []
+    for policy in guard.policies:
+        if policy.dry_run or policy.action is Action.AUDIT:
+            continue
+        if policy.action is Action.ALLOW:
+            allow_policies.append(policy.origin)
+        for rule in policy.rules:
+            matched = rule_matches(rule, policy.action, partial(_known, flow, form, policy, guard.mesh), form)
+            if policy.action is Action.CUSTOM:
+                open_origins += [rule.origin] if matched is not FALSE else []
+            elif policy.action is Action.DENY and matched is not FALSE:
+                (denying if matched is TRUE else open_origins).append(rule.origin)
+            elif policy.action is Action.ALLOW and matched is not FALSE:
+                (allowing if matched is TRUE else maybe_allowing).append(rule.origin)
+    if denying:
+        return MeshVerdict(FALSE, _origins(denying), DropReason.MESH_POLICY_DENY)
+    refused = [refusal.origin for refusal in guard.refusals]
+    if allow_policies and not allowing:
+        if not maybe_allowing and not refused:
+            return MeshVerdict(FALSE, _origins(allow_policies), DropReason.MESH_POLICY)
+        open_origins += maybe_allowing
+    open_origins += refused
+    if open_origins:
+        return MeshVerdict(UNKNOWN, _origins(open_origins))
+    return MeshVerdict(TRUE, _origins(allowing))
+
+
+def rule_matches(
+    rule: AuthorizationRule, action: Action, known: Callable[[Condition], Verdict], form: AppProtocol
+) -> Verdict:
+    """Whether a rule matches, in three values, by the form Envoy gives it on a TCP or an HTTP filter chain.
+
+    On TCP an ALLOW rule with a condition only HTTP answers is dropped whole; any other action drops the condition.
+    """
+    if (
+        form is AppProtocol.TCP
+        and action is Action.ALLOW
+        and any(condition.attribute in HTTP_ONLY for condition in rule.all_conditions)
+    ):
+        return FALSE
+    clauses = (_any(rule.sources, known), _any(rule.operations, known), _all(rule.conditions, known))
+    return min(clauses)
+
+
+def _any(clauses: tuple[Clause, ...], known: Callable[[Condition], Verdict]) -> Verdict:
+    return max((_all(clause, known) for clause in clauses), default=FALSE)
+
+
+def _all(clause: Clause, known: Callable[[Condition], Verdict]) -> Verdict:
+    return min((known(condition) for condition in clause), default=TRUE)
+
+
+def condition_matches(condition: Condition, value_matches: Callable[[str], Verdict]) -> Verdict:
+    """Some of the values, where any are written, and none of the not-values."""
+    wanted = max((value_matches(value) for value in condition.values), default=FALSE) if condition.values else TRUE
+    unwanted = max((value_matches(value) for value in condition.not_values), default=FALSE)
+    return min(wanted, ~unwanted)
+
+
+def _known(
+    flow: Flow, form: AppProtocol, policy: AuthorizationPolicy, mesh: MeshSettings, condition: Condition
+) -> Verdict:
+    attribute = condition.attribute
+    if attribute in HTTP_ONLY:
+        return TRUE if form is AppProtocol.TCP else UNKNOWN
+    if attribute in IDENTITY:
+        if isinstance(flow.principal, Principal):
+            return UNKNOWN
+        principal = flow.principal
+        return condition_matches(
+            condition, lambda value: _certain(matches_identity(attribute, value, principal, policy.namespace, mesh))
+        )
+    if attribute is Attribute.PORTS:
+        return condition_matches(condition, lambda value: _certain(int(value) == flow.port))
+    if attribute is Attribute.IP_BLOCKS or (attribute is Attribute.REMOTE_IP_BLOCKS and form is AppProtocol.TCP):
+        return condition_matches(condition, lambda value: _certain(network_of(value) in flow.networks))
+    if attribute is Attribute.DESTINATION_IP:
+        return condition_matches(condition, lambda value: _every(network_of(value), flow.addresses))
+    return UNKNOWN
+
+
+def _every(network: IpNetwork, addresses: tuple[IpAddress, ...]) -> Verdict:
+    inside = [address in network for address in addresses]
+    if not inside or any(inside) != all(inside):
+        return UNKNOWN
+    return _certain(inside[0])
+
+
+def _certain(value: bool) -> Verdict:
+    return TRUE if value else FALSE
+
+
+def _origins(*origins: Iterable[Origin]) -> tuple[Origin, ...]:
+    return tuple(sorted({origin for group in origins for origin in group}))

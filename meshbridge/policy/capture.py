@@ -1,0 +1,122 @@
+"""How an endpoint's TCP reaches Envoy: the class of every port, and who judges L7 there.
+
+The values live here because the compiler reads them; ``bypass`` computes them from annotations, istio-init's arguments
+and the rules seen in the pod's namespace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from meshbridge.identity.model import IpFamily
+from meshbridge.policy.model import Judge
+
+LAST_PORT: Final = 65535
+HBONE_PORT: Final = 15008
+ISTIO_PORTS: Final = frozenset({15020, 15021, 15090})
+"""Health and metrics of the sidecar itself; no mesh policy ever guards them."""
+
+
+class PortClass(StrEnum):
+    """DESIGN §2: who judges a TCP flow to a port, and so what the kernel may leave open."""
+
+    CAPTURED = "captured"
+    EXCLUDED = "excluded"
+    UNGUARDED = "unguarded"
+    TUNNEL = "tunnel"
+
+
+class AppProtocol(StrEnum):
+    """What Envoy takes a port for: a declared protocol, or sniffed from the first bytes."""
+
+    AUTO = "auto"
+    HTTP = "http"
+    TCP = "tcp"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PortRange:
+    """``first``..``last`` inclusive and their class."""
+
+    first: int
+    last: int
+    port_class: PortClass
+
+
+@dataclass(frozen=True, slots=True)
+class PortClasses:
+    """A class for every port: adjacent ranges of one class are one range, so equal answers are equal values."""
+
+    ranges: tuple[PortRange, ...]
+
+    @classmethod
+    def of(cls, default: PortClass, exceptions: Mapping[int, PortClass] | None = None) -> PortClasses:
+        """``default`` everywhere but on the ports of ``exceptions``."""
+        cuts: list[PortRange] = []
+        start = 0
+        for port, port_class in sorted((exceptions or {}).items()):
+            if start < port:
+                cuts.append(PortRange(start, port - 1, default))
+            cuts.append(PortRange(port, port, port_class))
+            start = port + 1
+        if start <= LAST_PORT:
+            cuts.append(PortRange(start, LAST_PORT, default))
+        return cls(tuple(_joined(cuts)))
+
+    def at(self, port: int) -> PortClass:
+        """The class of one port."""
+        return next(r.port_class for r in self.ranges if r.first <= port <= r.last)
+
+    def every(self, port_class: PortClass) -> bool:
+        return all(r.port_class is port_class for r in self.ranges)
+
+
+def _joined(ranges: Iterable[PortRange]) -> Iterator[PortRange]:
+    pending: PortRange | None = None
+    for current in ranges:
+        if pending is not None and pending.port_class is current.port_class:
+            pending = PortRange(pending.first, current.last, current.port_class)
+            continue
+        if pending is not None:
+            yield pending
+        pending = current
+    if pending is not None:
+        yield pending
+
+
+UNGUARDED: Final = PortClasses.of(PortClass.UNGUARDED)
+SIDECAR: Final = PortClasses.of(
+    PortClass.CAPTURED, {HBONE_PORT: PortClass.TUNNEL, **dict.fromkeys(ISTIO_PORTS, PortClass.UNGUARDED)}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """The inbound side of one endpoint.
+
+    ``inbound`` holds the class of each TCP port by address family, ``judges`` who answers a NEEDS_L7 on captured ports,
+    ``protocols`` what Envoy takes a port for where a Service says it.
+    """
+
+    inbound: Mapping[IpFamily, PortClasses] = field(
+        default_factory=lambda: dict.fromkeys(IpFamily, UNGUARDED), hash=False
+    )
+    judges: frozenset[Judge] = frozenset()
+    protocols: Mapping[int, AppProtocol] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def none(cls) -> Capture:
+        """No sidecar: nobody judges L7, and no mesh policy is guarded."""
+        return cls()
+
+    @classmethod
+    def sidecar(
+        cls,
+        judges: frozenset[Judge] = frozenset({Judge.ENVOY}),
+        protocols: Mapping[int, AppProtocol] | None = None,
+    ) -> Capture:
+        """A sidecar that captures everything Istio captures by default, in both families."""
+        return cls(dict.fromkeys(IpFamily, SIDECAR), judges, dict(protocols or {}))

@@ -1,0 +1,220 @@
+"""The one compiler: policies × identities → what the kernel looks up, for one endpoint.
+
+The kernel's maps, ``evaluate``, ``explain`` and the exports all read its output. It is a function of its arguments; the
+``Compiler`` only keeps what two endpoints share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from meshbridge.identity.model import ContainerPort, IpFamily, Peer, Workload
+from meshbridge.policy.capture import Capture, PortClass, PortClasses
+from meshbridge.policy.lowering import MeshCompiler, MeshLayer
+from meshbridge.policy.model import (
+    Anything,
+    Direction,
+    EndpointPolicy,
+    Judge,
+    Layer,
+    LayerDefault,
+    NetworkRule,
+    Origin,
+    PolicyEntry,
+    PolicyKey,
+    PolicyMap,
+    PortMatch,
+    Verdict,
+)
+from meshbridge.policy.parse.ports import PROTOCOLS
+from meshbridge.policy.peers import PeerIndex
+from meshbridge.policy.policyset import PolicySet
+from meshbridge.policy.ports import PREFIX_ANY, range_prefixes
+from meshbridge.policy.precedence import ANYONE, DropReason, Strength, precedence
+
+_Spot = tuple[int, int, int, int]
+"""identity, protocol, port, prefix: a PolicyKey of the layer at hand, cheap to build and to compare."""
+
+
+def compile_endpoint(
+    workload: Workload,
+    policies: PolicySet,
+    identities: Mapping[int, Peer],
+    capture: Capture,
+) -> EndpointPolicy:
+    """Compile the policies that select one endpoint.
+
+    A direction with any selecting network rule is isolated: what no entry allows is dropped. Deny beats allow in its
+    tier, and the order of rules and objects never matters.
+    """
+    return Compiler(identities).endpoint(workload, policies, capture)
+
+
+class Compiler:
+    """Compiles endpoints against one set of identities; endpoints with equal policies get the same map object."""
+
+    def __init__(self, identities: Mapping[int, Peer]) -> None:
+        self.index = PeerIndex(identities)
+        self._network: dict[object, _NetworkLayer] = {}
+        self._maps: dict[object, PolicyMap] = {}
+        self._mesh = MeshCompiler(self.index)
+
+    def endpoint(self, workload: Workload, policies: PolicySet, capture: Capture) -> EndpointPolicy:
+        """The maps of one endpoint, for each direction and address family."""
+        selected = policies.selecting(workload)
+        maps: dict[tuple[Direction, IpFamily], PolicyMap] = {}
+        for direction in Direction:
+            rules = tuple(rule for rule in selected.network if rule.direction is direction)
+            for family in IpFamily:
+                classes = capture.inbound[family]
+                network = self._network_layer(rules, workload.ports, capture.judges, classes, direction)
+                mesh = MeshLayer.EMPTY
+                if direction is Direction.INGRESS:
+                    mesh = self._mesh.ingress(workload, selected, capture, family)
+                maps[direction, family] = self._map(network, mesh)
+        return EndpointPolicy(maps)
+
+    def _network_layer(
+        self,
+        rules: tuple[NetworkRule, ...],
+        ports: tuple[ContainerPort, ...],
+        judges: frozenset[Judge],
+        classes: PortClasses,
+        direction: Direction,
+    ) -> _NetworkLayer:
+        named = any(not isinstance(rule.ports, Anything) and any(p.name for p in rule.ports) for rule in rules)
+        needs_l7 = any(rule.http for rule in rules)
+        key = (
+            rules,
+            direction,
+            ports if named and direction is Direction.INGRESS else None,
+            (judges, classes) if needs_l7 else None,
+        )
+        layer = self._network.get(key)
+        if layer is None:
+            judged = classes if Judge.EXT_AUTHZ in judges and direction is Direction.INGRESS else None
+            layer = self._network[key] = _compile_network(rules, self.index, ports, direction, judged)
+        return layer
+
+    def _map(self, network: _NetworkLayer, mesh: MeshLayer) -> PolicyMap:
+        key = (id(network), id(mesh))
+        found = self._maps.get(key)
+        if found is None:
+            entries = {**network.entries, **mesh.entries} if mesh.entries else network.entries
+            found = self._maps[key] = PolicyMap(entries, network.default, mesh.default)
+        return found
+
+
+class _NetworkLayer:
+    """Entries and default of the network family for one direction; held by the Compiler, so that its id is a key."""
+
+    __slots__ = ("default", "entries")
+
+    def __init__(self, entries: Mapping[PolicyKey, PolicyEntry], default: LayerDefault) -> None:
+        self.entries, self.default = entries, default
+
+
+def _compile_network(
+    rules: Iterable[NetworkRule],
+    index: PeerIndex,
+    ports: tuple[ContainerPort, ...],
+    direction: Direction,
+    judged: PortClasses | None,
+) -> _NetworkLayer:
+    isolating: set[Origin] = set()
+    best: dict[_Spot, tuple[int, set[Origin]]] = {}
+    for rule in rules:
+        if rule.default_deny:
+            isolating.add(rule.origin)
+        for numbers, spots in _spots(rule, index, ports, direction):
+            for protocol, port, prefix in spots:
+                rank = precedence(rule.tier, rule.priority, _strength(rule, port, prefix, judged))
+                for number in numbers:
+                    spot = (number, protocol, port, prefix)
+                    held = best.get(spot)
+                    if held is None or held[0] < rank:
+                        best[spot] = (rank, {rule.origin})
+                    elif held[0] == rank:
+                        held[1].add(rule.origin)
+    shared: dict[tuple[int, frozenset[Origin]], PolicyEntry] = {}
+    entries = {}
+    for (number, protocol, port, prefix), (rank, origins) in sorted(best.items()):
+        signature = (rank, frozenset(origins))
+        entry = shared.get(signature)
+        if entry is None:
+            entry = shared[signature] = _entry(rank, tuple(sorted(origins)))
+        entries[PolicyKey(number, Layer.NETWORK, protocol, port, prefix)] = entry
+    if not isolating:
+        return _NetworkLayer(entries, LayerDefault())
+    return _NetworkLayer(entries, LayerDefault(Verdict.DENY, tuple(sorted(isolating)), DropReason.POLICY))
+
+
+def _strength(rule: NetworkRule, port: int, prefix: int, judged: PortClasses | None) -> Strength:
+    if rule.verdict is Verdict.DENY:
+        return Strength.DENY
+    if not rule.http:
+        return Strength.ALLOW
+    last = port if prefix > 16 else port | (0xFFFF >> prefix)
+    if judged is not None and all(
+        part.port_class is PortClass.CAPTURED for part in judged.ranges if part.first <= last and port <= part.last
+    ):
+        return Strength.NEEDS_L7
+    return Strength.UNJUDGED
+
+
+def _entry(rank: int, origins: tuple[Origin, ...]) -> PolicyEntry:
+    match Strength(rank & 0xFF):
+        case Strength.DENY:
+            return PolicyEntry(Verdict.DENY, rank, origins, DropReason.POLICY_DENY)
+        case Strength.ALLOW:
+            return PolicyEntry(Verdict.ALLOW, rank, origins)
+        case Strength.NEEDS_L7:
+            return PolicyEntry(Verdict.NEEDS_L7, rank, origins, judge=Judge.EXT_AUTHZ)
+        case Strength.UNJUDGED:
+            return PolicyEntry(Verdict.DENY, rank, origins, DropReason.NO_L7_JUDGE)
+
+
+_Spots = list[tuple[int, int, int]]
+
+
+def _spots(
+    rule: NetworkRule, index: PeerIndex, ports: tuple[ContainerPort, ...], direction: Direction
+) -> list[tuple[list[int], _Spots]]:
+    """(identity numbers, (protocol, port, prefix)s) that the rule covers; each number with every one of its spots."""
+    if isinstance(rule.peers, Anything):
+        numbers, everybody = [ANYONE], True
+    else:
+        mask = 0
+        for selector in rule.peers:
+            mask |= index.matching(selector)
+        numbers, everybody = index.numbers(mask), False
+    if not numbers:
+        return []
+    if isinstance(rule.ports, Anything):
+        return [(numbers, [(0, 0, PREFIX_ANY)])]
+    numbered = [match for match in rule.ports if not match.name]
+    names = [match for match in rule.ports if match.name]
+    found = [(numbers, _numbered_spots(numbered))] if numbered else []
+    if names and direction is Direction.INGRESS:
+        found.append((numbers, _named_spots(names, ports)))
+    elif names:
+        for number, peer in index.identities.items() if everybody else ((n, index.identities[n]) for n in numbers):
+            if spots := _named_spots(names, peer.ports):
+                found.append(([number], spots))
+    return found
+
+
+def _numbered_spots(matches: Iterable[PortMatch]) -> _Spots:
+    return [
+        (match.protocol, port, prefix) for match in matches for port, prefix in range_prefixes(match.first, match.last)
+    ]
+
+
+def _named_spots(names: Iterable[PortMatch], ports: Iterable[ContainerPort]) -> _Spots:
+    """A name stands for the container ports of that name and protocol; without any it matches nothing."""
+    return [
+        (name.protocol, port.port, 16)
+        for name in names
+        for port in ports
+        if port.name == name.name and PROTOCOLS.get(port.protocol) == name.protocol
+    ]

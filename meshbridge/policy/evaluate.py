@@ -1,0 +1,92 @@
+"""The kernel's lookup in Python: one packet against a compiled map, with exactly the kernel's precedence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshbridge.policy.model import Judge, Layer, Origin, PolicyEntry, PolicyKey, PolicyMap, Verdict
+from meshbridge.policy.ports import PREFIX_ANY, PREFIX_PORT, masked
+from meshbridge.policy.precedence import ANYONE, DropReason
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDecision:
+    """What one layer says. ``key`` None: no entry matched and the layer's default decided."""
+
+    layer: Layer
+    verdict: Verdict
+    origins: tuple[Origin, ...]
+    deny_reason: int = 0
+    judge: Judge | None = None
+    key: PolicyKey | None = None
+    localhost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The verdict on a new flow: the stricter of both layers, and what each of them said."""
+
+    network: LayerDecision
+    mesh: LayerDecision
+
+    @property
+    def verdict(self) -> Verdict:
+        return min(self.network.verdict, self.mesh.verdict)
+
+    @property
+    def deciding(self) -> LayerDecision:
+        """The layer whose verdict holds; the network's when both say the same."""
+        return self.mesh if self.mesh.verdict < self.network.verdict else self.network
+
+    @property
+    def deny_reason(self) -> int:
+        """``enum drop_reason`` of a drop, 0 of a pass."""
+        return self.deciding.deny_reason if self.verdict is Verdict.DENY else 0
+
+    @property
+    def passes(self) -> bool:
+        """Whether the kernel lets the packet through; NEEDS_L7 is only ever compiled where somebody judges L7."""
+        return self.verdict is not Verdict.DENY
+
+
+def evaluate(policy_map: PolicyMap, identity: int, protocol: int, port: int, *, localhost: bool = False) -> Decision:
+    """Decide a new flow from or to a peer.
+
+    Args:
+        identity: The peer's number.
+        protocol: IPPROTO_*.
+        port: The destination port at the pod; the type of an ICMP message.
+        localhost: The packet comes from a process of the pod's own node: where no network entry matches it passes.
+    """
+    return Decision(
+        _layer(policy_map, Layer.NETWORK, identity, protocol, port, localhost=localhost),
+        _layer(policy_map, Layer.MESH, identity, protocol, port, localhost=False),
+    )
+
+
+def _layer(
+    policy_map: PolicyMap, layer: Layer, identity: int, protocol: int, port: int, *, localhost: bool
+) -> LayerDecision:
+    best: tuple[int, int, int] | None = None
+    found: tuple[PolicyKey, PolicyEntry] | None = None
+    for peer in dict.fromkeys((identity, ANYONE)):
+        for prefix in range(PREFIX_ANY + 1):
+            if prefix == PREFIX_ANY:
+                key = PolicyKey(peer, layer, 0, 0, PREFIX_ANY)
+            else:
+                key = PolicyKey(peer, layer, protocol, masked(port, prefix), prefix)
+            entry = policy_map.entries.get(key)
+            if entry is None:
+                continue
+            longer = -1 if prefix == PREFIX_ANY else min(prefix, PREFIX_PORT)
+            rank = (entry.precedence, longer, 1 if peer != ANYONE else 0)
+            if best is None or rank > best:
+                best, found = rank, (key, entry)
+    if found is not None:
+        key, entry = found
+        return LayerDecision(layer, entry.verdict, entry.origins, entry.deny_reason, entry.judge, key)
+    default = policy_map.default(layer)
+    if localhost and default.verdict is Verdict.DENY:
+        return LayerDecision(layer, Verdict.ALLOW, (), localhost=True)
+    reason = default.deny_reason or int(DropReason.POLICY if layer is Layer.NETWORK else DropReason.MESH_POLICY)
+    return LayerDecision(layer, default.verdict, default.origins, reason if default.verdict is Verdict.DENY else 0)

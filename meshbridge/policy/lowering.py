@@ -1,0 +1,265 @@
+"""The mesh's verdict into kernel entries, in two directions that must never be mixed up (ISTIO.md §0).
+
+On a captured port Envoy judges again, so what is uncertain passes; on an excluded port nobody does, so it is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, Workload
+from meshbridge.policy.baseline import UNDECIDED, Flow, Guard, MeshVerdict, Principal, mesh_verdict
+from meshbridge.policy.capture import LAST_PORT, AppProtocol, Capture, PortClass, PortClasses
+from meshbridge.policy.mesh import Attribute, effective_mtls, network_of
+from meshbridge.policy.model import ALLOWED, Judge, Layer, LayerDefault, Origin, PolicyEntry, PolicyKey, Verdict
+from meshbridge.policy.parse.ports import PROTOCOLS
+from meshbridge.policy.peers import PeerIndex
+from meshbridge.policy.policyset import PolicySet
+from meshbridge.policy.ports import range_prefixes
+from meshbridge.policy.precedence import ANYONE, DropReason, MeshRank
+
+_TCP = PROTOCOLS["TCP"]
+_WITH_OWN_PRINCIPAL = frozenset(
+    {ProxyClass.SIDECAR, ProxyClass.AMBIENT, ProxyClass.PROXYLESS, ProxyClass.GATEWAY, ProxyClass.WAYPOINT}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the kernel does with a flow in the mesh layer."""
+
+    verdict: Verdict = Verdict.ALLOW
+    origins: tuple[Origin, ...] = ()
+    deny_reason: int = 0
+    judge: Judge | None = None
+
+
+PASS = Outcome()
+"""No mesh policy has a say."""
+
+
+def lower_captured(baseline: MeshVerdict, judges: frozenset[Judge]) -> Outcome:
+    """Only a certain DENY drops; what is uncertain passes to Envoy, unless nobody is there to judge it."""
+    match baseline.verdict:
+        case Verdict.DENY:
+            return Outcome(Verdict.DENY, baseline.origins, baseline.deny_reason)
+        case Verdict.NEEDS_L7 if Judge.ENVOY in judges:
+            return Outcome(Verdict.NEEDS_L7, baseline.origins, 0, Judge.ENVOY)
+        case Verdict.NEEDS_L7:
+            return Outcome(Verdict.DENY, baseline.origins, DropReason.NO_L7_JUDGE)
+        case Verdict.ALLOW:
+            return Outcome(Verdict.ALLOW, baseline.origins)
+
+
+def lower_excluded(baseline: MeshVerdict) -> Outcome:
+    """Only a certain ALLOW passes: nobody judges this flow again."""
+    if baseline.verdict is Verdict.ALLOW:
+        return Outcome(Verdict.ALLOW, baseline.origins)
+    return Outcome(Verdict.DENY, baseline.origins, DropReason.COMPENSATION)
+
+
+def own_principal(peer: Peer) -> str | None:
+    """The one name a peer can have where only its address speaks for it (DESIGN §2, "Principals")."""
+    if not peer.is_pod or peer.masqueraded or peer.proxy not in _WITH_OWN_PRINCIPAL:
+        return None
+    return f"spiffe://{peer.trust_domain}/ns/{peer.namespace}/sa/{peer.service_account}"
+
+
+@dataclass(frozen=True, slots=True)
+class MeshLayer:
+    """The mesh family's share of a policy map."""
+
+    EMPTY: ClassVar[Self]
+
+    entries: Mapping[PolicyKey, PolicyEntry] = field(default_factory=dict, hash=False)
+    default: LayerDefault = ALLOWED
+
+
+MeshLayer.EMPTY = MeshLayer()
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Ports that no condition tells apart."""
+
+    first: int
+    last: int
+    port_class: PortClass
+    protocol: AppProtocol
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first + 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """All that a mesh policy can ask of a source; sources equal in it share their verdicts."""
+
+    networks: frozenset[IpNetwork] = frozenset()
+    principal: Principal | str | None = UNDECIDED
+    own_node: bool = False
+
+
+class MeshCompiler:
+    """Compiles the mesh layer against one set of identities; equal guards and captures share one value."""
+
+    def __init__(self, index: PeerIndex) -> None:
+        self._index = index
+        self._layers: dict[object, MeshLayer] = {}
+
+    def ingress(self, workload: Workload, selected: PolicySet, capture: Capture, family: IpFamily) -> MeshLayer:
+        """The layer for flows to ``workload``; ``selected`` are the policies that select it."""
+        classes = capture.inbound[family]
+        if not any(part.port_class in (PortClass.CAPTURED, PortClass.EXCLUDED) for part in classes.ranges):
+            return MeshLayer.EMPTY
+        guard = guard_of(workload, selected)
+        addresses = tuple(sorted((a for a in workload.addresses if IpFamily.of(a) is family), key=int))
+        asks_address = any(
+            condition.attribute is Attribute.DESTINATION_IP for rule in guard.rules for condition in rule.all_conditions
+        )
+        key = (
+            guard.policies,
+            guard.mtls.mode,
+            guard.mtls.origin,
+            tuple(sorted(guard.mtls.ports.items())),
+            tuple(refusal.origin for refusal in guard.refusals),
+            guard.mesh,
+            classes,
+            capture.judges,
+            tuple(sorted(capture.protocols.items())),
+            addresses if asks_address else (),
+            tuple(workload.probe_ports),
+        )
+        layer = self._layers.get(key)
+        if layer is None:
+            layer = self._layers[key] = self._compile(workload, guard, capture, classes, addresses)
+        return layer
+
+    def _compile(
+        self, workload: Workload, guard: Guard, capture: Capture, classes: PortClasses, addresses: tuple[IpAddress, ...]
+    ) -> MeshLayer:
+        probes = _probe_ports(workload)
+        segments = _segments(guard, classes, capture.protocols, probes)
+        relevant = frozenset(
+            network_of(value)
+            for rule in guard.rules
+            for condition in rule.all_conditions
+            if condition.attribute in (Attribute.IP_BLOCKS, Attribute.REMOTE_IP_BLOCKS)
+            for value in (*condition.values, *condition.not_values)
+        )
+        compensates = any(segment.port_class is PortClass.EXCLUDED for segment in segments)
+
+        def outcomes(source: _Source) -> tuple[Outcome, ...]:
+            return tuple(_outcome(guard, capture.judges, segment, source, addresses, probes) for segment in segments)
+
+        unknown = _Source(principal=None if compensates else UNDECIDED)
+        by_source: dict[_Source, list[int]] = {}
+        for number, peer in self._index.identities.items():
+            networks = peer.networks & relevant
+            source = _Source(networks)
+            if compensates:
+                source = _Source(networks, own_principal(peer), Entity.HOST in peer.entities and not peer.masqueraded)
+            by_source.setdefault(source, []).append(number)
+        everyone = outcomes(unknown)
+        entries: dict[PolicyKey, PolicyEntry] = {}
+        if any(outcome != PASS for outcome in everyone):
+            _emit(entries, [ANYONE], segments, everyone, MeshRank.EVERYWHERE, MeshRank.SOME_PORTS)
+        for source, numbers in by_source.items():
+            specific = outcomes(source)
+            if specific != everyone:
+                _emit(entries, numbers, segments, specific, MeshRank.PEER, MeshRank.PEER_SOME_PORTS)
+        return MeshLayer(dict(sorted(entries.items()))) if entries else MeshLayer.EMPTY
+
+
+def guard_of(workload: Workload, selected: PolicySet) -> Guard:
+    """What the mesh's policies among ``selected`` mean for one workload."""
+    peer = workload.peer()
+    return Guard(
+        selected.authorization,
+        effective_mtls(selected.peer_authentication, peer, selected.mesh),
+        tuple(refusal for refusal in selected.refusals if refusal.layer is Layer.MESH),
+        selected.mesh,
+    )
+
+
+def _outcome(
+    guard: Guard,
+    judges: frozenset[Judge],
+    segment: _Segment,
+    source: _Source,
+    addresses: tuple[IpAddress, ...],
+    probes: frozenset[int],
+) -> Outcome:
+    match segment.port_class:
+        case PortClass.CAPTURED:
+            flow = Flow(source.networks, segment.first, UNDECIDED, addresses)
+            return lower_captured(mesh_verdict(guard, flow, segment.protocol), judges)
+        case PortClass.EXCLUDED:
+            if source.own_node and segment.first in probes:
+                return PASS
+            principal = source.principal
+            flow = Flow(source.networks, segment.first, principal, addresses)
+            return lower_excluded(mesh_verdict(guard, flow, segment.protocol))
+        case _:
+            return PASS
+
+
+def _probe_ports(workload: Workload) -> frozenset[int]:
+    named = {port.name: port.port for port in workload.ports if port.name}
+    numbers = (named.get(port) if isinstance(port, str) else port for port in workload.probe_ports)
+    return frozenset(number for number in numbers if number is not None)
+
+
+def _segments(
+    guard: Guard, classes: PortClasses, protocols: Mapping[int, AppProtocol], probes: frozenset[int]
+) -> list[_Segment]:
+    single = set(protocols) | set(guard.mtls.ports) | probes
+    for rule in guard.rules:
+        for condition in rule.all_conditions:
+            if condition.attribute is Attribute.PORTS:
+                single.update(int(value) for value in (*condition.values, *condition.not_values))
+    starts = {port for first in single for port in (first, first + 1)} | {part.first for part in classes.ranges}
+    ordered = sorted(start for start in starts if 0 <= start <= LAST_PORT)
+    found = []
+    for first, following in zip(ordered, [*ordered[1:], LAST_PORT + 1], strict=True):
+        found.append(_Segment(first, following - 1, classes.at(first), protocols.get(first, AppProtocol.AUTO)))
+    return found
+
+
+def _emit(
+    entries: dict[PolicyKey, PolicyEntry],
+    numbers: Sequence[int],
+    segments: Sequence[_Segment],
+    outcomes: Sequence[Outcome],
+    everywhere: MeshRank,
+    some_ports: MeshRank,
+) -> None:
+    """Write the outcome that covers most ports once, and the others over it."""
+    sizes: dict[Outcome, int] = {}
+    for segment, outcome in zip(segments, outcomes, strict=True):
+        sizes[outcome] = sizes.get(outcome, 0) + segment.size
+    base = max(sizes, key=lambda outcome: sizes[outcome])
+    made = {outcome: _entry(outcome, everywhere if outcome == base else some_ports) for outcome in sizes}
+    for number in numbers:
+        entries[PolicyKey(number, Layer.MESH, _TCP, 0, 0)] = made[base]
+        for first, last, outcome in _runs(segments, outcomes):
+            if outcome != base:
+                for port, prefix in range_prefixes(first, last):
+                    entries[PolicyKey(number, Layer.MESH, _TCP, port, prefix)] = made[outcome]
+
+
+def _runs(segments: Sequence[_Segment], outcomes: Sequence[Outcome]) -> list[tuple[int, int, Outcome]]:
+    runs: list[tuple[int, int, Outcome]] = []
+    for segment, outcome in zip(segments, outcomes, strict=True):
+        if runs and runs[-1][2] == outcome:
+            runs[-1] = (runs[-1][0], segment.last, outcome)
+        else:
+            runs.append((segment.first, segment.last, outcome))
+    return runs
+
+
+def _entry(outcome: Outcome, rank: MeshRank) -> PolicyEntry:
+    return PolicyEntry(outcome.verdict, rank, outcome.origins, outcome.deny_reason, outcome.judge)

@@ -1,0 +1,257 @@
+"""The mesh's policies as values: AuthorizationPolicy, PeerAuthentication, RequestAuthentication.
+
+A rule is kept as it was written, a formula over conditions. Two readers evaluate it: the kernel's compiler in three
+values on what a packet shows (``lowering.py``), the ext_authz server in two on the whole request (``l7.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import lru_cache
+from ipaddress import ip_network
+from typing import Any, Final
+
+from meshbridge.identity.model import DEFAULT_CLUSTER, DEFAULT_TRUST_DOMAIN, IpNetwork, Peer
+from meshbridge.policy.model import Origin
+from meshbridge.policy.selectors import EVERYBODY, Selector, in_namespace
+
+GATEWAY_LABEL = "gateway.networking.k8s.io/gateway-name"
+
+
+@dataclass(frozen=True, slots=True)
+class MeshSettings:
+    """What the mesh's own configuration says; the same for every workload."""
+
+    root_namespace: str = "istio-system"
+    trust_domain: str = DEFAULT_TRUST_DOMAIN
+    trust_domain_aliases: tuple[str, ...] = ()
+    cluster: str = DEFAULT_CLUSTER
+
+
+DEFAULT_MESH: Final = MeshSettings()
+"""Istio's defaults."""
+
+
+class Action(StrEnum):
+    ALLOW = "ALLOW"
+    DENY = "DENY"
+    AUDIT = "AUDIT"
+    CUSTOM = "CUSTOM"
+
+
+class Attribute(StrEnum):
+    """What a condition asks about; the names are Istio's."""
+
+    PRINCIPALS = "source.principal"
+    NAMESPACES = "source.namespace"
+    SERVICE_ACCOUNTS = "source.serviceAccount"
+    TRUST_DOMAINS = "source.trustDomain"
+    IP_BLOCKS = "source.ip"
+    REMOTE_IP_BLOCKS = "remote.ip"
+    REQUEST_PRINCIPALS = "request.auth.principal"
+    AUDIENCES = "request.auth.audiences"
+    PRESENTER = "request.auth.presenter"
+    CLAIM = "request.auth.claims"
+    HEADER = "request.headers"
+    METHODS = "methods"
+    HOSTS = "hosts"
+    PATHS = "paths"
+    PORTS = "destination.port"
+    DESTINATION_IP = "destination.ip"
+    SNI = "connection.sni"
+
+
+IDENTITY = frozenset({Attribute.PRINCIPALS, Attribute.NAMESPACES, Attribute.SERVICE_ACCOUNTS, Attribute.TRUST_DOMAINS})
+"""What only a verified certificate answers."""
+
+HTTP_ONLY = frozenset(
+    {
+        Attribute.REQUEST_PRINCIPALS,
+        Attribute.AUDIENCES,
+        Attribute.PRESENTER,
+        Attribute.CLAIM,
+        Attribute.HEADER,
+        Attribute.METHODS,
+        Attribute.HOSTS,
+        Attribute.PATHS,
+    }
+)
+"""What a TCP connection does not have. On a TCP filter chain an ALLOW rule with one of these is dropped, a DENY rule
+loses the condition and gets wider (ISTIO.md §a, "HTTP-only on TCP")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One attribute: some of ``values`` (none written: any) and none of ``not_values``.
+
+    ``key`` is the header's name or the claim's path; several names of a nested claim follow each other.
+    """
+
+    attribute: Attribute
+    values: tuple[str, ...] = ()
+    not_values: tuple[str, ...] = ()
+    key: tuple[str, ...] = ()
+
+
+@lru_cache(maxsize=4096)
+def network_of(value: str) -> IpNetwork:
+    """The CIDR in a condition's value, which the parser has already checked."""
+    return ip_network(value)
+
+
+Clause = tuple[Condition, ...]
+"""Conditions that must all hold; an empty clause always does."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorizationRule:
+    """Matches when one clause of ``sources``, one of ``operations`` and all of ``conditions`` do.
+
+    ``from`` or ``to`` that was not written is one empty clause.
+    """
+
+    origin: Origin
+    sources: tuple[Clause, ...] = ((),)
+    operations: tuple[Clause, ...] = ((),)
+    conditions: Clause = ()
+
+    @property
+    def all_conditions(self) -> tuple[Condition, ...]:
+        """Every condition in it, wherever it stands."""
+        clauses = (*self.sources, *self.operations, self.conditions)
+        return tuple(condition for clause in clauses for condition in clause)
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorizationPolicy:
+    """``selector`` has no namespace in it: whether it reaches beyond its own depends on the root namespace."""
+
+    namespace: str
+    name: str
+    action: Action
+    rules: tuple[AuthorizationRule, ...]
+    origin: Origin
+    selector: Selector = EVERYBODY
+    provider: str = ""
+    dry_run: bool = False
+
+
+class MtlsMode(StrEnum):
+    UNSET = "UNSET"
+    DISABLE = "DISABLE"
+    PERMISSIVE = "PERMISSIVE"
+    STRICT = "STRICT"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAuthentication:
+    """``selector`` None: it concerns the namespace, or the mesh when it stands in the root namespace."""
+
+    namespace: str
+    name: str
+    mode: MtlsMode
+    origin: Origin
+    selector: Selector | None = None
+    port_modes: Mapping[int, MtlsMode] = field(default_factory=dict, hash=False)
+    created: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JwtLocation:
+    """Where a token is looked for: a header with a prefix to cut off, a query parameter, or a cookie."""
+
+    header: str = ""
+    prefix: str = ""
+    parameter: str = ""
+    cookie: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JwtRule:
+    """Tokens of one issuer. ``jwks`` is the key set as JSON text; with ``jwks_uri`` somebody else has to fetch it.
+
+    No ``locations`` means ``authorization: Bearer`` and the query parameter ``access_token``.
+    """
+
+    issuer: str
+    origin: Origin
+    jwks: str = ""
+    jwks_uri: str = ""
+    audiences: tuple[str, ...] = ()
+    locations: tuple[JwtLocation, ...] = ()
+    output_payload_to_header: str = ""
+    output_claims_to_headers: tuple[tuple[str, str], ...] = ()
+    forward_original_token: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAuthentication:
+    """Valid tokens tell who asks, an invalid one refuses the request, none at all refuses nothing."""
+
+    namespace: str
+    name: str
+    rules: tuple[JwtRule, ...]
+    origin: Origin
+    selector: Selector = EVERYBODY
+
+
+def selects(policy: AuthorizationPolicy | RequestAuthentication, peer: Peer, mesh: MeshSettings) -> bool:
+    """Whether a sidecar's workload is selected: own namespace, or any when the policy is in the root namespace.
+
+    Spec: ISTIO.md §a, "Selection".
+    """
+    if policy.namespace not in (mesh.root_namespace, peer.namespace):
+        return False
+    return policy.selector.matches(peer)
+
+
+def effective_mtls(policies: tuple[PeerAuthentication, ...], peer: Peer, mesh: MeshSettings) -> EffectiveMtls:
+    """The mode of each port: workload over namespace over mesh; the oldest wins in a scope; UNSET inherits.
+
+    Spec: ISTIO.md §b.
+    """
+    mode, origin = MtlsMode.PERMISSIVE, None
+    ports: dict[int, tuple[MtlsMode, Origin]] = {}
+    ordered = sorted(policies, key=lambda policy: (policy.created or "9", policy.namespace, policy.name))
+    scopes = (
+        [p for p in ordered if p.selector is None and p.namespace == mesh.root_namespace],
+        [p for p in ordered if p.selector is None and p.namespace == peer.namespace != mesh.root_namespace],
+        [
+            p
+            for p in ordered
+            if p.selector is not None
+            and p.namespace == peer.namespace != mesh.root_namespace
+            and Selector.of([*p.selector.requirements, in_namespace(p.namespace)]).matches(peer)
+        ],
+    )
+    for scope in scopes:
+        if not scope:
+            continue
+        oldest = scope[0]
+        if oldest.mode is not MtlsMode.UNSET:
+            mode, origin = oldest.mode, oldest.origin
+        ports = {
+            port: (port_mode, oldest.origin)
+            for port, port_mode in oldest.port_modes.items()
+            if port_mode is not MtlsMode.UNSET and oldest.selector is not None
+        }
+    return EffectiveMtls(mode, origin, ports)
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveMtls:
+    """What a workload's inbound listener demands; ``ports`` are the exceptions to ``mode``."""
+
+    mode: MtlsMode = MtlsMode.PERMISSIVE
+    origin: Origin | None = None
+    ports: Mapping[int, tuple[MtlsMode, Origin]] = field(default_factory=dict, hash=False)
+
+    def at(self, port: int) -> tuple[MtlsMode, Origin | None]:
+        """The mode of one workload port, and the policy that set it; None when it is the default."""
+        return self.ports.get(port, (self.mode, self.origin))
+
+
+Claims = Mapping[str, Any]
+"""The payload of a verified token."""

@@ -1,0 +1,94 @@
+"""What parsing one object yields, and what follows from an object that could not be parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from meshbridge.identity.model import Workload
+from meshbridge.policy.mesh import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
+from meshbridge.policy.model import (
+    ANY,
+    Direction,
+    Document,
+    Layer,
+    NetworkRule,
+    Notice,
+    Origin,
+    Refusal,
+    Severity,
+    Verdict,
+)
+from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount
+from meshbridge.policy.parse.reader import Invalid
+from meshbridge.policy.selectors import Selector
+
+ClusterObject = Workload | Namespace | Node | Service | ServiceAccount
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """Everything one document says. ``refusals`` not empty: it is not in force as written, only as refused."""
+
+    document: Document
+    network: tuple[NetworkRule, ...] = ()
+    authorization: tuple[AuthorizationPolicy, ...] = ()
+    peer_authentication: tuple[PeerAuthentication, ...] = ()
+    request_authentication: tuple[RequestAuthentication, ...] = ()
+    objects: tuple[ClusterObject, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    notices: tuple[Notice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What a refused network object may concern: whom it selects, in which directions, and where it may deny."""
+
+    selector: Selector
+    directions: frozenset[Direction]
+    denies: frozenset[Direction] = frozenset()
+
+
+def refused_network(document: Document, error: Invalid, reaches: Iterable[Reach]) -> Parsed:
+    """A refused network object isolates what it selects; where it may deny somebody it denies everybody.
+
+    Isolation alone would loosen a deny rule: another policy's allow would win where the deny should have.
+    """
+    reaches = tuple(reaches)
+    refusal = Refusal(
+        document,
+        error.reason,
+        error.path,
+        error.fix,
+        Layer.NETWORK,
+        tuple(reach.selector for reach in reaches),
+        frozenset(direction for reach in reaches for direction in reach.directions),
+    )
+    rules = []
+    for reach in reaches:
+        for direction in sorted(reach.directions):
+            denies = direction in reach.denies
+            verdict, peers = (Verdict.DENY, ANY) if denies else (Verdict.ALLOW, ())
+            rules.append(NetworkRule(reach.selector, direction, verdict, peers, ANY, refusal.origin))
+    return Parsed(document, network=tuple(rules), refusals=(refusal,))
+
+
+def refused_mesh(document: Document, error: Invalid, selector: Selector) -> Parsed:
+    """A refused mesh object is NEEDS_L7 for what it may select: Envoy judges captured ports, excluded ones close."""
+    refusal = Refusal(document, error.reason, error.path, error.fix, Layer.MESH, (selector,))
+    return Parsed(document, refusals=(refusal,))
+
+
+def origin_of(document: Document, path: str) -> Origin:
+    """The rule at ``path`` of an object, as drops and explanations name it."""
+    source = document.source
+    return Origin(document.kind, document.namespace, document.name, path, source.file, source.line(path))
+
+
+def contradiction_notices(document: Document, selectors: Iterable[tuple[str, Selector]]) -> tuple[Notice, ...]:
+    """One error for each (path, selector) that can pick nobody: valid, in force as written, hardly meant."""
+    return tuple(
+        Notice(document, f"selects nothing: {why}; change one of the requirements", path, Severity.ERROR)
+        for path, selector in selectors
+        if (why := selector.contradiction())
+    )

@@ -1,0 +1,185 @@
+"""Pods, pod templates and the cluster objects around them.
+
+These are read leniently: only what policies and the controller ask for is looked at, and only a wrong type there is
+refused. A pod that is refused is no endpoint, so nothing gets through to it.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+from meshbridge.identity.model import ContainerPort, IpAddress, ProxyClass, Workload
+from meshbridge.policy.mesh import GATEWAY_LABEL
+from meshbridge.policy.model import Document, Layer, Refusal
+from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount, ServicePort
+from meshbridge.policy.parse.parsed import ClusterObject, Parsed
+from meshbridge.policy.parse.reader import Invalid, Reader, shown
+
+TEMPLATE_KINDS = ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job")
+
+_AMBIENT = "ambient.istio.io/redirection"
+_TEMPLATES = "inject.istio.io/templates"
+_MANAGED = "gateway.istio.io/managed"
+_PROXY = "istio-proxy"
+_INIT = "istio-init"
+_PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
+
+
+def parse_cluster_object(document: Document) -> Parsed:
+    """One Pod, pod template, Namespace, Node, Service or ServiceAccount.
+
+    ``Workload.namespace_labels`` stay empty: who knows the namespaces fills them in.
+    """
+    try:
+        return Parsed(document, objects=(_read(document),))
+    except Invalid as error:
+        refusal = Refusal(document, error.reason, error.path, error.fix, Layer.NETWORK, (), frozenset())
+        return Parsed(document, refusals=(refusal,))
+
+
+def _read(document: Document) -> ClusterObject:
+    root = Reader(document.data, "")
+    metadata = _child(root, "metadata")
+    match document.kind:
+        case "Namespace":
+            return Namespace(document.name, _strings(metadata, "labels"))
+        case "ServiceAccount":
+            return ServiceAccount(document.namespace, document.name)
+        case "Node":
+            addresses = [
+                _address(_child(item, "address"))
+                for item in _list(_child(root, "status"), "addresses")
+                if _text(item, "type") in ("InternalIP", "ExternalIP")
+            ]
+            return Node(document.name, tuple(addresses), _strings(metadata, "labels"))
+        case "Service":
+            return _service(document, root)
+        case "Pod":
+            return _workload(document, metadata, _child(root, "spec"), _child(root, "status"))
+        case _:
+            template = _child(_child(root, "spec"), "template")
+            return _workload(document, _child(template, "metadata"), _child(template, "spec"), Reader({}, "status"))
+
+
+def _workload(document: Document, metadata: Reader, spec: Reader, status: Reader) -> Workload:
+    containers = [*_list(spec, "initContainers"), *_list(spec, "containers")]
+    by_name = {_text(container, "name"): container for container in containers}
+    labels, annotations = _strings(metadata, "labels"), _strings(metadata, "annotations")
+    init = by_name.get(_INIT)
+    init_args = None
+    if init is not None:
+        init_args = tuple(item.text() for item in (*_list(init, "command")[1:], *_list(init, "args")))
+    return Workload(
+        namespace=document.namespace,
+        name=document.name,
+        uid=document.uid or _text(metadata, "uid"),
+        node=_text(spec, "nodeName"),
+        addresses=_pod_addresses(status),
+        labels=labels,
+        annotations=annotations,
+        service_account=_text(spec, "serviceAccountName") or _text(spec, "serviceAccount") or "default",
+        ports=tuple(port for container in containers for port in _container_ports(container)),
+        probe_ports=tuple(dict.fromkeys(port for container in containers for port in _probe_ports(container))),
+        host_network=_child(spec, "hostNetwork").value is True,
+        proxy=_proxy(labels, annotations, _PROXY in by_name),
+        init_args=init_args,
+        phase=_text(status, "phase") or ("Running" if document.kind != "Pod" else "Pending"),
+    )
+
+
+def _proxy(labels: dict[str, str], annotations: dict[str, str], has_proxy: bool) -> ProxyClass:
+    if GATEWAY_LABEL in labels:
+        return ProxyClass.WAYPOINT if labels.get(_MANAGED) == "istio.io-mesh-controller" else ProxyClass.GATEWAY
+    if "grpc-agent" in annotations.get(_TEMPLATES, "").split(","):
+        return ProxyClass.PROXYLESS
+    if has_proxy:
+        return ProxyClass.SIDECAR
+    return ProxyClass.AMBIENT if annotations.get(_AMBIENT) == "enabled" else ProxyClass.NONE
+
+
+def _pod_addresses(status: Reader) -> tuple[IpAddress, ...]:
+    found = [_address(_child(item, "ip")) for item in _list(status, "podIPs")]
+    single = _child(status, "podIP")
+    if single.value:
+        found.append(_address(single))
+    return tuple(dict.fromkeys(found))
+
+
+def _container_ports(container: Reader) -> list[ContainerPort]:
+    found = []
+    for item in _list(container, "ports"):
+        number = _child(item, "containerPort").integer(1, 65535)
+        found.append(ContainerPort(_text(item, "name"), number, _text(item, "protocol") or "TCP"))
+    return found
+
+
+def _probe_ports(container: Reader) -> list[int | str]:
+    found: list[int | str] = []
+    for name in _PROBES:
+        probe = _child(container, name)
+        for action in ("httpGet", "tcpSocket", "grpc"):
+            port = _child(_child(probe, action), "port")
+            if isinstance(port.value, int | str) and not isinstance(port.value, bool):
+                found.append(port.value)
+            elif port.value is not None:
+                port.refuse(f"{shown(port.value)} is no port", "write a number or a port's name")
+    return found
+
+
+def _service(document: Document, root: Reader) -> Service:
+    spec = _child(root, "spec")
+    texts = [item for item in _list(spec, "clusterIPs") if item.value not in ("", "None")]
+    single = _child(spec, "clusterIP")
+    if single.value not in (None, "", "None"):
+        texts.append(single)
+    ports = []
+    for item in _list(spec, "ports"):
+        number = _child(item, "port").integer(1, 65535)
+        target = _child(item, "targetPort").value
+        if target is None:
+            target = number
+        if isinstance(target, bool) or not isinstance(target, int | str):
+            item.refuse(f"targetPort {shown(target)} is no port", "write a number or a port's name")
+        protocol = _text(item, "protocol") or "TCP"
+        ports.append(ServicePort(_text(item, "name"), number, target, protocol, _text(item, "appProtocol")))
+    selector = _child(spec, "selector")
+    return Service(
+        document.namespace,
+        document.name,
+        tuple(dict.fromkeys(_address(text) for text in texts)),
+        tuple(ports),
+        _strings(spec, "selector") if selector.value is not None else None,
+    )
+
+
+def _child(at: Reader, name: str) -> Reader:
+    path = f"{at.path}.{name}" if at.path else name
+    if at.value is None:
+        return Reader(None, path)
+    if not isinstance(at.value, dict):
+        at.refuse(f"expected a mapping, found {shown(at.value)}", "see the kind's reference")
+    return Reader(at.value.get(name), path)
+
+
+def _list(at: Reader, name: str) -> list[Reader]:
+    child = _child(at, name)
+    return child.items() if child.value is not None else []
+
+
+def _text(at: Reader, name: str) -> str:
+    child = _child(at, name)
+    return child.text() if child.value is not None else ""
+
+
+def _strings(at: Reader, name: str) -> dict[str, str]:
+    child = _child(at, name)
+    if child.value is None:
+        return {}
+    return {key: item.text() for key, item in child.mapping().items()}
+
+
+def _address(at: Reader) -> IpAddress:
+    try:
+        return ip_address(at.text())
+    except ValueError:
+        at.refuse(f"{shown(at.value)} is no address", "write an IPv4 or IPv6 address")

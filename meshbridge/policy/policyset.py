@@ -1,0 +1,141 @@
+"""The policies of a cluster, or of one endpoint, as one value; its order never matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from meshbridge.identity.model import IpNetwork, Peer, Workload
+from meshbridge.policy.mesh import (
+    DEFAULT_MESH,
+    Attribute,
+    AuthorizationPolicy,
+    MeshSettings,
+    PeerAuthentication,
+    RequestAuthentication,
+    network_of,
+    selects,
+)
+from meshbridge.policy.model import Anything, Direction, Document, Layer, NetworkRule, Notice, Refusal
+from meshbridge.policy.parse import Parsed, parse
+from meshbridge.policy.selectors import CidrPeers, LabelKeys, PeerSelector, label_keys
+
+
+@dataclass(frozen=True)
+class PolicySet:
+    """Rules of the network family, policies of the mesh, and what was refused, each in a canonical order.
+
+    ``refusals`` of network objects are already in ``network`` as isolating rules; those of mesh objects make what they
+    may select NEEDS_L7.
+    """
+
+    network: tuple[NetworkRule, ...] = ()
+    authorization: tuple[AuthorizationPolicy, ...] = ()
+    peer_authentication: tuple[PeerAuthentication, ...] = ()
+    request_authentication: tuple[RequestAuthentication, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    notices: tuple[Notice, ...] = ()
+    mesh: MeshSettings = DEFAULT_MESH
+
+    @classmethod
+    def of(cls, documents: Iterable[Document], mesh: MeshSettings = DEFAULT_MESH) -> PolicySet:
+        """Parse ``documents`` and put them together; kinds that are no policies are passed over."""
+        return cls.of_parsed((parse(document) for document in documents), mesh)
+
+    @classmethod
+    def of_parsed(cls, parsed: Iterable[Parsed], mesh: MeshSettings = DEFAULT_MESH) -> PolicySet:
+        """Put together what was parsed before, so that a caller may keep what did not change."""
+        every = list(parsed)
+        return cls(
+            network=tuple(
+                sorted((r for p in every for r in p.network), key=lambda r: (r.origin, r.direction, repr(r.ports)))
+            ),
+            authorization=tuple(sorted((a for p in every for a in p.authorization), key=lambda a: a.origin)),
+            peer_authentication=tuple(
+                sorted((a for p in every for a in p.peer_authentication), key=lambda a: a.origin)
+            ),
+            request_authentication=tuple(
+                sorted((a for p in every for a in p.request_authentication), key=lambda a: a.origin)
+            ),
+            refusals=tuple(sorted((r for p in every for r in p.refusals), key=str)),
+            notices=tuple(sorted((n for p in every for n in p.notices), key=str)),
+            mesh=mesh,
+        )
+
+    def selecting(self, workload: Workload | Peer) -> PolicySet:
+        """Those policies that concern one endpoint. Host-network pods are not selectable: none do."""
+        if isinstance(workload, Workload) and workload.host_network:
+            return PolicySet(mesh=self.mesh)
+        peer = workload.peer() if isinstance(workload, Workload) else workload
+        return PolicySet(
+            network=self.network_rules(peer),
+            authorization=tuple(p for p in self.authorization if selects(p, peer, self.mesh)),
+            peer_authentication=tuple(
+                p for p in self.peer_authentication if p.namespace in (self.mesh.root_namespace, peer.namespace)
+            ),
+            request_authentication=tuple(p for p in self.request_authentication if selects(p, peer, self.mesh)),
+            refusals=tuple(r for r in self.refusals if self._may_select(r, peer)),
+            mesh=self.mesh,
+        )
+
+    def network_rules(self, peer: Peer) -> tuple[NetworkRule, ...]:
+        """The rules of the network family that select ``peer``, in canonical order."""
+        by_namespace = self._network_by_namespace
+        candidates = [*by_namespace.get(peer.namespace or "", ()), *by_namespace.get(None, ())]
+        found = [(position, rule) for position, rule in candidates if rule.subject.matches(peer)]
+        return tuple(rule for _, rule in sorted(found, key=lambda item: item[0]))
+
+    @cached_property
+    def _network_by_namespace(self) -> dict[str | None, list[tuple[int, NetworkRule]]]:
+        found: dict[str | None, list[tuple[int, NetworkRule]]] = {}
+        for position, rule in enumerate(self.network):
+            for namespace in rule.subject.namespaces or (None,):
+                found.setdefault(namespace, []).append((position, rule))
+        return found
+
+    def _may_select(self, refusal: Refusal, peer: Peer) -> bool:
+        if refusal.layer is Layer.MESH and refusal.document.namespace not in (self.mesh.root_namespace, peer.namespace):
+            return False
+        return any(selector.matches(peer) for selector in refusal.selectors)
+
+    def _peer_selectors(self) -> list[PeerSelector]:
+        found: list[PeerSelector] = []
+        for rule in self.network:
+            found.append(rule.subject)
+            if not isinstance(rule.peers, Anything):
+                found += rule.peers
+        return found
+
+    def referenced_labels(self) -> LabelKeys:
+        """The label keys by which these policies tell peers or subjects apart; a Peer may be trimmed to them."""
+        selectors = self._peer_selectors()
+        selectors += [policy.selector for policy in self.authorization]
+        selectors += [policy.selector for policy in self.request_authentication]
+        selectors += [p.selector for p in self.peer_authentication if p.selector is not None]
+        selectors += [selector for refusal in self.refusals for selector in refusal.selectors]
+        return label_keys(selectors)
+
+    def referenced_networks(self) -> frozenset[IpNetwork]:
+        """The CIDRs that ``Peer.networks`` has to be computed against."""
+        found: set[IpNetwork] = set()
+        for selector in self._peer_selectors():
+            if isinstance(selector, CidrPeers):
+                found.add(selector.cidr)
+                found.update(selector.excepts)
+        for policy in self.authorization:
+            for rule in policy.rules:
+                for condition in rule.all_conditions:
+                    if condition.attribute in (Attribute.IP_BLOCKS, Attribute.REMOTE_IP_BLOCKS):
+                        found.update(network_of(value) for value in (*condition.values, *condition.not_values))
+        return frozenset(found)
+
+    def referenced_port_names(self) -> frozenset[str]:
+        """The container port names egress rules use; ``Peer.ports`` has to hold the ports of these names."""
+        return frozenset(
+            port.name
+            for rule in self.network
+            if rule.direction is Direction.EGRESS and not isinstance(rule.ports, Anything)
+            for port in rule.ports
+            if port.name
+        )
