@@ -1,0 +1,233 @@
+"""The filters that judge inbound traffic: jwt_authn and ext_authz on HTTP, ext_authz on TCP."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from envoy_data_plane.envoy.config.accesslog.v3 import (
+    AccessLogFilter,
+    AndFilter,
+    ComparisonFilter,
+    ComparisonFilterOp,
+    ResponseFlagFilter,
+    StatusCodeFilter,
+)
+from envoy_data_plane.envoy.config.core.v3 import (
+    ApiVersion,
+    DataSource,
+    GrpcService,
+    GrpcServiceEnvoyGrpc,
+    HeaderValue,
+    HeaderValueOption,
+    HeaderValueOptionHeaderAppendAction,
+    RuntimeUInt32,
+)
+from envoy_data_plane.envoy.config.listener.v3 import Filter
+from envoy_data_plane.envoy.config.route.v3 import (
+    Route,
+    RouteAction,
+    RouteConfiguration,
+    RouteMatch,
+    VirtualHost,
+)
+from envoy_data_plane.envoy.extensions.filters.http.ext_authz.v3 import ExtAuthz as HttpExtAuthz
+from envoy_data_plane.envoy.extensions.filters.http.jwt_authn.v3 import (
+    JwtAuthentication,
+    JwtClaimToHeader,
+    JwtHeader,
+    JwtProvider,
+    JwtRequirement,
+    JwtRequirementAndList,
+    JwtRequirementOrList,
+    RequirementRule,
+)
+from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
+from envoy_data_plane.envoy.extensions.filters.network.ext_authz.v3 import ExtAuthz as TcpExtAuthz
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
+    HttpConnectionManager,
+    HttpConnectionManagerForwardClientCertDetails,
+    HttpConnectionManagerPathWithEscapedSlashesAction,
+    HttpConnectionManagerSetCurrentClientCertDetails,
+    HttpConnectionManagerUpgradeConfig,
+    HttpFilter,
+    LocalReplyConfig,
+    ResponseMapper,
+)
+from envoy_data_plane.envoy.extensions.filters.network.tcp_proxy.v3 import TcpProxy, UpstreamConnectMode
+from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
+from envoy_data_plane.google.protobuf import Any, Empty
+
+from meshbridge.policy.mesh import JwtRule
+from meshbridge.xds.jwks import usable_jwks
+from meshbridge.xds.names import (
+    CLUSTER_AUTHZ,
+    CLUSTER_INBOUND,
+    JWT_METADATA_NAMESPACE,
+    JWT_PAYLOAD_KEY,
+)
+
+# A hung judge must not hold requests; Envoy's own default would be 200 ms, Istio's is 600 s.
+AUTHZ_TIMEOUT = timedelta(milliseconds=500)
+
+# Bytes kept of a client that speaks before its TCP connection has been judged.
+EARLY_DATA_BYTES = 64 * 1024
+
+REASON_HEADER = "x-meshbridge-reason"
+_UNDECIDED = "meshbridge: the authorization server of this node gave no answer; the request is refused\n"
+
+
+def http_filters(jwt_rules: tuple[JwtRule, ...], *, peer_verified: bool, stat_prefix: str) -> list[Filter]:
+    """Judge every HTTP request: tokens first, then our decision on what they said."""
+    details = HttpConnectionManagerForwardClientCertDetails
+    manager = HttpConnectionManager(
+        stat_prefix=stat_prefix,
+        route_config=_all_to_the_pod(),
+        http_filters=[*_jwt_authn(jwt_rules), _http_ext_authz(), _router()],
+        # Istio's path normalization BASE: what is judged is what is forwarded.
+        normalize_path=True,
+        path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.KEEP_UNCHANGED,
+        # The route's timeouts are off; a stream idle for long is the application's business.
+        stream_idle_timeout=timedelta(0),
+        use_remote_address=False,
+        forward_client_cert_details=details.SANITIZE_SET if peer_verified else details.SANITIZE,
+        set_current_client_cert_details=HttpConnectionManagerSetCurrentClientCertDetails(uri=True)
+        if peer_verified
+        else None,
+        upgrade_configs=[HttpConnectionManagerUpgradeConfig(upgrade_type="websocket")],
+        local_reply_config=_say_when_undecided(),
+    )
+    return [Filter(name="envoy.filters.network.http_connection_manager", typed_config=Any.pack(manager))]
+
+
+def tcp_filters(*, client_first: bool, stat_prefix: str) -> list[Filter]:
+    """Judge a connection on its first byte from the client.
+
+    With ``client_first`` the application is not even connected before that, so that its greeting never reaches a
+    client that is refused; without, the greeting goes out first, as with Istio.
+    """
+    authz = TcpExtAuthz(
+        stat_prefix=stat_prefix,
+        grpc_service=_authz_service(),
+        failure_mode_allow=False,
+        transport_api_version=ApiVersion.V3,
+        include_tls_session=True,
+    )
+    proxy = TcpProxy(stat_prefix=stat_prefix, cluster=CLUSTER_INBOUND)
+    if client_first:
+        proxy.upstream_connect_mode = UpstreamConnectMode.ON_DOWNSTREAM_DATA
+        proxy.max_early_data_bytes = EARLY_DATA_BYTES
+    return [
+        Filter(name="envoy.filters.network.ext_authz", typed_config=Any.pack(authz)),
+        Filter(name="envoy.filters.network.tcp_proxy", typed_config=Any.pack(proxy)),
+    ]
+
+
+def tcp_proxy(cluster: str, stat_prefix: str) -> Filter:
+    """Forward bytes without judging them."""
+    proxy = TcpProxy(stat_prefix=stat_prefix, cluster=cluster)
+    return Filter(name="envoy.filters.network.tcp_proxy", typed_config=Any.pack(proxy))
+
+
+def _jwt_authn(rules: tuple[JwtRule, ...]) -> list[HttpFilter]:
+    if not rules:
+        return []
+    providers = {f"origins-{index}": _provider(rule) for index, rule in enumerate(rules)}
+    config = JwtAuthentication(
+        providers=providers,
+        rules=[RequirementRule(match=RouteMatch(prefix="/"), requires=_token_rule(tuple(providers)))],
+    )
+    return [HttpFilter(name=JWT_METADATA_NAMESPACE, typed_config=Any.pack(config))]
+
+
+def _provider(rule: JwtRule) -> JwtProvider:
+    return JwtProvider(
+        issuer=rule.issuer,
+        audiences=list(rule.audiences),
+        local_jwks=DataSource(inline_string=usable_jwks(rule.jwks)),
+        forward=rule.forward_original_token,
+        from_headers=[JwtHeader(name=x.header, value_prefix=x.prefix) for x in rule.locations if x.header],
+        from_params=[x.parameter for x in rule.locations if x.parameter],
+        from_cookies=[x.cookie for x in rule.locations if x.cookie],
+        forward_payload_header=rule.output_payload_to_header,
+        claim_to_headers=[
+            JwtClaimToHeader(header_name=header, claim_name=claim) for header, claim in rule.output_claims_to_headers
+        ],
+        payload_in_metadata=JWT_PAYLOAD_KEY,
+    )
+
+
+def _token_rule(providers: tuple[str, ...]) -> JwtRequirement:
+    """No token passes, every token there is has to be valid for its issuer.
+
+    With several issuers sharing a place for the token the inner AND always fails, so one valid token is enough.
+    """
+    valid_or_missing = [_any_of(JwtRequirement(provider_name=name), _missing()) for name in providers]
+    if len(providers) == 1:
+        return valid_or_missing[0]
+    every = JwtRequirement(requires_all=JwtRequirementAndList(requirements=valid_or_missing))
+    return _any_of(*(JwtRequirement(provider_name=name) for name in providers), every)
+
+
+def _any_of(*requirements: JwtRequirement) -> JwtRequirement:
+    return JwtRequirement(requires_any=JwtRequirementOrList(requirements=list(requirements)))
+
+
+def _missing() -> JwtRequirement:
+    return JwtRequirement(allow_missing=Empty())
+
+
+def _http_ext_authz() -> HttpFilter:
+    config = HttpExtAuthz(
+        grpc_service=_authz_service(),
+        transport_api_version=ApiVersion.V3,
+        failure_mode_allow=False,
+        # Not 403: that is a decision, and this is the lack of one.
+        status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
+        metadata_context_namespaces=[JWT_METADATA_NAMESPACE],
+        include_tls_session=True,
+        stat_prefix="meshbridge",
+    )
+    return HttpFilter(name="envoy.filters.http.ext_authz", typed_config=Any.pack(config))
+
+
+def _authz_service() -> GrpcService:
+    return GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=CLUSTER_AUTHZ), timeout=AUTHZ_TIMEOUT)
+
+
+def _router() -> HttpFilter:
+    return HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(Router()))
+
+
+def _all_to_the_pod() -> RouteConfiguration:
+    route = Route(
+        name="default",
+        match=RouteMatch(prefix="/"),
+        route=RouteAction(cluster=CLUSTER_INBOUND, timeout=timedelta(0)),
+    )
+    host = VirtualHost(name="inbound", domains=["*"], routes=[route])
+    return RouteConfiguration(name="inbound", virtual_hosts=[host], validate_clusters=False)
+
+
+def _say_when_undecided() -> LocalReplyConfig:
+    """Name the cause in the 503 that ext_authz makes of an error or a timeout."""
+    undecided = AccessLogFilter(
+        and_filter=AndFilter(
+            filters=[
+                AccessLogFilter(
+                    status_code_filter=StatusCodeFilter(
+                        comparison=ComparisonFilter(
+                            op=ComparisonFilterOp.EQ,
+                            value=RuntimeUInt32(default_value=503, runtime_key="meshbridge.undecided"),
+                        )
+                    )
+                ),
+                AccessLogFilter(response_flag_filter=ResponseFlagFilter(flags=["UAEX"])),
+            ]
+        )
+    )
+    header = HeaderValueOption(
+        header=HeaderValue(key=REASON_HEADER, value="authorization server gave no answer"),
+        append_action=HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
+    )
+    mapper = ResponseMapper(filter=undecided, body=DataSource(inline_string=_UNDECIDED), headers_to_add=[header])
+    return LocalReplyConfig(mappers=[mapper])

@@ -1,0 +1,163 @@
+"""From what the controller sends to the model: agents and authz servers read the same messages in the same way."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from meshbridge.errors import MeshBridgeError
+from meshbridge.identity.model import (
+    ContainerPort,
+    Entity,
+    IpAddress,
+    Peer,
+    ProxyClass,
+    ProxyContainer,
+    Workload,
+)
+from meshbridge.policy.mesh import MeshSettings
+from meshbridge.policy.model import Document, Source
+from meshbridge.protos import agent_pb2
+
+
+class MessageError(MeshBridgeError):
+    """A message of the controller means something this version does not know; the revision cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class AddressHolder:
+    """Who holds an address. ``name`` and ``uid`` are the pod's, "" for anything else."""
+
+    address: IpAddress
+    peer: Peer
+    name: str = ""
+    uid: str = ""
+    node: str = ""
+
+
+def workload_of(message: agent_pb2.Endpoint) -> Workload:
+    """The pod of an Endpoint.
+
+    Raises:
+        MessageError: an address of a wrong length, or an unknown proxy class.
+    """
+    where = f"Endpoint {message.namespace}/{message.name}"
+    init = message.istio_init if message.HasField("istio_init") else None
+    return Workload(
+        namespace=message.namespace,
+        name=message.name,
+        uid=message.uid,
+        node=message.node,
+        addresses=tuple(address_of(packed, where) for packed in message.addresses),
+        labels=dict(message.labels),
+        namespace_labels=dict(message.namespace_labels),
+        annotations=dict(message.annotations),
+        service_account=message.service_account,
+        ports=_ports(message.ports),
+        probe_ports=tuple(int(port) if port.isascii() and port.isdigit() else port for port in message.probe_ports),
+        host_network=message.host_network,
+        proxy=_proxy_class(message.proxy, where),
+        init_args=tuple(init.args) if init is not None else None,
+        phase=message.phase,
+        init_env=dict(init.env) if init is not None else {},
+        proxy_container=_proxy_container(message.istio_proxy) if message.HasField("istio_proxy") else None,
+        init_containers=tuple(message.init_containers),
+    )
+
+
+def document_of(message: agent_pb2.Policy) -> Document:
+    """The policy object of a Policy, unparsed.
+
+    Raises:
+        MessageError: its JSON is none, or is not an object.
+    """
+    where = f"Policy {message.kind} {message.namespace}/{message.name}"
+    try:
+        data = json.loads(message.json)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"its JSON cannot be read: {error}", where=where) from error
+    if not isinstance(data, dict):
+        raise MessageError(f"its JSON is a {type(data).__name__}, not an object", where=where)
+    return Document(
+        kind=message.kind,
+        api_version=message.api_version,
+        namespace=message.namespace,
+        name=message.name,
+        data=data,
+        source=Source(message.file, dict(message.lines)),
+        uid=message.uid,
+        fault=message.fault,
+    )
+
+
+def holder_of(message: agent_pb2.Address) -> AddressHolder:
+    """Who holds the address of an Address; its ``networks`` are for the reader to fill in.
+
+    Raises:
+        MessageError: an address of a wrong length, an unknown proxy class or reserved name.
+    """
+    where = f"Address of {message.namespace}/{message.name}" if message.namespace else "Address"
+    address = address_of(message.address, where)
+    try:
+        entities = frozenset(Entity(name) for name in message.entities)
+    except ValueError as error:
+        raise MessageError(str(error), where=f"Address {address}", fix="update this node's MeshBridge") from error
+    peer = Peer(
+        namespace=message.namespace or None,
+        labels=dict(message.labels),
+        namespace_labels=dict(message.namespace_labels),
+        service_account=message.service_account,
+        cluster=message.cluster,
+        trust_domain=message.trust_domain,
+        proxy=_proxy_class(message.proxy, f"Address {address}"),
+        entities=entities,
+        ports=frozenset(_ports(message.ports)),
+    )
+    return AddressHolder(address, peer, message.name, message.uid, message.node)
+
+
+def mesh_of(message: agent_pb2.Mesh) -> MeshSettings:
+    """The mesh's settings."""
+    return MeshSettings(
+        root_namespace=message.root_namespace,
+        trust_domain=message.trust_domain,
+        trust_domain_aliases=tuple(message.trust_domain_aliases),
+        cluster=message.cluster,
+    )
+
+
+def address_of(packed: bytes, where: str) -> IpAddress:
+    """The address of 4 or 16 bytes in network order; a v4-mapped one is IPv4.
+
+    Raises:
+        MessageError: any other length.
+    """
+    try:
+        address = ipaddress.ip_address(packed)
+    except ValueError as error:
+        raise MessageError(f"an address of {len(packed)} bytes", where=where) from error
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def _ports(messages: Iterable[agent_pb2.ContainerPort]) -> tuple[ContainerPort, ...]:
+    return tuple(ContainerPort(message.name, message.port, message.protocol or "TCP") for message in messages)
+
+
+def _proxy_class(text: str, where: str) -> ProxyClass:
+    try:
+        return ProxyClass(text or "none")
+    except ValueError as error:
+        raise MessageError(f"unknown proxy class {text!r}", where=where, fix="update this node's MeshBridge") from error
+
+
+def _proxy_container(message: agent_pb2.ProxyContainer) -> ProxyContainer:
+    return ProxyContainer(
+        kind=message.kind,
+        env=dict(message.env),
+        uid=message.uid if message.HasField("uid") else None,
+        gid=message.gid if message.HasField("gid") else None,
+        native=message.native,
+    )

@@ -1,0 +1,130 @@
+"""From the cluster's objects to what one sidecar has to know: modes, tokens, protocols, and who takes mTLS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from meshbridge.identity.model import ProxyClass, Workload
+from meshbridge.policy.capture import AppProtocol
+from meshbridge.policy.mesh import Action, MtlsMode, effective_mtls
+from meshbridge.policy.model import Direction, Layer
+from meshbridge.policy.parse.cluster import Service, ServicePort
+from meshbridge.policy.policyset import PolicySet
+from meshbridge.xds.sidecar import MtlsDestination, Sidecar
+
+_HTTP: Final = frozenset({"http", "http2", "grpc", "grpc-web", "kubernetes.io/h2c", "kubernetes.io/ws"})
+_TCP: Final = frozenset({"tcp", "tls", "https", "mongo", "mysql", "redis", "kubernetes.io/wss"})
+_SERVER_FIRST: Final = frozenset({"mysql"})
+
+
+def build_sidecar(
+    workload: Workload,
+    policies: PolicySet,
+    services: Iterable[Service],
+    destinations: tuple[MtlsDestination, ...],
+) -> Sidecar:
+    """Everything the sidecar of ``workload`` has to know.
+
+    Args:
+        policies: of the whole cluster; those that select the workload are picked here.
+        destinations: from ``mtls_destinations``; the same for every sidecar of the mesh.
+    """
+    peer = workload.peer()
+    selecting = policies.selecting(peer)
+    protocols, server_first = _declared_protocols(workload, services)
+    return Sidecar(
+        workload=workload,
+        trust_domains=(policies.mesh.trust_domain, *policies.mesh.trust_domain_aliases),
+        mtls=effective_mtls(policies.peer_authentication, peer, policies.mesh),
+        protocols=protocols,
+        server_first_ports=server_first,
+        jwt_rules=tuple(rule for policy in selecting.request_authentication for rule in policy.rules),
+        destinations=destinations,
+        restricted=_restricted(selecting),
+    )
+
+
+def mtls_destinations(
+    workloads: Iterable[Workload], services: Iterable[Service], policies: PolicySet
+) -> tuple[MtlsDestination, ...]:
+    """Whom clients speak mTLS to: pods with a sidecar, and Services whose every endpoint is one.
+
+    Ports that a pod excludes from its sidecar are not looked at: like Istio's clients ours go on with mTLS there, and
+    the application gets a TLS hello (ISTIO.md §b); what the exclusion costs is reported elsewhere.
+    """
+    pods = [w for w in workloads if w.addresses and not w.host_network and w.phase not in ("Succeeded", "Failed")]
+    taking = {pod.uid: _destination(pod, policies) for pod in pods if pod.proxy is ProxyClass.SIDECAR}
+    found = [destination for destinations in taking.values() for destination in destinations]
+    for service in services:
+        endpoints = [pod for pod in pods if _is_endpoint(pod, service)]
+        ports = frozenset(
+            port.port
+            for port in service.ports
+            if endpoints and all(_takes_mtls(pod, port, taking.get(pod.uid, ())) for pod in endpoints)
+        )
+        if ports:
+            found += [MtlsDestination(address, mtls=False, except_ports=ports) for address in service.addresses]
+    return tuple(sorted(set(found), key=lambda entry: (entry.address.version, entry.address)))
+
+
+def _destination(pod: Workload, policies: PolicySet) -> tuple[MtlsDestination, ...]:
+    modes = effective_mtls(policies.peer_authentication, pod.peer(), policies.mesh)
+    terminates = modes.mode is not MtlsMode.DISABLE
+    other = frozenset(port for port, (mode, _) in modes.ports.items() if (mode is not MtlsMode.DISABLE) != terminates)
+    return tuple(MtlsDestination(address, mtls=terminates, except_ports=other) for address in pod.addresses)
+
+
+def _takes_mtls(pod: Workload, port: ServicePort, destinations: tuple[MtlsDestination, ...]) -> bool:
+    target = _pod_port(pod, port)
+    return target is not None and any(destination.accepts_mtls(target) for destination in destinations)
+
+
+def _is_endpoint(pod: Workload, service: Service) -> bool:
+    if not service.selector or pod.namespace != service.namespace:
+        return False
+    return all(pod.labels.get(key) == value for key, value in service.selector.items())
+
+
+def _pod_port(pod: Workload, port: ServicePort) -> int | None:
+    if isinstance(port.target, int):
+        return port.target
+    return next((p.port for p in pod.ports if p.name == port.target and p.protocol == port.protocol), None)
+
+
+def _declared_protocols(
+    workload: Workload, services: Iterable[Service]
+) -> tuple[Mapping[int, AppProtocol], frozenset[int]]:
+    """What the Services in front of the pod declare its ports to be; where two disagree the port is sniffed.
+
+    Spec: Istio, "Protocol Selection": appProtocol, else the port name up to its first dash.
+    """
+    declared: dict[int, set[AppProtocol]] = {}
+    server_first: set[int] = set()
+    for service in services:
+        if not _is_endpoint(workload, service):
+            continue
+        for port in service.ports:
+            target = _pod_port(workload, port)
+            if target is None or port.protocol != "TCP":
+                continue
+            word = (port.app_protocol or port.name.partition("-")[0]).lower()
+            declared.setdefault(target, set()).add(_protocol(word))
+            if word in _SERVER_FIRST:
+                server_first.add(target)
+    agreed = {port: found.pop() for port, found in sorted(declared.items()) if len(found) == 1}
+    known = {port: protocol for port, protocol in agreed.items() if protocol is not AppProtocol.AUTO}
+    return known, frozenset(port for port in server_first if known.get(port) is AppProtocol.TCP)
+
+
+def _protocol(word: str) -> AppProtocol:
+    if word in _HTTP:
+        return AppProtocol.HTTP
+    return AppProtocol.TCP if word in _TCP else AppProtocol.AUTO
+
+
+def _restricted(policies: PolicySet) -> bool:
+    enforced = any(p.action in (Action.ALLOW, Action.DENY) and not p.dry_run for p in policies.authorization)
+    refused = any(refusal.layer is Layer.MESH for refusal in policies.refusals)
+    l7_rules = any(rule.http and rule.direction is Direction.INGRESS for rule in policies.network)
+    return enforced or refused or l7_rules

@@ -1,0 +1,165 @@
+"""The whole configuration of a sidecar against files read in review: rewrite with UPDATE_GOLDEN=1."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from envoy_data_plane.envoy.config.listener.v3 import Listener
+
+from meshbridge.identity.model import ProxyClass, Workload
+from meshbridge.policy.capture import AppProtocol
+from meshbridge.policy.mesh import EffectiveMtls, JwtRule, MtlsMode
+from meshbridge.policy.model import Origin
+from meshbridge.xds.bootstrap import BootstrapInputs, bootstrap_json
+from meshbridge.xds.clusters import build_clusters
+from meshbridge.xds.listeners import inbound_listener, outbound_listener
+from meshbridge.xds.resources import sidecar_resources
+from meshbridge.xds.sidecar import MtlsDestination, Sidecar
+from meshbridge.xds.snapshot import CLUSTER, LISTENER
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "xds"
+ORIGIN = Origin("PeerAuthentication", "finance", "strict")
+JWKS = (
+    '{"keys":[{"kty":"EC","crv":"P-256","kid":"a","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",'
+    '"y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}]}'
+)
+
+POD = Workload(
+    "finance",
+    "transaction-service",
+    "uid-1",
+    "node-a",
+    (ip_address("10.1.0.5"), ip_address("fd00::5")),
+    service_account="transactions",
+    proxy=ProxyClass.SIDECAR,
+)
+ONLY_V4 = dataclasses.replace(POD, addresses=(ip_address("10.1.0.5"),))
+
+SIDECARS = {
+    "strict-http-jwt": Sidecar(
+        POD,
+        trust_domains=("cluster.local", "old.example"),
+        mtls=EffectiveMtls(MtlsMode.STRICT, ORIGIN),
+        protocols={8080: AppProtocol.HTTP},
+        jwt_rules=(JwtRule("https://issuer.example", ORIGIN, jwks=JWKS, audiences=("shop",)),),
+        destinations=(
+            MtlsDestination(ip_address("10.1.0.6")),
+            MtlsDestination(ip_address("fd00::6")),
+            MtlsDestination(ip_address("10.96.0.10"), mtls=False, except_ports=frozenset({80})),
+        ),
+        restricted=True,
+    ),
+    "permissive-port-modes": Sidecar(
+        ONLY_V4,
+        mtls=EffectiveMtls(
+            MtlsMode.PERMISSIVE, None, {9000: (MtlsMode.STRICT, ORIGIN), 9001: (MtlsMode.DISABLE, ORIGIN)}
+        ),
+        protocols={9000: AppProtocol.TCP, 9001: AppProtocol.HTTP, 3306: AppProtocol.TCP},
+        server_first_ports=frozenset({3306}),
+    ),
+}
+
+
+def agrees(name: str, actual: Any) -> bool:
+    path = GOLDEN / f"{name}.json"
+    text = json.dumps(actual, indent=1) + "\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    return text == path.read_text()
+
+
+@pytest.mark.parametrize("name", SIDECARS)
+def test_listeners_are_the_reviewed_ones(name: str) -> None:
+    sidecar = SIDECARS[name]
+    assert agrees(f"{name}-inbound", inbound_listener(sidecar).to_dict())
+    assert agrees(f"{name}-outbound", outbound_listener(sidecar).to_dict())
+
+
+def test_clusters_are_the_reviewed_ones() -> None:
+    assert agrees("clusters", [cluster.to_dict() for cluster in build_clusters(SIDECARS["strict-http-jwt"])])
+
+
+def test_bootstrap_is_the_reviewed_one() -> None:
+    inputs = BootstrapInputs(POD, "pod-token", "/run/meshbridge/xds.sock", "/run/meshbridge/node-a/authz.sock")
+    assert agrees("bootstrap", json.loads(bootstrap_json(inputs)))
+
+
+@pytest.mark.parametrize("name", SIDECARS)
+def test_equal_input_gives_equal_bytes(name: str) -> None:
+    once, again = sidecar_resources(SIDECARS[name]), sidecar_resources(dataclasses.replace(SIDECARS[name]))
+    assert once == again
+    assert set(once) == {CLUSTER, LISTENER}
+    assert set(once[CLUSTER]) == {"inbound", "outbound_mtls", "outbound_plaintext", "blackhole"}
+
+
+def chains(listener: Listener, port: int | None) -> list[tuple[str, tuple[str, ...], bool]]:
+    """(transport, ALPN, terminates TLS) of every chain of a port."""
+    return [
+        (match.transport_protocol, tuple(match.application_protocols), chain.transport_socket is not None)
+        for chain in listener.filter_chains
+        if (match := chain.filter_chain_match) is not None and match.destination_port == port
+    ]
+
+
+@pytest.mark.parametrize("port", [8080, None], ids=["a declared port", "any other port"])
+def test_strict_has_no_chain_that_plaintext_could_match(port: int | None) -> None:
+    found = chains(inbound_listener(SIDECARS["strict-http-jwt"]), port)
+    assert found
+    assert all(transport == "tls" and terminates for transport, _, terminates in found)
+
+
+def test_a_port_mode_beats_the_workloads() -> None:
+    listener = inbound_listener(SIDECARS["permissive-port-modes"])
+    assert chains(listener, 9000) == [("tls", (), True)]
+    assert [terminates for *_, terminates in chains(listener, 9001)] == [False, False]
+
+
+@pytest.mark.parametrize("mode", [MtlsMode.STRICT, MtlsMode.PERMISSIVE, MtlsMode.DISABLE])
+@pytest.mark.parametrize("protocol", list(AppProtocol))
+def test_no_two_chains_match_the_same(mode: MtlsMode, protocol: AppProtocol) -> None:
+    """Envoy refuses a listener in which they do."""
+    sidecar = Sidecar(POD, mtls=EffectiveMtls(mode, ORIGIN), protocols={80: protocol})
+    for port in (80, None):
+        found = chains(inbound_listener(sidecar), port)
+        keys = [(transport, alpn) for transport, alphabet, _ in found for alpn in alphabet or ("",)]
+        assert len(keys) == len(set(keys))
+
+
+def test_every_http_chain_asks_us_and_every_tcp_chain_too() -> None:
+    for sidecar in SIDECARS.values():
+        text = json.dumps(inbound_listener(sidecar).to_dict())
+        listener = inbound_listener(sidecar)
+        judged = text.count("ext_authz.v3.ExtAuthz")
+        assert judged == len(listener.filter_chains) - 1  # all but the black hole
+        assert text.count('"failureModeAllow": true') == 0
+
+
+def test_uncaptured_ports_of_a_peer_get_plaintext() -> None:
+    listener = outbound_listener(SIDECARS["strict-http-jwt"])
+    names = {chain.name for chain in listener.filter_chains}
+    for port in (15008, 15020, 15021, 15090):
+        assert f"{port}_plaintext" in names
+        assert f"{port}_mtls" not in names
+    assert {"any_mtls", "any_http_mtls", "any_plaintext", "80_mtls"} <= names
+
+
+def test_a_service_address_gets_mtls_on_its_own_ports_only() -> None:
+    listener = outbound_listener(SIDECARS["strict-http-jwt"])
+    ranges = {
+        chain.name: {r.address_prefix for r in match.prefix_ranges}
+        for chain in listener.filter_chains
+        if (match := chain.filter_chain_match) is not None
+    }
+    assert ranges["80_mtls"] == {"10.1.0.6", "fd00::6", "10.96.0.10"}
+    assert ranges["any_mtls"] == {"10.1.0.6", "fd00::6"}
+
+
+def test_listeners_bind_only_the_families_of_the_pod() -> None:
+    assert inbound_listener(SIDECARS["permissive-port-modes"]).additional_addresses == []
+    assert len(inbound_listener(SIDECARS["strict-http-jwt"]).additional_addresses) == 1
