@@ -1,0 +1,62 @@
+"""The sections of the bench by name, and a run over some of them that cleans up whatever happens."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from meshbridge.bench import network, tcp
+from meshbridge.bench.errors import BenchError
+from meshbridge.bench.figures import Failure, Report, Section
+from meshbridge.bench.machine import describe, leave_core, measured_core
+from meshbridge.bench.processes import interrupt_on_terminate
+from meshbridge.bench.workbench import Workbench
+from meshbridge.errors import MeshBridgeError
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A measurement that can be asked for by name; it may fill several tables."""
+
+    summary: str
+    measure: Callable[[Workbench], list[Section]]
+
+
+PARTS: Mapping[str, Part] = {
+    "tcp": Part("round trip and connection rate of plain TCP: no policy, ours, iptables", tcp.measure),
+}
+
+
+def run(names: Iterable[str], *, quick: bool, tell: Callable[[str], None]) -> Report:
+    """Measure the named parts, one after another; one that fails is reported and the others go on.
+
+    Nothing stays: namespaces, links, pins and processes end with each part, on Ctrl-C and SIGTERM too.
+    """
+    _require_root()
+    interrupt_on_terminate()
+    network.sweep()
+    core = measured_core()
+    machine = {**describe(), "measured core": str(core)}
+    leave_core(core)
+    started = time.monotonic()
+    sections: list[Section] = []
+    failures: list[Failure] = []
+    for name in names:
+        tell(f"{name}: setting up")
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshbridge-bench-")))
+            try:
+                sections += PARTS[name].measure(Workbench(stack, folder, core, quick, tell))
+            except MeshBridgeError as error:
+                failures.append(Failure(name, str(error)))
+    return Report(machine, quick, sections, failures, round(time.monotonic() - started, 1))
+
+
+def _require_root() -> None:
+    if os.geteuid() != 0:
+        raise BenchError("needs root: it makes network namespaces and loads BPF programs", fix="run it with sudo")
