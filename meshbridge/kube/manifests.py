@@ -1,0 +1,269 @@
+"""Objects from directories of YAML: what the API server is where there is one.
+
+An object in a later directory replaces the same object of an earlier one, as a kubelet's status does. Within one
+directory an object may be defined once: a policy defined twice in different words is refused, since neither reading may
+loosen the other. A file that cannot be read keeps its last readable content in force until it is mended or removed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from meshbridge.kube.objects import FileContent, is_policy, read_objects
+from meshbridge.kube.problems import Problem, ProblemReason
+from meshbridge.kube.yaml import YamlError
+from meshbridge.policy.model import Document
+
+SUFFIXES: Final = frozenset({".yaml", ".yml", ".json"})
+MAX_FILE_BYTES: Final = 8 << 20
+REMOVAL_GRACE_S: Final = 0.02  # an editor that saves by renaming takes the file away for a moment
+YOUTH_S: Final = 0.1  # a file found changed without a closing event may still be written to
+
+Key = tuple[str, str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """The definitions now in force of every object that changed; an empty tuple: it is gone.
+
+    ``look_again_s`` is not None when something could not be settled yet and ``refresh`` has to be called again.
+    """
+
+    documents: Mapping[Key, tuple[Document, ...]] = field(default_factory=dict)
+    look_again_s: float | None = None
+
+
+_NOTHING: Final = FileContent()
+
+
+@dataclass(slots=True)
+class _File:
+    directory: int
+    signature: tuple[int, ...]
+    content: FileContent = _NOTHING  # the last readable one
+    problem: Problem | None = None
+    missing_since_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Definition:
+    directory: int
+    path: Path
+    position: int
+    document: Document
+
+
+class Manifests:
+    """The objects defined by some directories; ``refresh`` brings it up to date and tells what changed.
+
+    Cost: ``refresh`` of named files reads these; without names it lists every directory and reads what changed by
+    inode, size or time.
+    """
+
+    def __init__(self, directories: Sequence[Path]) -> None:
+        self.directories = tuple(directories)
+        self.documents: dict[Key, tuple[Document, ...]] = {}
+        self._files: dict[Path, _File] = {}
+        self._definitions: dict[Key, dict[tuple[Path, int], _Definition]] = {}
+        self._duplicates: dict[Key, Problem] = {}
+        self._directory_problems: dict[Path, tuple[Problem, ...]] = {}
+
+    @property
+    def problems(self) -> frozenset[Problem]:
+        """Everything there is to mend now."""
+        found = set(self._duplicates.values())
+        for problems in self._directory_problems.values():
+            found.update(problems)
+        for file in self._files.values():
+            found.update(file.content.problems)
+            if file.problem is not None:
+                found.add(file.problem)
+        return frozenset(found)
+
+    def refresh(self, now_s: float, wall_s: float, closed: Iterable[Path] | None = None) -> Changes:
+        """Read what changed, among the files ``closed`` or, when it is None, in all directories.
+
+        Args:
+            now_s: monotonic time, by which files that vanished are given a moment to come back.
+            wall_s: the file system's time, by which files that may still be written to are left for later.
+            closed: files that are known to be whole: nobody is writing to them.
+        """
+        waits: list[float] = []
+        touched: set[Key] = set()
+        for path in self._candidates() if closed is None else closed:
+            index = self._directory_of(path)
+            if index is not None and is_manifest(path.name):
+                touched |= self._refresh_file(path, index, now_s, None if closed is not None else wall_s, waits)
+        for path in [path for path, file in self._files.items() if file.missing_since_s is not None]:
+            touched |= self._confirm_missing(path, now_s, waits)
+        changed: dict[Key, tuple[Document, ...]] = {}
+        for key in touched:
+            documents = self._resolve(key)
+            if documents != self.documents.get(key, ()):
+                changed[key] = documents
+                if documents:
+                    self.documents[key] = documents
+                else:
+                    del self.documents[key]
+        return Changes(changed, min(waits, default=None))
+
+    def _candidates(self) -> list[Path]:
+        found: set[Path] = set(self._files)
+        for index, directory in enumerate(self.directories):
+            problems: list[Problem] = []
+            try:
+                with os.scandir(directory) as entries:
+                    for entry in entries:
+                        if is_manifest(entry.name):
+                            found.add(directory / entry.name)
+                        elif not entry.name.startswith(".") and entry.is_dir():
+                            text = f"{directory / entry.name}: folders inside a manifests directory are not read"
+                            fix = "name it with another --manifests"
+                            problems.append(
+                                Problem(ProblemReason.NOT_READ, f"{text}; {fix}", str(directory / entry.name))
+                            )
+            except OSError as error:
+                text = f"{directory}: cannot be listed: {error.strerror}; what was read from it stays in force"
+                problems.append(Problem(ProblemReason.UNREADABLE, text, str(directory)))
+                found -= {path for path, file in self._files.items() if file.directory == index}
+            self._directory_problems[directory] = tuple(problems)
+        return sorted(found)
+
+    def _directory_of(self, path: Path) -> int | None:
+        return next((i for i, directory in enumerate(self.directories) if path.parent == directory), None)
+
+    def _refresh_file(self, path: Path, index: int, now_s: float, wall_s: float | None, waits: list[float]) -> set[Key]:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            if path.is_symlink():
+                return self._load(path, index, (), OSError(0, "a link to nothing"))
+            if (file := self._files.get(path)) is not None and file.missing_since_s is None:
+                file.missing_since_s = now_s
+                return _keys(file.content)  # its objects may have moved to another file already
+            return set()
+        except OSError as error:
+            return self._load(path, index, (), error)
+        signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_mode)
+        touched: set[Key] = set()
+        file = self._files.get(path)
+        if file is not None and file.missing_since_s is not None:
+            file.missing_since_s = None
+            touched |= _keys(file.content)
+        if file is not None and file.signature == signature:
+            return touched
+        if wall_s is not None and file is not None and 0 <= wall_s - status.st_mtime < YOUTH_S:
+            waits.append(YOUTH_S)
+            return touched
+        return touched | self._load(path, index, signature, None)
+
+    def _load(self, path: Path, index: int, signature: tuple[int, ...], error: OSError | None) -> set[Key]:
+        """Put the content of a file in force; if it has none that can be read, leave the last one and say so."""
+        file = self._files.get(path)
+        if file is None:
+            file = self._files[path] = _File(index, signature)
+        elif file.signature == signature and file.problem is not None:
+            return set()
+        file.signature = signature
+        try:
+            if error is not None:
+                raise error
+            content = read_objects(_read_bytes(path, self.directories[index]), str(path))
+        except YamlError as unreadable:
+            file.problem = _unreadable(file, path, unreadable.line, str(unreadable))
+            return set()
+        except OSError as failed:
+            file.problem = _unreadable(file, path, 0, f"cannot be read: {failed.strerror}")
+            return set()
+        old, file.content, file.problem = file.content, content, None
+        return self._define(path, index, old, content)
+
+    def _define(self, path: Path, index: int, old: FileContent, new: FileContent) -> set[Key]:
+        touched = _keys(old) | _keys(new)
+        for position, document in enumerate(old.documents):
+            definitions = self._definitions[document.key]
+            del definitions[path, position]
+            if not definitions:
+                del self._definitions[document.key]
+        for position, document in enumerate(new.documents):
+            definition = _Definition(index, path, position, document)
+            self._definitions.setdefault(document.key, {})[path, position] = definition
+        return touched
+
+    def _confirm_missing(self, path: Path, now_s: float, waits: list[float]) -> set[Key]:
+        file = self._files[path]
+        assert file.missing_since_s is not None
+        remaining_s = file.missing_since_s + REMOVAL_GRACE_S - now_s
+        if remaining_s > 0:
+            waits.append(remaining_s)
+            return set()
+        del self._files[path]
+        return self._define(path, file.directory, file.content, _NOTHING)
+
+    def _resolve(self, key: Key) -> tuple[Document, ...]:
+        """What holds of all definitions of one object: usually the only one."""
+        self._duplicates.pop(key, None)
+        definitions = list(self._definitions.get(key, {}).values())
+        if len(definitions) > 1:
+            present = [d for d in definitions if self._files[d.path].missing_since_s is None]
+            definitions = present or definitions
+            last = max(d.directory for d in definitions)
+            definitions = sorted((d for d in definitions if d.directory == last), key=lambda d: (d.path, d.position))
+        if len(definitions) < 2:
+            return tuple(d.document for d in definitions)
+        return self._report_duplicate(key, [d.document for d in definitions])
+
+    def _report_duplicate(self, key: Key, documents: list[Document]) -> tuple[Document, ...]:
+        first, second = documents[0], documents[1]
+        differ = any(document.data != first.data for document in documents)
+        places = " and ".join(f"{d.source.file}:{d.source.line('')}" for d in documents)
+        name = f"{first.namespace}/{first.name}" if first.namespace else first.name
+        refused = differ and is_policy(first)
+        follows = "refused" if refused else "the first counts" if differ else "they are equal"
+        text = f"{first.kind} {name} is defined more than once in one directory: {places}; {follows}; keep one"
+        where = (second.source.file, second.source.line(""))
+        self._duplicates[key] = Problem(ProblemReason.DUPLICATE, text, *where)
+        if not refused:
+            return (first,)
+        return tuple(replace(document, fault=f"is defined more than once: {places}") for document in documents)
+
+
+def _keys(content: FileContent) -> set[Key]:
+    return {document.key for document in content.documents}
+
+
+def is_manifest(name: str) -> bool:
+    """Whether a file of that name is read."""
+    return not name.startswith(".") and os.path.splitext(name)[1] in SUFFIXES
+
+
+def _unreadable(file: _File, path: Path, line: int, what: str) -> Problem:
+    place = f"{path}:{line}" if line else str(path)
+    kept = len(file.content.documents)
+    follows = f"its last readable content ({kept} objects) stays in force" if kept else "nothing of it is in force"
+    return Problem(ProblemReason.UNREADABLE, f"{place}: {what}; {follows} until it is mended", str(path), line)
+
+
+def _read_bytes(path: Path, directory: Path) -> bytes:
+    """The content of a regular file that lies, links followed, inside ``directory``.
+
+    Raises:
+        OSError: it does not, is too big, or cannot be read; with a sentence in ``strerror``.
+    """
+    resolved = path.resolve(strict=True)
+    if not resolved.is_relative_to(directory.resolve()):
+        raise OSError(0, f"a link to {resolved}, outside of the directory; copy the file instead")
+    descriptor = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as opened:
+        mode = os.fstat(opened.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(0, "not a regular file; replace or remove it")
+        content = opened.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise OSError(0, f"bigger than {MAX_FILE_BYTES} bytes; split it")
+    return content
