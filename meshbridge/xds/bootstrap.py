@@ -50,6 +50,7 @@ from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
 from envoy_data_plane.google.protobuf import Any, Struct
 
 from meshbridge.identity.model import IpFamily, Workload
+from meshbridge.xds.auth import pod_caller
 from meshbridge.xds.clusters import HTTP_OPTIONS
 from meshbridge.xds.names import CLUSTER_ADMIN, CLUSTER_AUTHZ, CLUSTER_XDS
 from meshbridge.xds.sidecar import HEALTH_PORT, METRICS_PORT
@@ -79,6 +80,7 @@ def bootstrap_json(inputs: BootstrapInputs) -> str:
 def bootstrap(inputs: BootstrapInputs) -> Bootstrap:
     """ADS for everything dynamic; the two servers are static clusters, so that they are there before any answer."""
     workload = inputs.workload
+    caller = pod_caller(workload.node, workload.namespace, workload.name, workload.service_account, workload.uid)
     ads = ApiConfigSource(
         api_type=ApiConfigSourceApiType.DELTA_GRPC,
         transport_api_version=ApiVersion.V3,
@@ -92,7 +94,8 @@ def bootstrap(inputs: BootstrapInputs) -> Bootstrap:
     )
     return Bootstrap(
         node=Node(
-            id=node_id(workload),
+            # Has to be the token's own name for the pod; the server refuses any other.
+            id=caller.node_id,
             cluster=f"{workload.service_account}.{workload.namespace}",
             metadata=Struct.from_dict(
                 {
@@ -118,13 +121,6 @@ def bootstrap(inputs: BootstrapInputs) -> Bootstrap:
             ],
         ),
     )
-
-
-def node_id(workload: Workload) -> str:
-    """Istio's form of a node id. It names the pod to people; who the pod is, its token says."""
-    address = workload.addresses[0] if workload.addresses else "0.0.0.0"
-    namespace = workload.namespace
-    return f"sidecar~{address}~{workload.name}.{namespace}~{namespace}.svc.cluster.local"
 
 
 def _static_cluster(name: str, address: Address) -> Cluster:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import os
+import secrets
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent import futures
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -24,15 +26,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from envoy.extensions.transport_sockets.tls.v3 import secret_pb2
-from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
-from google.protobuf.any_pb2 import Any as AnyMessage
 
 from meshbridge.identity.model import ProxyClass, Workload
+from meshbridge.xds.auth import Caller, mint_token, pod_caller
 from meshbridge.xds.bootstrap import BootstrapInputs, bootstrap_json
 from meshbridge.xds.names import SECRET_CERTIFICATE, SECRET_ROOT_CA
 from meshbridge.xds.resources import sidecar_resources
+from meshbridge.xds.server import DeltaServer, start_server
 from meshbridge.xds.sidecar import Sidecar
-from meshbridge.xds.snapshot import SECRET
+from meshbridge.xds.snapshot import SECRET, Resource, Snapshot
 
 ENVOY = Path(envoy.__path__[0]) / "_bin" / "envoy"
 PROXY_UID = 1337
@@ -221,44 +223,50 @@ class Authority:
         return {message.name: message.SerializeToString() for message in (own, root)}
 
 
-@dataclass
-class AdsServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):
-    """Sends each type once, as asked, and keeps what was refused."""
+class AdsServer:
+    """Our own delta ADS server in a thread, with one pod to serve."""
 
-    path: Path
-    resources: dict[str, Mapping[str, bytes]]
-    refusals: list[str] = field(default_factory=list)
-    tokens: set[str] = field(default_factory=set)
+    def __init__(self, path: Path, pod: Workload, resources: Mapping[str, Mapping[str, bytes]]) -> None:
+        self._path, self._resources = path, resources
+        self._key = secrets.token_bytes(32)
+        self.caller = pod_caller(pod.node, pod.namespace, pod.name, pod.service_account, pod.uid)
+        self.token = mint_token(self._key, self.caller, now=datetime.now(UTC))
+        self.callers: list[Caller] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._server = self._call(self._start())
 
-    def __post_init__(self) -> None:
-        self._server = grpc.server(futures.ThreadPoolExecutor(8))
-        ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(self, self._server)
-        self._server.add_insecure_port(f"unix:{self.path}")
-        self._server.start()
-        self.path.chmod(0o666)
+    def open(self, caller: Caller, wake: Callable[[], None]) -> OnePod:
+        self.callers.append(caller)
+        types = {
+            type_url: {name: Resource.of(body) for name, body in resources.items()}
+            for type_url, resources in self._resources.items()
+        }
+        return OnePod(Snapshot(types))
 
     def stop(self) -> None:
-        self._server.stop(0).wait()
+        self._call(self._server.stop(0))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
-    def DeltaAggregatedResources(self, requests: Any, context: Any) -> Iterator[Any]:
-        self.tokens.add(dict(context.invocation_metadata()).get("authorization", ""))
-        for nonce, request in enumerate(requests):
-            if request.HasField("error_detail"):
-                self.refusals.append(f"{request.type_url}: {request.error_detail.message}")
-            if request.response_nonce and not request.resource_names_subscribe:
-                continue
-            known = self.resources.get(request.type_url, {})
-            names = [name for name in request.resource_names_subscribe or known if name in known]
-            yield discovery_pb2.DeltaDiscoveryResponse(
-                type_url=request.type_url,
-                nonce=str(nonce),
-                resources=[
-                    discovery_pb2.Resource(
-                        name=name, version="1", resource=AnyMessage(type_url=request.type_url, value=known[name])
-                    )
-                    for name in names
-                ],
-            )
+    async def _start(self) -> grpc.aio.Server:
+        return await start_server(DeltaServer(self._key, self), f"unix:{self._path}")
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+
+@dataclass
+class OnePod:
+    """The feed of the only client."""
+
+    snapshot: Snapshot | None
+    refusal: str = ""
+
+    def close(self) -> None:
+        pass
 
 
 @contextlib.contextmanager
@@ -267,11 +275,9 @@ def sidecar_envoy(
 ) -> Iterator[AdsServer]:
     """Run the pod's Envoy as uid 1337 in its namespace, configured over ADS, until it is ready; kill it afterwards."""
     xds_socket = directory / f"{pod.workload.name}-xds.sock"
-    ads = AdsServer(xds_socket, {**sidecar_resources(sidecar), SECRET: authority.secrets(pod.workload)})
+    ads = AdsServer(xds_socket, pod.workload, {**sidecar_resources(sidecar), SECRET: authority.secrets(pod.workload)})
     bootstrap = directory / f"{pod.workload.name}.json"
-    bootstrap.write_text(
-        bootstrap_json(BootstrapInputs(pod.workload, f"token-{pod.workload.name}", str(xds_socket), str(authz)))
-    )
+    bootstrap.write_text(bootstrap_json(BootstrapInputs(pod.workload, ads.token, str(xds_socket), str(authz))))
     bootstrap.chmod(0o600)
     os.chown(bootstrap, PROXY_UID, PROXY_UID)
     log_path = directory / f"{pod.workload.name}.log"
@@ -286,7 +292,7 @@ def sidecar_envoy(
             stderr=subprocess.STDOUT,
         )
         try:
-            _wait_ready(pod, process, ads, log_path)
+            _wait_ready(pod, process, log_path)
             yield ads
         finally:
             process.kill()
@@ -294,9 +300,9 @@ def sidecar_envoy(
             ads.stop()
 
 
-def _wait_ready(pod: Pod, process: subprocess.Popen[bytes], ads: AdsServer, log: Path) -> None:
+def _wait_ready(pod: Pod, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and process.poll() is None and not ads.refusals:
+    while time.monotonic() < deadline and process.poll() is None:
         answer = subprocess.run(
             ["nsenter", f"--net=/run/netns/{pod.netns}", "curl", "-s", "http://127.0.0.1:15000/ready"],
             capture_output=True,
@@ -305,7 +311,7 @@ def _wait_ready(pod: Pod, process: subprocess.Popen[bytes], ads: AdsServer, log:
         if answer.stdout.strip() == "LIVE":
             return
         time.sleep(0.1)
-    raise AssertionError(f"envoy of {pod.workload.name} is not ready: {ads.refusals}\n{log.read_text()[-4000:]}")
+    raise AssertionError(f"envoy of {pod.workload.name} is not ready:\n{log.read_text()[-4000:]}")
 
 
 @contextlib.contextmanager
