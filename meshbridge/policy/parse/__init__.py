@@ -10,7 +10,7 @@ from meshbridge.policy.parse.authorizationpolicy import parse_authorization_poli
 from meshbridge.policy.parse.ciliumnetworkpolicy import CLUSTERWIDE, parse_cilium_network_policy
 from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount, ServicePort
 from meshbridge.policy.parse.networkpolicy import parse_network_policy
-from meshbridge.policy.parse.parsed import Parsed
+from meshbridge.policy.parse.parsed import Parsed, refused_by_source
 from meshbridge.policy.parse.peerauthentication import parse_peer_authentication
 from meshbridge.policy.parse.requestauthentication import parse_request_authentication
 from meshbridge.policy.parse.workloads import TEMPLATE_KINDS, parse_cluster_object
@@ -41,7 +41,8 @@ def parse(document: Document) -> Parsed:
     group = document.api_version.rpartition("/")[0]
     parser = POLICY_KINDS.get((group, document.kind))
     if parser is not None:
-        return parser(document)
+        parsed = parser(document)
+        return refused_by_source(parsed) if document.fault else parsed
     if (group, document.kind) in CLUSTER_KINDS:
         return parse_cluster_object(document)
     if group in _GUARDING_GROUPS:

@@ -79,6 +79,29 @@ def refused_mesh(document: Document, error: Invalid, selector: Selector) -> Pars
     return Parsed(document, refusals=(refusal,))
 
 
+def refused_by_source(parsed: Parsed) -> Parsed:
+    """What holds of an object whose ``Document.fault`` is set: refused, with the reach of what it says."""
+    if parsed.refusals:
+        return parsed
+    document = parsed.document
+    error = Invalid("", document.fault, "keep one definition")
+    if parsed.network:
+        reaches: dict[Selector, tuple[set[Direction], set[Direction]]] = {}
+        for rule in parsed.network:
+            directions, denies = reaches.setdefault(rule.subject, (set(), set()))
+            directions.add(rule.direction)
+            if rule.verdict is Verdict.DENY:
+                denies.add(rule.direction)
+        return refused_network(
+            document, error, [Reach(s, frozenset(named), frozenset(denies)) for s, (named, denies) in reaches.items()]
+        )
+    selectors = [policy.selector for policy in parsed.authorization]
+    selectors += [policy.selector for policy in parsed.request_authentication]
+    selectors += [policy.selector or Selector() for policy in parsed.peer_authentication]
+    refusal = Refusal(document, error.reason, error.path, error.fix, Layer.MESH, tuple(selectors))
+    return Parsed(document, refusals=(refusal,))
+
+
 def origin_of(document: Document, path: str) -> Origin:
     """The rule at ``path`` of an object, as drops and explanations name it."""
     source = document.source
