@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import click
+from rich.console import Console
 
 from meshbridge.demo import lifecycle, pods
 from meshbridge.demo.errors import DemoError
+from meshbridge.demo.walk import runner
+from meshbridge.demo.walk.report import Report
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -27,6 +30,18 @@ def command() -> None:
       meshbridge demo delete -f manifests/inputs/cilium-l4-policy.yaml
       meshbridge demo down
     """
+
+
+@command.command(name="run")
+@click.option(
+    "--report", "report_file", type=click.Path(dir_okay=False, path_type=Path), help="Write all checks as JSON."
+)
+@click.option("--keep", is_flag=True, help="Leave the mesh running afterwards.")
+@click.pass_context
+def run(ctx: click.Context, report_file: Path | None, keep: bool) -> None:
+    """Walk through the whole story: what is expected, what was seen, and how it was measured."""
+    with lifecycle.exclusive():
+        ctx.exit(1 if runner.run(Report(Console()), keep, report_file) else 0)
 
 
 @command.command(name="up")

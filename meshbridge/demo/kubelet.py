@@ -22,7 +22,7 @@ import yaml
 
 from meshbridge.demo import components, names, pods, records, store
 from meshbridge.demo.errors import DemoError
-from meshbridge.demo.layout import KUBELET, KUBELET_STATUS, MANIFESTS, NODES, WANTED
+from meshbridge.demo.layout import KUBELET, KUBELET_STATUS, MANIFESTS, NODES
 from meshbridge.demo.processes import reap
 from meshbridge.demo.records import PodRecord
 from meshbridge.demo.workloads import DesiredPod, desired_pods
@@ -34,7 +34,7 @@ PROBE_PERIOD_S = 5.0
 FIRST_POD_ADDRESS = 10
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0)
 _SETTLED_S = 30.0
-STORE = store.Store(MANIFESTS, WANTED)
+STORE = store.Store(MANIFESTS)
 _LOCK_NAME = "\0meshbridge-demo-kubelet"
 
 

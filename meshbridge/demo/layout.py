@@ -15,9 +15,6 @@ NETNS = Path("/run/netns")
 BPFFS = Path("/sys/fs/bpf/meshbridge")
 
 MANIFESTS = DEMO / "manifests"  # what a person applies; watched by the controller
-WANTED = (
-    DEMO / "wanted"
-)  # pods a person applied: the kubelet's to run; it reports them, so the controller sees each once
 KUBELET = DEMO / "kubelet"  # what the kubelet reports; watched by the controller
 PODS = DEMO / "pods"
 COMPONENTS = DEMO / "components"

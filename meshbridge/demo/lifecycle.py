@@ -32,7 +32,6 @@ from meshbridge.demo.layout import (
     RUN,
     SAMPLE_MANIFESTS,
     SECRETS,
-    WANTED,
     meshbridge,
 )
 from meshbridge.demo.processes import ProcessId, end, identify, in_netns
@@ -40,7 +39,7 @@ from meshbridge.demo.records import PodRecord
 from meshbridge.demo.waiting import poll, wait_for
 from meshbridge.demo.workloads import desired_pods
 
-STORE = store.Store(MANIFESTS, WANTED)
+STORE = store.Store(MANIFESTS)
 Say = Callable[[str], None]
 _LOCK_NAME = "\0meshbridge-demo"
 _COMPONENTS_TIMEOUT_S = 60.0
@@ -98,7 +97,7 @@ def up(say: Say, manifests: Path | None = None) -> None:
         raise DemoError(
             f"{DEMO} is left from an earlier mesh", where="meshbridge demo up", fix="run `meshbridge demo down` first"
         )
-    for directory in (DEMO, MANIFESTS, WANTED, KUBELET, PODS, COMPONENTS, LOGS, SECRETS):
+    for directory in (DEMO, MANIFESTS, KUBELET, PODS, COMPONENTS, LOGS, SECRETS):
         directory.mkdir(parents=True, exist_ok=True)
     pods.prepare_images()
     say(f"nodes: {', '.join(f'{node.name} ({node.ipv4.ip}, {node.ipv6.ip})' for node in NODES.values())}")

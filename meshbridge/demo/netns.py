@@ -7,6 +7,7 @@ import http.client
 import os
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from meshbridge.demo.layout import NETNS
@@ -24,11 +25,14 @@ class Answer:
     error: str = ""
 
 
-def socket_in(netns: str, family: socket.AddressFamily = socket.AF_INET, timeout_s: float = 3.0) -> socket.socket:
-    """A TCP socket inside ``netns``. A thread of its own enters the namespace, so this process never leaves its own."""
+def make_socket(netns: str, make: Callable[[], socket.socket]) -> socket.socket:
+    """What ``make`` returns when called inside ``netns``; a socket stays in the namespace it was made in.
+
+    A thread of its own enters the namespace, so this process never leaves its own.
+    """
     made: list[socket.socket | OSError] = []
 
-    def make() -> None:
+    def enter_and_make() -> None:
         try:
             handle = os.open(NETNS / netns, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -36,17 +40,16 @@ def socket_in(netns: str, family: socket.AddressFamily = socket.AF_INET, timeout
                     raise OSError(ctypes.get_errno(), f"setns {netns}")
             finally:
                 os.close(handle)
-            made.append(socket.socket(family, socket.SOCK_STREAM))
+            made.append(make())
         except OSError as error:
             made.append(error)
 
-    thread = threading.Thread(target=make, name=f"netns-{netns}")
+    thread = threading.Thread(target=enter_and_make, name=f"netns-{netns}")
     thread.start()
     thread.join()
     result = made[0]
     if isinstance(result, OSError):
         raise result
-    result.settimeout(timeout_s)
     return result
 
 
@@ -55,7 +58,8 @@ def http_get(netns: str, host: str, port: int, path: str, timeout_s: float = 3.0
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
-        connection.sock = socket_in(netns, family, timeout_s)
+        connection.sock = make_socket(netns, lambda: socket.socket(family, socket.SOCK_STREAM))
+        connection.sock.settimeout(timeout_s)
         connection.sock.connect((host, port))
         connection.request(method, path)
         response = connection.getresponse()

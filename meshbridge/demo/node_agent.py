@@ -41,9 +41,8 @@ def status(node: NodeLayout, timeout_s: float = 2.0) -> observer_pb2.Status | No
     """What the node's agent says of itself; None when nobody answers."""
     with _channel(node) as channel:
         try:
-            answer = observer_pb2_grpc.ObserverStub(channel).GetStatus(
-                observer_pb2.GetStatusRequest(), timeout=timeout_s
-            )
+            stub = observer_pb2_grpc.ObserverStub(channel)  # type: ignore[no-untyped-call]  # generated
+            answer = stub.GetStatus(observer_pb2.GetStatusRequest(), timeout=timeout_s)
         except grpc.RpcError:
             return None
         assert isinstance(answer, observer_pb2.Status)

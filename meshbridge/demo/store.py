@@ -1,8 +1,5 @@
 """The runtime copy of the manifests: what `demo apply` and `demo delete` change, and the controller watches.
 
-Pods are kept apart: the kubelet runs them and reports them, with their status, in a directory of its own, and the
-controller would be told of each one twice.
-
 Files stay as they were written, byte for byte, so that the lines in messages are those of the reader's own file. Only
 when an object moves to another file, or leaves one that holds several, is its document cut out of the old file.
 """
@@ -11,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,25 +54,15 @@ def parts(text: str) -> list[Part]:
     return found
 
 
-def objects(directory: Path) -> Iterator[Mapping[str, Any]]:
-    """Every readable object of the directory's files; files that cannot be read are the controller's to name."""
-    for path in _files(directory):
-        try:
-            yield from (part.data for part in parts(path.read_text()))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            continue
-
-
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The two directories: ``manifests`` for the controller, ``wanted`` for pods to run."""
+    """One directory of manifests."""
 
-    manifests: Path
-    wanted: Path
+    directory: Path
 
     def objects(self) -> list[Mapping[str, Any]]:
-        """Every readable object; what is unreadable is the controller's to name."""
-        return [item for directory in (self.manifests, self.wanted) for item in objects(directory)]
+        """Every readable object; files that cannot be read are the controller's to name."""
+        return [part.data for path in self._files() for part in _readable(path)]
 
     def apply(self, source: Path) -> list[Key]:
         """Put a copy of ``source`` in force and return the keys of its objects; an object lives in one file only.
@@ -83,21 +70,14 @@ class Store:
         A file that cannot be read as YAML is copied too: refusing it, by name, is the product's work.
         """
         content = _read(source)
-        name = source.name if source.suffix in _YAML else f"{source.name}.yaml"
+        target = self.directory / (source.name if source.suffix in _YAML else f"{source.name}.yaml")
         try:
-            held = parts(content.decode())
+            keys = [part.key for part in parts(content.decode())]
         except (UnicodeDecodeError, yaml.YAMLError):
-            write(self.manifests / name, content)
-            return []
-        pods = [part for part in held if part.key[0] == "Pod"]
-        others = [part for part in held if part.key[0] != "Pod"]
-        self._cut({part.key for part in held}, keep=name)
-        for directory, some in ((self.manifests, others), (self.wanted, pods)):
-            if some:
-                write(directory / name, content if len(some) == len(held) else _join(some))
-            else:
-                (directory / name).unlink(missing_ok=True)
-        return [part.key for part in held]
+            keys = []
+        self._cut(set(keys), keep=target)
+        write(target, content)
+        return keys
 
     def delete(self, source: Path) -> list[Key]:
         """Take every object named in ``source`` out of force and return the keys of those that were there.
@@ -109,28 +89,28 @@ class Store:
         try:
             return sorted(self._cut({part.key for part in parts(content.decode())}))
         except (UnicodeDecodeError, yaml.YAMLError):
-            path = self.manifests / source.name
+            path = self.directory / source.name
             if not path.is_file() or path.read_bytes() != content:
                 raise DemoError("is not readable YAML, and was not applied", where=str(source)) from None
             path.unlink()
             return []
 
-    def _cut(self, keys: set[Key], keep: str = "") -> set[Key]:
+    def _cut(self, keys: set[Key], keep: Path | None = None) -> set[Key]:
         removed = set()
-        for path in (*_files(self.manifests), *_files(self.wanted)):
-            if path.name == keep:
-                continue
-            try:
-                held = parts(path.read_text())
-            except (OSError, UnicodeDecodeError, yaml.YAMLError):
-                continue
+        for path in self._files():
+            held = _readable(path)
             stay = [part for part in held if part.key not in keys]
-            removed |= {part.key for part in held if part.key in keys}
-            if held and not stay:
+            if path == keep or len(stay) == len(held):
+                continue
+            removed |= {part.key for part in held} & keys
+            if stay:
+                write(path, "---\n".join(part.text for part in stay).encode())
+            else:
                 path.unlink()
-            elif len(stay) != len(held):
-                write(path, _join(stay))
         return removed
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.directory.glob("*") if path.suffix in _YAML and path.name[0] != ".")
 
 
 def write(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -143,12 +123,11 @@ def write(path: Path, content: bytes, mode: int = 0o644) -> None:
     temporary.replace(path)
 
 
-def _join(some: list[Part]) -> bytes:
-    return "---\n".join(part.text for part in some).encode()
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("*") if path.suffix in _YAML and not path.name.startswith("."))
+def _readable(path: Path) -> list[Part]:
+    try:
+        return parts(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
 
 
 def _read(source: Path) -> bytes:

@@ -12,7 +12,9 @@ T = TypeVar("T")
 _POLL_S = 0.02
 
 
-def wait_for(condition: Callable[[], T], timeout_s: float, what: str, detail: Callable[[], str] = lambda: "") -> T:
+def wait_for(
+    condition: Callable[[], T | None], timeout_s: float, what: str, detail: Callable[[], str] = lambda: ""
+) -> T:
     """The first true value of ``condition``.
 
     Raises:

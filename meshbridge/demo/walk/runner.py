@@ -1,0 +1,59 @@
+"""The whole walk: a fresh mesh, every step in turn, and nothing left."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+from meshbridge.demo import lifecycle
+from meshbridge.demo.walk import step_a, step_b, step_c, step_d, step_e, step_f
+from meshbridge.demo.walk.context import Walk
+from meshbridge.demo.walk.report import Report
+from meshbridge.errors import MeshBridgeError
+
+# A step is a module with LETTER, TITLE, ABOUT and run(walk); it leaves the mesh as it found it.
+STEPS: Sequence[ModuleType] = (step_a, step_b, step_c, step_d, step_e, step_f)
+
+
+def run(report: Report, keep: bool, report_file: Path | None) -> int:
+    """Walk through all steps on a mesh of its own; returns how many checks failed.
+
+    Without ``keep`` the mesh is taken down again, whatever happened; that nothing is left is a check as well.
+    """
+    if lifecycle.remains():
+        report.say("a mesh is up, or remains of one: taking it down, to begin from nothing")
+        lifecycle.down(report.say)
+    try:
+        report.begin("up", "The mesh comes up", "Two nodes, five pods, the real controller, agents, authz and Envoys.")
+        if _guarded(report, "the mesh is up", lambda: lifecycle.up(report.say)):
+            walk = Walk(report)
+            for step in STEPS:
+                report.begin(step.LETTER, step.TITLE, step.ABOUT)
+                _guarded(report, "the step runs to its end", partial(step.run, walk), quiet=True)
+    finally:
+        if keep:
+            report.say("the mesh stays up, as asked; `meshbridge demo down` removes it")
+        else:
+            report.begin("down", "Nothing stays", "Processes, namespaces, links, pins and directories are looked for.")
+            _guarded(report, "the mesh is taken down", lambda: lifecycle.down(report.say), quiet=True)
+            left = lifecycle.remains()
+            report.check(
+                "nothing is left", not left, str(left) if left else "nothing", "/proc, /run/netns, bpffs, /run"
+            )
+        report.finish()
+        if report_file:
+            report.write(report_file)
+    return report.failed
+
+
+def _guarded(report: Report, claim: str, action: Callable[[], None], quiet: bool = False) -> bool:
+    """Do it; an error is a failed check, and the walk goes on. With ``quiet`` only an error is worth a line."""
+    try:
+        action()
+    except Exception as error:
+        said = str(error) if isinstance(error, MeshBridgeError) else "".join(traceback.format_exception(error)[-3:])
+        return report.check(claim, False, said.strip(), "it was tried")
+    return quiet or report.check(claim, True, "every pod is ready", "readiness probes from the nodes")
