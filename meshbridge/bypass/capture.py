@@ -1,0 +1,233 @@
+"""Whether Envoy sees a flow: the capture state of one pod, for every port, range, interface and owner at once.
+
+Truth, in this order: the rules seen in the pod's network namespace; istio-init's arguments and environment; the
+annotations of the running pod (CNI form). Until rules are seen nothing counts as captured. Where two of them differ,
+that is a finding, and the earlier one is followed.
+
+Spec: ISTIO.md §c; DESIGN §2, the table of classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Final
+
+from meshbridge.bypass import annotations as asked
+from meshbridge.bypass.annotations import MeshDefaults
+from meshbridge.bypass.classify import baseline_parts, classified_spans, universe
+from meshbridge.bypass.expected import Expected, expected_redirection, families_with_rules, family_findings
+from meshbridge.bypass.findings import Finding, FindingCode, Severity
+from meshbridge.bypass.redirect_config import RedirectConfig, istio_rules
+from meshbridge.bypass.rules import Hook, SeenRules
+from meshbridge.bypass.sets import IntSet, union
+from meshbridge.bypass.state import CaptureState, Route, RouteKind, Span, Truth
+from meshbridge.bypass.walk import Outcome, regions
+from meshbridge.identity.model import IpFamily, ProxyClass, Workload
+from meshbridge.policy.capture import PortClass
+from meshbridge.policy.model import Direction
+
+_AMBIENT_PROBES: Final = {
+    IpFamily.IPV4: IntSet.of(0xA9FE077F),  # 169.254.7.127
+    IpFamily.IPV6: IntSet.of(0xFD16_9254_7127_1337_FFFF_FFFF_FFFF_FFFF),
+}
+
+
+def capture_state(
+    workload: Workload, *, mesh: MeshDefaults | None = None, seen: SeenRules | None = None
+) -> CaptureState:
+    """Compute the capture state of a pod from its final specification and, where read, the rules in its namespace.
+
+    Args:
+        mesh: The mesh-wide values; None: not known, Istio's own are taken for what is only predicted.
+        seen: The rules of its network namespace; None: not read yet, so nothing counts as captured.
+    """
+    known = mesh or MeshDefaults()
+    if workload.proxy is ProxyClass.AMBIENT:
+        return _ambient(workload, seen)
+    expected = expected_redirection(workload, known)
+    findings = list(expected.findings)
+    if expected.config is None and expected.truth is Truth.NO_PROXY:
+        spans = unguarded(expected.reason)
+        if seen is None:
+            return CaptureState(workload.key, Truth.NO_PROXY, spans, spans, tuple(findings))
+        # rules without a proxy in the specification: what is redirected goes to nobody we know
+        return CaptureState(workload.key, Truth.NO_PROXY, spans, spans, (*findings, *_stray_rules(seen)))
+    config = expected.config or RedirectConfig()
+    families = families_with_rules(workload, config)
+    by_specification = {
+        family: () if expected.config is None or family not in families else (istio_rules(config, family),)
+        for family in IpFamily
+    }
+    intended = tuple(
+        span
+        for family in IpFamily
+        for span in classified_spans(
+            by_specification[family], family, config, _absent_route(expected, family, families)
+        )
+    )
+    findings += family_findings(workload, config, families)
+    if seen is None:
+        findings.append(
+            Finding(
+                FindingCode.RULES_NOT_SEEN, Severity.INFO, f"pod {workload.key}",
+                "its redirect rules have not been seen yet, so every port counts as excluded",
+            )
+        )  # fmt: skip
+        return CaptureState(
+            workload.key, expected.truth, _not_seen(intended), intended, tuple(findings), expected.starts
+        )
+    spans = tuple(
+        span
+        for family in IpFamily
+        for span in classified_spans(
+            seen.of(family), family, config, Route(RouteKind.RULES_MISSING, "no rule redirects it"), intended
+        )
+    )
+    findings += compare(workload.key, intended, spans, seen)
+    return CaptureState(workload.key, Truth.RULES, spans, intended, tuple(findings), expected.starts)
+
+
+def _not_seen(intended: tuple[Span, ...]) -> tuple[Span, ...]:
+    route = Route(RouteKind.RULES_NOT_SEEN)
+    return tuple(
+        replace(span, port_class=PortClass.EXCLUDED, route=route, listener=0)
+        if span.port_class is PortClass.CAPTURED
+        else span
+        for span in intended
+    )
+
+
+def unguarded(reason: str) -> tuple[Span, ...]:
+    route = Route(RouteKind.NO_SIDECAR, reason)
+    return tuple(
+        Span(direction, family, universe(direction, family), PortClass.UNGUARDED, route)
+        for family in IpFamily
+        for direction in Direction
+    )
+
+
+def _stray_rules(seen: SeenRules) -> list[Finding]:
+    for family in IpFamily:
+        for region in regions(seen.of(family), Hook.PREROUTING, universe(Direction.INGRESS, family)):
+            if region.outcome is Outcome.REDIRECTED:
+                what = f"redirects to port {region.port}, but the pod has no sidecar"
+                return [
+                    Finding(
+                        FindingCode.RULES_CONTRADICT,
+                        Severity.WARNING,
+                        region.rule.text if region.rule else "a rule",
+                        what,
+                    )
+                ]
+    return []
+
+
+def _ambient(workload: Workload, seen: SeenRules | None) -> CaptureState:
+    """Ambient: ztunnel's redirection in the pod; the sidecar's annotations have no effect on it."""
+    findings = [
+        Finding(
+            FindingCode.AMBIENT_IGNORES,
+            Severity.WARNING,
+            f"annotation {name}",
+            "has no effect on a pod in ambient mode",
+        )
+        for name in workload.annotations
+        if name.startswith(asked.TRAFFIC)
+    ]
+    config = RedirectConfig()
+    without_inbound = workload.annotations.get(asked.AMBIENT_BYPASS_INBOUND) == "true"
+    detail = f'annotation {asked.AMBIENT_BYPASS_INBOUND}: "true"' if without_inbound else ""
+    intended = []
+    for family in IpFamily:
+        for direction in Direction:
+            for box, baseline, kind in baseline_parts(universe(direction, family), direction, family, config):
+                if direction is Direction.INGRESS and kind is RouteKind.ISTIO_PORT:
+                    baseline = PortClass.CAPTURED
+                bypassed = baseline is PortClass.CAPTURED and direction is Direction.INGRESS and without_inbound
+                route = Route(RouteKind.AMBIENT, detail) if bypassed else Route(kind)
+                intended.append(Span(direction, family, box, PortClass.EXCLUDED if bypassed else baseline, route))
+    if seen is None:
+        return CaptureState(
+            workload.key, Truth.ANNOTATIONS, _not_seen(tuple(intended)), tuple(intended), tuple(findings)
+        )
+    spans = []
+    for family in IpFamily:
+        for span in classified_spans(
+            seen.of(family), family, config, Route(RouteKind.RULES_MISSING, "no rule redirects it")
+        ):
+            spans += _probes_apart(span)
+    return CaptureState(workload.key, Truth.RULES, tuple(spans), tuple(intended), tuple(findings))
+
+
+def _probes_apart(span: Span) -> list[Span]:
+    """The kubelet's probes, which ambient's own rules let past ztunnel from one link-local source."""
+    probes = replace(span.box, source=span.box.source & _AMBIENT_PROBES[span.family])
+    if span.direction is not Direction.INGRESS or span.port_class is not PortClass.EXCLUDED or not probes:
+        return [span]
+    rest = replace(span.box, source=span.box.source - _AMBIENT_PROBES[span.family])
+    apart = replace(
+        span, box=probes, port_class=PortClass.UNGUARDED, route=Route(RouteKind.AMBIENT, "the kubelet's probes")
+    )
+    return [apart, replace(span, box=rest)] if rest else [apart]
+
+
+def compare(pod: str, intended: Iterable[Span], spans: Iterable[Span], seen: SeenRules) -> list[Finding]:
+    """Where the rules seen capture something else than the specification leads to."""
+    found = [
+        Finding(
+            FindingCode.RULE_NOT_UNDERSTOOD,
+            Severity.WARNING,
+            f"pod {pod}",
+            f"{problem}; what it may concern counts as not captured",
+        )
+        for problem in _unread(spans, seen)
+    ]
+    planned, real = list(intended), list(spans)
+    for direction in Direction:
+        for family in IpFamily:
+            mine = [span for span in real if span.direction is direction and span.family is family]
+            theirs = [span for span in planned if span.direction is direction and span.family is family]
+            lost, gained = _differences(theirs, mine), _differences(mine, theirs)
+            for ports, code, what in (
+                (lost, FindingCode.RULES_MISSING, "should be redirected to Envoy, and the rules in the pod do not"),
+                (
+                    gained,
+                    FindingCode.RULES_CONTRADICT,
+                    "should not be redirected to Envoy, and the rules in the pod do",
+                ),
+            ):
+                if ports:
+                    version = "IPv4" if family is IpFamily.IPV4 else "IPv6"
+                    subject = f"pod {pod}, {direction.name.lower()} {version} TCP ports {ports}"
+                    found.append(
+                        Finding(code, Severity.ERROR, subject, f"{what}: followed the rules", "restart the pod")
+                    )
+    return found
+
+
+def _unread(spans: Iterable[Span], seen: SeenRules) -> list[str]:
+    texts = [span.route.detail for span in spans if span.route.kind is RouteKind.NOT_UNDERSTOOD]
+    return sorted({*seen.problems, *(text for text in texts if text)})[:16]
+
+
+def _differences(left: Iterable[Span], right: Iterable[Span]) -> IntSet:
+    """TCP ports that are captured on the left and, for some flow, excluded on the right."""
+    ports = []
+    for one in left:
+        if one.port_class is not PortClass.CAPTURED:
+            continue
+        for other in right:
+            if other.port_class is PortClass.EXCLUDED and (box := one.box & other.box) is not None:
+                ports.append(box.port)
+    return union(ports)
+
+
+def _absent_route(expected: Expected, family: IpFamily, families: frozenset[IpFamily]) -> Route:
+    """Why nothing redirects a flow that no rule mentions."""
+    if expected.config is None:
+        kind = RouteKind.MODE_NONE if "NONE" in expected.reason else RouteKind.RULES_MISSING
+        return Route(kind, expected.reason)
+    if family not in families:
+        return Route(RouteKind.IPV6, "the pod's redirect rules are for IPv4 only")
+    return Route(RouteKind.RULES_MISSING, "")

@@ -1,0 +1,130 @@
+"""The capture state of a pod as values: which flows Envoy sees, and the route of those it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from meshbridge.bypass.findings import Finding
+from meshbridge.bypass.sets import PORTS, Box, IntSet, NameSet
+from meshbridge.identity.model import IpFamily
+from meshbridge.policy.capture import PortClass, PortClasses, PortRange
+from meshbridge.policy.model import Direction
+
+LOOPBACK_INTERFACE: Final = "lo"
+INTERFACE: Final = "eth0"
+
+
+class Truth(StrEnum):
+    """What the capture state was computed from."""
+
+    RULES = "rules"
+    ARGUMENTS = "istio-init arguments"
+    ANNOTATIONS = "annotations"
+    PREDICTED = "predicted injection"
+    NO_PROXY = "no proxy"
+
+
+class RouteKind(StrEnum):
+    """Why a flow does or does not reach Envoy."""
+
+    REDIRECTED = "redirected"
+    EXCLUDE_INBOUND_PORTS = "excludeInboundPorts"
+    INCLUDE_INBOUND_PORTS = "includeInboundPorts"
+    EXCLUDE_OUTBOUND_PORTS = "excludeOutboundPorts"
+    INCLUDE_OUTBOUND_PORTS = "includeOutboundPorts"
+    EXCLUDE_OUTBOUND_RANGES = "excludeOutboundIPRanges"
+    INCLUDE_OUTBOUND_RANGES = "includeOutboundIPRanges"
+    EXCLUDE_INTERFACES = "excludeInterfaces"
+    REROUTE_INTERFACES = "reroute-virtual-interfaces"
+    MODE_NONE = "interceptionMode NONE"
+    PROXY_OWNER = "proxy uid or gid"
+    OWNER_GROUPS = "owner groups"
+    LOOPBACK = "loopback"
+    ISTIO_PORT = "Istio's own port"
+    TUNNEL = "HBONE tunnel"
+    NOT_TCP = "not TCP"
+    IPV6 = "IPv6 without rules"
+    NO_SIDECAR = "no sidecar"
+    AMBIENT = "ambient"
+    OTHER_RULE = "a rule in the pod's namespace"
+    OTHER_PORT = "redirected to a port that is not Envoy's"
+    NOT_UNDERSTOOD = "rules not understood"
+    RULES_NOT_SEEN = "redirect rules not seen yet"
+    RULES_MISSING = "redirect rules missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Why, and where that is written: an annotation, an argument, a default, or a rule."""
+
+    kind: RouteKind
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind.value} ({self.detail})" if self.detail else self.kind.value
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Flows of one class and route; ``listener`` is the local port they are redirected to, 0 when they are not."""
+
+    direction: Direction
+    family: IpFamily
+    box: Box
+    port_class: PortClass
+    route: Route
+    listener: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureState:
+    """What holds for a pod now (``spans``) and what it will be once its rules are seen (``intended``).
+
+    Spans of one direction and family are disjoint and cover every first packet a pod can receive on its interfaces, or
+    send, the loopback included. ``starts`` False: the pod is refused or never starts, so nothing of it is reachable.
+    """
+
+    pod: str
+    truth: Truth
+    spans: tuple[Span, ...]
+    intended: tuple[Span, ...]
+    findings: tuple[Finding, ...] = ()
+    starts: bool = True
+
+    def of(self, direction: Direction, family: IpFamily, *, intended: bool = False) -> tuple[Span, ...]:
+        source = self.intended if intended else self.spans
+        return tuple(span for span in source if span.direction is direction and span.family is family)
+
+    def inbound(self, interface: str = INTERFACE, *, intended: bool = False) -> dict[IpFamily, PortClasses]:
+        """The class of every TCP port for what arrives on one interface, by family.
+
+        A port that only some flows reach through Envoy is excluded as a whole.
+        """
+        return {family: self._classes(family, interface, intended) for family in IpFamily}
+
+    def _classes(self, family: IpFamily, interface: str, intended: bool) -> PortClasses:
+        ports: dict[PortClass, IntSet] = dict.fromkeys(PortClass, IntSet())
+        for span in self.of(Direction.INGRESS, family, intended=intended):
+            if 6 in span.box.protocol and interface in span.box.input and not _only_probes(span):
+                ports[span.port_class] |= span.box.port
+        taken = IntSet()
+        cuts: list[PortRange] = []
+        for port_class in (PortClass.TUNNEL, PortClass.EXCLUDED, PortClass.CAPTURED):
+            cuts += [PortRange(first, last, port_class) for first, last in ports[port_class] - taken]
+            taken |= ports[port_class]
+        cuts += [PortRange(first, last, PortClass.UNGUARDED) for first, last in PORTS - taken]
+        return PortClasses(tuple(sorted(cuts)))
+
+    def outbound_bypasses(self, family: IpFamily, *, intended: bool = False) -> tuple[Span, ...]:
+        """What the application sends past Envoy although the mesh would have captured it."""
+        return tuple(
+            span
+            for span in self.of(Direction.EGRESS, family, intended=intended)
+            if span.port_class is PortClass.EXCLUDED and span.box.output - NameSet.of(LOOPBACK_INTERFACE)
+        )
+
+
+def _only_probes(span: Span) -> bool:
+    return span.route.kind is RouteKind.AMBIENT and span.port_class is PortClass.UNGUARDED
