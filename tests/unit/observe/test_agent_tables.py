@@ -20,7 +20,8 @@ NEW = pb.EndpointState(
 )
 WELL = pb.Status(
     node="n1", version="0.1.0", revision_programmed=7, revision_received=7, controller_connected=True,
-    endpoints_ready=2, endpoints_total=2, identities=12, addresses=40, policies=3, attach_mode="tcx", memory_resident_bytes=41_500_000,
+    endpoints_ready=2, endpoints_total=2, identities=12, addresses=40, policies=3, attach_mode="tcx",
+    memory_resident_bytes=41_500_000,
     uptime_s=3723.4,
 )  # fmt: skip
 
