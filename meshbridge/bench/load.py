@@ -1,6 +1,6 @@
 """The load: a server that echoes bytes or answers HTTP, and clients that time what they do. Standard library only.
 
-Run as ``python -m meshbridge.bench.load serve|pingpong|connect …`` inside a namespace, pinned by the caller. A client
+Run as ``python -m meshbridge.bench.load serve|pingpong|… HOST PORT`` inside a namespace, pinned by the caller. A client
 prints one JSON object. One connection at a time: what is measured is latency, not how deep queues become.
 """
 
@@ -17,7 +17,9 @@ import time
 from array import array
 from collections.abc import Callable
 
-HTTP_ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-type: text/plain\r\n\r\nok"
+HTTP_REQUEST = b"GET /pay HTTP/1.1\r\nhost: server.bench\r\n\r\n"
+HTTP_BODY = b"served!"
+HTTP_ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\ncontent-type: text/plain\r\n\r\n" + HTTP_BODY
 # A reset instead of FIN: no TIME_WAIT, so that ports do not run out.
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 WARM_UP_SHARE = 0.2
@@ -79,6 +81,39 @@ def connect(host: str, port: int, seconds: float) -> dict[str, float]:
     return timed(once, seconds)
 
 
+def http(host: str, port: int, seconds: float) -> dict[str, float]:
+    """GET requests over one kept connection; an answer that is not 200 ends the run."""
+    with socket.create_connection((host, port), timeout=5) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(None)
+        return timed(lambda: _get(connection, HTTP_REQUEST), seconds)
+
+
+def http_connect(host: str, port: int, seconds: float) -> dict[str, float]:
+    """One GET request per connection: through Envoys, also a TLS handshake between them."""
+    family = _family(host)
+
+    def once() -> None:
+        with socket.socket(family, socket.SOCK_STREAM) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            connection.connect((host, port))
+            _get(connection, HTTP_REQUEST)
+
+    return timed(once, seconds)
+
+
+def _get(connection: socket.socket, request: bytes) -> None:
+    connection.send(request)
+    answer = connection.recv(4096)
+    while not answer.endswith(HTTP_BODY):
+        more = connection.recv(4096)
+        if not more:
+            break
+        answer += more
+    if not answer.startswith(b"HTTP/1.1 200 "):
+        raise SystemExit(f"not answered with 200: {answer[:300]!r}")
+
+
 def timed(once: Callable[[], None], seconds: float) -> dict[str, float]:
     """Call ``once`` for the time given, after a warm-up; CPU times and ``operations_total`` include the warm-up."""
     clock = time.perf_counter_ns
@@ -119,9 +154,12 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
+CLIENTS = {"pingpong": pingpong, "connect": connect, "http": http, "http-connect": http_connect}
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="meshbridge.bench.load")
-    parser.add_argument("what", choices=["serve", "pingpong", "connect"])
+    parser.add_argument("what", choices=["serve", *CLIENTS])
     parser.add_argument("host")
     parser.add_argument("port", type=int)
     parser.add_argument("--seconds", type=float, default=1.0)
@@ -129,8 +167,7 @@ def main(arguments: list[str]) -> None:
     if options.what == "serve":
         serve(options.host, options.port)
         return
-    client = pingpong if options.what == "pingpong" else connect
-    print(json.dumps(client(options.host, options.port, options.seconds)))
+    print(json.dumps(CLIENTS[options.what](options.host, options.port, options.seconds)))
 
 
 if __name__ == "__main__":
