@@ -8,12 +8,15 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.table import Table
 
-from meshbridge.demo import lifecycle, pods
+from meshbridge.demo import lifecycle, pods, records
 from meshbridge.demo.errors import DemoError
+from meshbridge.demo.layout import LOGS
 from meshbridge.demo.walk import runner
 from meshbridge.demo.walk.report import Report
 
+EXIT_DEGRADED = 3
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -102,6 +105,31 @@ def delete(filename: Path) -> None:
     if not keys:
         raise DemoError("nothing of it was in force", where=str(filename))
     lifecycle.wait_pods(click.echo)
+
+
+@command.command(name="status")
+def status() -> None:
+    """Show the processes and pods of the mesh; exit code 3 when one of them is not as it should be."""
+    lifecycle.require_up()
+    processes = Table("PROCESS", "PID", "STATE", "LOG", box=None)
+    all_well = True
+    for name, process in sorted(records.load_components().items()):
+        all_well &= process.alive
+        processes.add_row(name, str(process.pid), "running" if process.alive else "ended", str(LOGS / f"{name}.log"))
+    shown = Table("POD", "NODE", "IPV4", "IPV6", "SIDECAR", "READY", "RESTARTS", "MESSAGE", box=None)
+    states, existing = lifecycle.pod_states(), records.load_pods()
+    for key in sorted({*states, *existing}):
+        state, record = states.get(key, {}), existing.get(key)
+        ready = bool(state.get("ready"))
+        all_well &= ready
+        place = (record.node, record.ipv4, record.ipv6, "yes" if record.proxy else "no") if record else ("", "", "", "")
+        restarts = str(record.restarts) if record else ""
+        shown.add_row(key, *place, "yes" if ready else "no", restarts, str(state.get("message", "")))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(processes)
+    console.print()
+    console.print(shown)
+    sys.exit(0 if all_well else EXIT_DEGRADED)
 
 
 @command.command(name="kubelet", hidden=True)

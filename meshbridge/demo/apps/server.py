@@ -75,6 +75,7 @@ class CountingFile:
 class Application(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 120
+    disable_nagle_algorithm = True  # headers and body are two writes
 
     def setup(self) -> None:
         super().setup()

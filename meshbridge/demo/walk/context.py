@@ -65,13 +65,16 @@ class Arrived:
 
 @dataclass(slots=True)
 class Traffic:
-    """A running traffic program; ``stop`` ends it and returns its attempts."""
+    """A running traffic program; ``attempts`` are there once it was stopped."""
 
     process: subprocess.Popen[bytes]
     attempts: list[dict[str, Any]] = field(default_factory=list)
+    stopped: bool = False
 
     def stop(self) -> list[dict[str, Any]]:
-        if not self.attempts:
+        """End it, if that was not done already, and return what became of each attempt."""
+        if not self.stopped:
+            self.stopped = True
             output, errors = self.process.communicate(timeout=20)
             try:
                 self.attempts = json.loads(output)
@@ -142,13 +145,15 @@ class Walk:
 
     @contextmanager
     def traffic(self, client: PodRecord, *argv: str, token: str = "", uid: int = APPLICATION_UID) -> Iterator[Traffic]:
-        """Steady traffic from the client's pod, under way when this returns."""
+        """Steady traffic from the client's pod, under way when the block begins and stopped at its end."""
         command = ["python3", "-m", "meshbridge.demo.apps.traffic", *argv]
         with _popen(pods.exec_command(client, command, {"TOKEN": token}, uid)) as process:
             assert process.stdout is not None
             if process.stdout.readline() != b"started\n":
                 raise DemoError("the traffic program did not start", where=f"pod {client.key}")
-            yield Traffic(process)
+            traffic = Traffic(process)
+            yield traffic
+            traffic.stop()
 
     def arrived(self) -> Arrived:
         """The service's counters now."""

@@ -99,9 +99,7 @@ def _kill_the_agent(walk: Walk) -> None:
         assert back is not None
         walk.report.say(f"pid {back.pid} has taken over after {back_at - killed_at:.1f} s; traffic goes on")
         _let_run(walk, "traffic runs")
-    requests = [*fresh.stop(), *kept.stop()]
-    knocks = knocking.stop()
-    _judge_traffic(walk, requests, knocks, killed_at, back_at)
+    _judge_traffic(walk, [*fresh.attempts, *kept.attempts], knocking.attempts, killed_at, back_at)
     again = _retransmitted(allowed) + _retransmitted(service) - retransmitted
     walk.report.check(
         "not one packet of the allowed had to be sent again", again == 0, f"{again} retransmitted segments",
