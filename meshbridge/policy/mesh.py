@@ -22,12 +22,16 @@ GATEWAY_LABEL = "gateway.networking.k8s.io/gateway-name"
 
 @dataclass(frozen=True, slots=True)
 class MeshSettings:
-    """What the mesh's own configuration says; the same for every workload."""
+    """What the mesh's own configuration says; the same for every workload.
+
+    ``asked_providers`` are the CUSTOM providers that Envoy itself asks; any other that is not us denies.
+    """
 
     root_namespace: str = "istio-system"
     trust_domain: str = DEFAULT_TRUST_DOMAIN
     trust_domain_aliases: tuple[str, ...] = ()
     cluster: str = DEFAULT_CLUSTER
+    asked_providers: frozenset[str] = frozenset()
 
 
 DEFAULT_MESH: Final = MeshSettings()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
-from meshbridge.identity.model import ContainerPort, IpAddress, ProxyClass, Workload
+from meshbridge.identity.model import ContainerPort, IpAddress, ProxyClass, ProxyContainer, Workload
 from meshbridge.policy.mesh import GATEWAY_LABEL
 from meshbridge.policy.model import Document, Layer, Refusal
 from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount, ServicePort
@@ -69,6 +69,7 @@ def _workload(document: Document, metadata: Reader, spec: Reader, status: Reader
     init_args = None
     if init is not None:
         init_args = tuple(item.text() for item in (*_list(init, "command")[1:], *_list(init, "args")))
+    init_containers = tuple(_text(container, "name") for container in _list(spec, "initContainers"))
     return Workload(
         namespace=document.namespace,
         name=document.name,
@@ -84,7 +85,34 @@ def _workload(document: Document, metadata: Reader, spec: Reader, status: Reader
         proxy=_proxy(labels, annotations, _PROXY in by_name),
         init_args=init_args,
         phase=_text(status, "phase") or ("Running" if document.kind != "Pod" else "Pending"),
+        init_env=_environment(init) if init is not None else {},
+        proxy_container=_proxy_container(by_name[_PROXY], init_containers) if _PROXY in by_name else None,
+        init_containers=init_containers,
     )
+
+
+def _proxy_container(container: Reader, init_containers: tuple[str, ...]) -> ProxyContainer:
+    args = [item.text() for item in _list(container, "args")]
+    kind = args[1] if len(args) > 1 and args[0] == "proxy" and not args[1].startswith("-") else ""
+    security = _child(container, "securityContext")
+    return ProxyContainer(
+        kind,
+        _environment(container),
+        _id(security, "runAsUser"),
+        _id(security, "runAsGroup"),
+        _PROXY in init_containers,
+    )
+
+
+def _id(at: Reader, name: str) -> int | None:
+    child = _child(at, name)
+    return child.integer(0, 2**32 - 1) if child.value is not None else None
+
+
+def _environment(container: Reader) -> dict[str, str]:
+    """The variables with a literal value; one that refers to a Secret or a field is nothing we know."""
+    items = _list(container, "env")
+    return {_text(item, "name"): _text(item, "value") for item in items if _child(item, "value").value is not None}
 
 
 def _proxy(labels: dict[str, str], annotations: dict[str, str], has_proxy: bool) -> ProxyClass:
