@@ -8,14 +8,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from meshbridge.demo import network, node_agent, pods, records, store, tokens
 from meshbridge.demo.errors import DemoError
 from meshbridge.demo.layout import (
+    BPFFS,
     COMPONENTS,
     CONTROLLER_SOCKET,
     DEMO,
@@ -36,7 +38,7 @@ from meshbridge.demo.layout import (
 )
 from meshbridge.demo.processes import ProcessId, end, identify, in_netns
 from meshbridge.demo.records import PodRecord
-from meshbridge.demo.waiting import poll, wait_for
+from meshbridge.demo.waiting import wait_for
 from meshbridge.demo.workloads import desired_pods
 
 STORE = store.Store(MANIFESTS)
@@ -44,6 +46,7 @@ Say = Callable[[str], None]
 _LOCK_NAME = "\0meshbridge-demo"
 _COMPONENTS_TIMEOUT_S = 60.0
 _PODS_TIMEOUT_S = 90.0
+_DOWN_TIMEOUT_S = 30.0
 
 
 @contextmanager
@@ -266,34 +269,27 @@ def down(say: Say) -> None:
     """
     running = kubelet()
     if running:
-        end([running], grace_s=15.0)  # it finishes the pod it is making, and then makes no more
-    components = list(records.load_components().values())
-    recorded = records.load_pods()
-    namespaces = our_namespaces()
-    processes = [process for record in recorded.values() for process in record.processes.values()]
-    end([*processes, *components, *in_netns(namespaces)])
-    say(f"ended {len(processes)} processes of {len(recorded)} pods and {len(components)} components")
-    for node in NODES.values():
-        if node.pins.exists():
-            shutil.rmtree(node.pins)
-    for record in recorded.values():
+        end([running])  # first, so that it makes no more
+    deadline = time.monotonic() + _DOWN_TIMEOUT_S
+    while left := remains():
+        if time.monotonic() > deadline:
+            raise DemoError(f"could not be removed: {left}", where="meshbridge demo down")
+        counts = f"{len(left.processes)} processes, {len(left.namespaces)} network namespaces, {len(left.pins)} pins"
+        say(f"removing {counts}")
+        _remove(left)
+
+
+def _remove(left: Remains) -> None:
+    recorded = records.load_pods().values()
+    processes = [process for record in recorded for process in record.processes.values()]
+    end([*processes, *records.load_components().values(), *in_netns(left.namespaces)])
+    for record in recorded:
         network.delete_pod(record.layout, record.network)
-    for netns in namespaces:
+    for netns in left.namespaces:
         network.delete_namespace(netns)
-    for node in NODES.values():
-        shutil.rmtree(RUN / node.name, ignore_errors=True)
+    for directory in (*(node.pins for node in NODES.values()), *(RUN / name for name in NODES), DEMO):
+        shutil.rmtree(directory, ignore_errors=True)
     CONTROLLER_SOCKET.unlink(missing_ok=True)
-    shutil.rmtree(DEMO, ignore_errors=True)
-    for directory in (RUN, node.pins.parent):
-        if directory.exists() and not any(directory.iterdir()):
-            directory.rmdir()
-    left = poll_nothing_left()
-    if left:
-        raise DemoError(f"could not be removed: {left}", where="meshbridge demo down")
-    say(f"removed {len(namespaces)} network namespaces with their links, the pins and {DEMO}")
-
-
-def poll_nothing_left() -> Remains | None:
-    """None once nothing is left; what is left after a moment otherwise."""
-    poll(lambda: not remains(), 3.0)
-    return remains() or None
+    for shared in (RUN, BPFFS):
+        with suppress(OSError):  # somebody else's things may be in it, or it is not there
+            shared.rmdir()
