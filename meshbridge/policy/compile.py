@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from meshbridge.identity.model import ContainerPort, IpFamily, Peer, Workload
+from meshbridge.identity.model import ContainerPort, Entity, IpFamily, Peer, Workload
+from meshbridge.identity.numbering import FIRST_LOCAL
 from meshbridge.policy.capture import Capture, PortClass, PortClasses
 from meshbridge.policy.lowering import MeshCompiler, MeshLayer
 from meshbridge.policy.model import (
+    ALLOWED,
     Anything,
     Direction,
     EndpointPolicy,
@@ -24,6 +26,7 @@ from meshbridge.policy.model import (
     PolicyKey,
     PolicyMap,
     PortMatch,
+    Tier,
     Verdict,
 )
 from meshbridge.policy.parse.ports import PROTOCOLS
@@ -136,6 +139,10 @@ def _compile_network(
                         best[spot] = (rank, {rule.origin})
                     elif held[0] == rank:
                         held[1].add(rule.origin)
+    if isolating and direction is Direction.INGRESS:
+        rank = precedence(Tier.DEFAULT, 0, Strength.ALLOW)
+        for number in _own_node(index):
+            best.setdefault((number, 0, 0, PREFIX_ANY), (rank, set()))
     shared: dict[tuple[int, frozenset[Origin]], PolicyEntry] = {}
     entries = {}
     for (number, protocol, port, prefix), (rank, origins) in sorted(best.items()):
@@ -145,8 +152,17 @@ def _compile_network(
             entry = shared[signature] = _entry(rank, tuple(sorted(origins)))
         entries[PolicyKey(number, Layer.NETWORK, protocol, port, prefix)] = entry
     if not isolating:
-        return _NetworkLayer(entries, LayerDefault())
+        return _NetworkLayer(entries, ALLOWED)
     return _NetworkLayer(entries, LayerDefault(Verdict.DENY, tuple(sorted(isolating)), DropReason.POLICY))
+
+
+def _own_node(index: PeerIndex) -> list[int]:
+    """This node's addresses that some policy CIDR contains: the kernel knows only the reserved number as localhost."""
+    return [
+        number
+        for number, peer in index.identities.items()
+        if Entity.HOST in peer.entities and not peer.masqueraded and number >= FIRST_LOCAL
+    ]
 
 
 def _strength(rule: NetworkRule, port: int, prefix: int, judged: PortClasses | None) -> Strength:

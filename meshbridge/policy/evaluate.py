@@ -11,7 +11,10 @@ from meshbridge.policy.precedence import ANYONE, DropReason
 
 @dataclass(frozen=True, slots=True)
 class LayerDecision:
-    """What one layer says. ``key`` None: no entry matched and the layer's default decided."""
+    """What one layer says. ``key`` None: no entry matched and the layer's default decided.
+
+    ``localhost``: nothing but coming from the pod's own node lets it in.
+    """
 
     layer: Layer
     verdict: Verdict
@@ -84,7 +87,8 @@ def _layer(
                 best, found = rank, (key, entry)
     if found is not None:
         key, entry = found
-        return LayerDecision(layer, entry.verdict, entry.origins, entry.deny_reason, entry.judge, key)
+        own_node = layer is Layer.NETWORK and not entry.origins
+        return LayerDecision(layer, entry.verdict, entry.origins, entry.deny_reason, entry.judge, key, own_node)
     default = policy_map.default(layer)
     if localhost and default.verdict is Verdict.DENY:
         return LayerDecision(layer, Verdict.ALLOW, (), localhost=True)

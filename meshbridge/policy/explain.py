@@ -15,7 +15,7 @@ _FAMILY: Final = {Layer.NETWORK: "network policy", Layer.MESH: "mesh policy"}
 
 
 def explain(decision: Decision, flow: str) -> tuple[str, ...]:
-    """The verdict on ``flow`` (as the caller words it, "shop/web to shop/api, TCP 8080"), then what each family says."""
+    """The verdict on ``flow`` (in the caller's words, "a to b, TCP 8080"), then what each family says."""
     match decision.verdict:
         case Verdict.ALLOW:
             first = f"{flow}: passes"

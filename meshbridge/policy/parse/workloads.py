@@ -95,13 +95,8 @@ def _proxy_container(container: Reader, init_containers: tuple[str, ...]) -> Pro
     args = [item.text() for item in _list(container, "args")]
     kind = args[1] if len(args) > 1 and args[0] == "proxy" and not args[1].startswith("-") else ""
     security = _child(container, "securityContext")
-    return ProxyContainer(
-        kind,
-        _environment(container),
-        _id(security, "runAsUser"),
-        _id(security, "runAsGroup"),
-        _PROXY in init_containers,
-    )
+    uid, gid = _id(security, "runAsUser"), _id(security, "runAsGroup")
+    return ProxyContainer(kind, _environment(container), uid, gid, native=_PROXY in init_containers)
 
 
 def _id(at: Reader, name: str) -> int | None:
