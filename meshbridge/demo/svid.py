@@ -58,8 +58,7 @@ def fetch(owner: PodRecord, holder: PodRecord) -> CertificateFiles:
 
 def _secrets(owner: PodRecord) -> dict[str, Any]:
     wanted = (SECRET_CERTIFICATE, SECRET_ROOT_CA)
-    node = Node(id=f"sidecar~{owner.ipv4}~{owner.name}.{owner.namespace}~{owner.namespace}.svc.cluster.local")
-    request = DeltaDiscoveryRequest(node=node, type_url=SECRET, resource_names_subscribe=wanted)
+    request = DeltaDiscoveryRequest(node=Node(id=owner.key), type_url=SECRET, resource_names_subscribe=wanted)
     done: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def requests() -> Iterator[DeltaDiscoveryRequest]:

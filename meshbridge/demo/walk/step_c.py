@@ -23,9 +23,11 @@ def run(walk: Walk) -> None:
         outcome = walk.request(walk.pod(client), walk.url(family), token=walk.token(scope=scope))
         after = walk.arrived()
         requests, received = after.since(before, "requests"), after.since(before, "bytes")
+        allowed_by = outcome.headers.get("x-meshbridge-policy", "")
+        reached = f"{requests} request, {received} bytes at the application"
         walk.report.check(
             f"{name}: 200",
-            outcome.status == 200 and requests == 1 and received > 0,
-            f"{outcome} in {outcome.elapsed_s * 1000:.0f} ms; {requests} request, {received} bytes at the application",
+            outcome.status == 200 and requests == 1 and received > 0 and "transaction-service-l7-jwt" in allowed_by,
+            f"{outcome} in {outcome.elapsed_s * 1000:.0f} ms, allowed by {allowed_by or 'nobody'}; {reached}",
             "the client's answer, counters of the application",
         )

@@ -35,7 +35,7 @@ def run(walk: Walk) -> None:
                 f"{service.node}'s events",
             )
             if stolen:
-                explained = "certificate" in outcome.explanation
+                explained = outcome.headers.get("x-meshbridge-reason") == "identity-differs"
                 walk.report.check(
                     f"{name}, IPv{family}: refused by us, and it says why",
                     outcome.status == 403 and explained and reached == 0,
