@@ -193,8 +193,7 @@ class _Planner:
         closed = self._close(target.keys() - set(staying))
         self._write_addresses()
         bridged = self._flip(bridges)
-        settling = any(bridges[ifindex] != target[ifindex] for ifindex in staying)
-        self._move_addresses(aliases, flipped=bridged or closed, settling=settling)
+        self._move_addresses(aliases, flipped=bridged or closed)
         self._flip({ifindex: target[ifindex] for ifindex in staying}, rejudge=bool(self._moves))
         self._open({ifindex: target[ifindex] for ifindex in target.keys() - set(staying)})
         enforced = len(self._steps)
@@ -340,27 +339,24 @@ class _Planner:
         ready = {ifindex: record for ifindex, record in sorted(records.items()) if record.ready}
         self._write_endpoints({i: replace(r, revision=(r.revision + 1) & 0xFFFFFFFF) for i, r in ready.items()})
 
-    def _move_addresses(self, aliases: Mapping[int, int], *, flipped: bool, settling: bool) -> None:
+    def _move_addresses(self, aliases: Mapping[int, int], *, flipped: bool) -> None:
         """Bring the ipcache to what is wanted, in an order in which every lookup is the old or the new one.
 
         Exact addresses hide prefixes and long prefixes hide short ones: what hides is written first and removed last.
 
         Args:
-            flipped: sets were flipped just now; a packet that read the old one must not meet a new identity.
-            settling: sets will be flipped next; a packet that met an old identity must not read the new one.
+            flipped: sets were flipped just now; a packet that read the old one must not meet a new identity. (The other
+                way round needs no wait: a packet reads its endpoint first.)
         """
         before = self._observed.ipcache
         after = _with_aliases(self._desired.ipcache, aliases)
         if flipped and self._moves:
             self._steps.append(Wait())
         self._write_ipcache(before, after)
-        if settling and self._moves:
-            self._steps.append(Wait())
         if aliases:
             self._flip_to_aliased(aliases)
             self._steps.append(Wait())
             self._write_ipcache(after, self._desired.ipcache)
-            self._steps.append(Wait())
 
     def _write_ipcache(self, before: Ipcache, after: Ipcache) -> None:
         if before.exact is not after.exact:

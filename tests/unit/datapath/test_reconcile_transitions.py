@@ -413,6 +413,40 @@ def test_labels_and_policy_that_change_together_never_shut_out_who_was_always_al
     assert_no_packet_is_misjudged(tables, result, always)
 
 
+def test_nested_prefixes_appear_longest_first_and_go_shortest_first() -> None:
+    both = {
+        PolicyKey(who, Layer.NETWORK, 0, 0, 17): PolicyEntry(Verdict.ALLOW, 1, (Origin("CNP", "s", "p"),))
+        for who in (WORLD, API)
+    }
+    policy = PolicyMap(both, LayerDefault(Verdict.DENY, (Origin("CNP", "s", "p"),), 133))  # whoever is WEB is denied
+    nested = {ipcache_prefix(PREFIXES[1]): Identities(WEB), ipcache_prefix(PREFIXES[2]): Identities(API)}
+    plain = state(policy)
+    with_nested = DesiredState(plain.endpoints, Ipcache({}, nested))
+    always = {p: True for p in PACKETS if p.ifindex == 7 and p.peer in ADDRESSES}
+    for before, after in ((plain, with_nested), (with_nested, plain)):
+        tables = settled(before)
+        assert_no_packet_is_misjudged(tables, plan(observe(tables), after), always)
+
+
+def test_an_address_that_nobody_holds_any_more_is_answered_as_the_new_policy_says_of_the_world() -> None:
+    def policy(world: Verdict, web: Verdict) -> PolicyMap:
+        verdicts = {WORLD: world, WEB: web, API: web}
+        entries = {
+            PolicyKey(who, Layer.NETWORK, 0, 0, 17): PolicyEntry(verdict, 1, (Origin("CNP", "s", "p"),))
+            for who, verdict in verdicts.items()
+        }
+        return PolicyMap(entries)
+
+    # 10.0.0.1 leaves (allowed as WEB, then as world) while 10.0.0.2 comes (denied as world, then as API).
+    tables = settled(state(policy(Verdict.DENY, Verdict.ALLOW), a1=WEB))
+    result = plan(observe(tables), state(policy(Verdict.ALLOW, Verdict.DENY), a2=API))
+    always = {p: p.peer == ADDRESSES[0] for p in PACKETS if p.ifindex == 7 and p.peer in ADDRESSES[:2]}
+    assert_no_packet_is_misjudged(tables, result, always)
+    apply(tables, result)
+    assert all(verdicts(tables)[packet] is passes for packet, passes in always.items())
+    assert set(tables[TableName.IPCACHE_CIDR].content) == set()
+
+
 def test_an_endpoint_without_policy_drops_everything() -> None:
     desired = DesiredState({7: DesiredEndpoint(7, 1, 1, API, None)}, Ipcache({}, {}))
     assert not any(verdicts(settled(desired)).values())
