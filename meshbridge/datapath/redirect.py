@@ -1,0 +1,235 @@
+"""Reading which redirect rules really are in a pod's network namespace: legacy and nft iptables, native nftables.
+
+The tools run in the pod's *network* namespace only, with the node's own binaries, bounded in time and output. What
+cannot be read is a problem in the answer, and then nothing counts as captured; it is never taken for "no rules".
+
+A namespace whose nftables generation did not change is not read again, so a poll costs one netlink message; legacy
+tables, which have no generation, are read every time where there are any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeVar
+
+from meshbridge.bypass.nft import parse_nft_json
+from meshbridge.bypass.rules import MAX_TEXT_BYTES, RuleSet, SeenRules, parse_iptables_save
+from meshbridge.errors import MeshBridgeError
+from meshbridge.identity.model import IpFamily
+
+TOOL_TIMEOUT_S: Final = 3.0
+_CLONE_NEWNET: Final = 0x40000000
+_NS_GET_NSTYPE: Final = 0xB703
+_NETLINK_NETFILTER: Final = 12
+_NFT_MSG_GETGEN: Final = (10 << 8) | 16
+_NLM_F_REQUEST: Final = 1
+_NFTA_GEN_ID: Final = 1
+_FAMILY_TOOLS: Final = {IpFamily.IPV4: "iptables", IpFamily.IPV6: "ip6tables"}
+_LEGACY_TABLES: Final = {IpFamily.IPV4: "ip_tables_names", IpFamily.IPV6: "ip6_tables_names"}
+_NFT_FAMILY: Final = {IpFamily.IPV4: "ip", IpFamily.IPV6: "ip6"}
+_libc = ctypes.CDLL(None, use_errno=True)
+
+T = TypeVar("T")
+
+
+class NamespaceError(MeshBridgeError):
+    """A network namespace cannot be entered: it is gone, or the path is not one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a tool printed, or why that cannot be used."""
+
+    text: str = ""
+    problem: str = ""
+
+
+@dataclass(slots=True)
+class _Kept:
+    fingerprint: tuple[object, ...]
+    seen: SeenRules
+
+
+@dataclass(slots=True)
+class RedirectReader:
+    """Reads namespaces, and keeps the last answer of each while nothing changed in it."""
+
+    timeout_s: float = TOOL_TIMEOUT_S
+    _kept: dict[str, _Kept] = field(default_factory=dict)
+
+    def read(self, netns: str | Path) -> SeenRules:
+        """The rules in a namespace now.
+
+        Raises:
+            NamespaceError: The namespace cannot be entered.
+        """
+        path = os.fspath(netns)
+        return in_namespace(path, lambda: self._read(path))
+
+    def forget(self, netns: str | Path) -> None:
+        """Drop what is kept of a namespace that is gone."""
+        self._kept.pop(os.fspath(netns), None)
+
+    def _read(self, path: str) -> SeenRules:
+        """Runs inside of the namespace."""
+        fingerprint = (os.stat("/proc/thread-self/ns/net").st_ino, generation())
+        kept = self._kept.get(path)
+        if kept is None or kept.fingerprint != fingerprint or fingerprint[1] is None:
+            nft = self._read_nft()
+            self._kept.pop(path, None)
+            # what changed while it was read is read again at the next call
+            if not nft.problems and fingerprint[1] == generation():
+                self._kept[path] = _Kept(fingerprint, nft)
+        else:
+            nft = kept.seen
+        legacy = self._read_legacy()
+        return SeenRules(nft.rule_sets + legacy.rule_sets, nft.problems + legacy.problems)
+
+    def _read_nft(self) -> SeenRules:
+        """What iptables-nft wrote, through its own tool, which knows its extensions; all else as nft prints it."""
+        answers = {family: self._run(f"{tool}-nft-save") for family, tool in _FAMILY_TOOLS.items()}
+        rule_sets = [
+            parse_iptables_save(answers[family].text, family, f"{_FAMILY_TOOLS[family]}-nft") for family in answers
+        ]
+        skip = {
+            (_NFT_FAMILY[family], line[1:].strip())
+            for family, answer in answers.items()
+            for line in answer.text.splitlines()
+            if line.startswith("*")
+        }
+        native = self._run("nft", "-j", "list", "ruleset")
+        if not native.problem:
+            rule_sets += [parse_nft_json(native.text, family, skip) for family in IpFamily]
+        return _seen(rule_sets, [*answers.values(), native])
+
+    def _read_legacy(self) -> SeenRules:
+        """Legacy tables have no generation, so where there are any they are read every time."""
+        families = [family for family, name in _LEGACY_TABLES.items() if _legacy_tables(name)]
+        answers = {family: self._run(f"{_FAMILY_TOOLS[family]}-legacy-save") for family in families}
+        rule_sets = [
+            parse_iptables_save(answer.text, family, f"{_FAMILY_TOOLS[family]}-legacy")
+            for family, answer in answers.items()
+        ]
+        return _seen(rule_sets, answers.values())
+
+    def _run(self, tool: str, *arguments: str) -> _Answer:
+        """Run a tool of the node in the calling thread's namespace."""
+        binary = shutil.which(tool, path="/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")
+        if binary is None:
+            return _Answer(problem=f"{tool} is not installed, so the rules it would show are not known")
+        with subprocess.Popen(
+            [binary, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={"LC_ALL": "C"},
+            cwd="/",
+        ) as process:
+            assert process.stdout is not None
+            stop = threading.Timer(self.timeout_s, process.kill)
+            stop.start()
+            try:
+                output = process.stdout.read(MAX_TEXT_BYTES + 1)
+                if len(output) > MAX_TEXT_BYTES:
+                    process.kill()
+                status = process.wait()
+            finally:
+                timed_out = not stop.is_alive()
+                stop.cancel()
+        if len(output) > MAX_TEXT_BYTES:
+            return _Answer(problem=f"{tool} printed more than {MAX_TEXT_BYTES} bytes")
+        if timed_out:
+            return _Answer(problem=f"{tool} did not end within {self.timeout_s} s")
+        if status != 0:
+            return _Answer(problem=f"{tool} ended with status {status}")
+        return _Answer(output.decode(errors="replace"))
+
+
+def _seen(rule_sets: Iterable[RuleSet], answers: Iterable[_Answer]) -> SeenRules:
+    return SeenRules(
+        tuple(rules for rules in rule_sets if not rules.empty),
+        tuple(answer.problem for answer in answers if answer.problem),
+    )
+
+
+def in_namespace(path: str, action: Callable[[], T]) -> T:
+    """What ``action`` returns when run inside of a network namespace; the calling thread stays where it is.
+
+    Raises:
+        NamespaceError: The namespace cannot be entered.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            _enter(path)
+            results.append(action())
+        except BaseException as error:  # handed to the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=enter, name="netns")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _enter(path: str) -> None:
+    """Move the calling thread into the namespace; another kind of file is never waited for."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if fcntl.ioctl(handle, _NS_GET_NSTYPE) != _CLONE_NEWNET:
+                raise NamespaceError("not a network namespace", where=path)
+            if _libc.setns(handle, _CLONE_NEWNET) != 0:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number))
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise NamespaceError(f"cannot be entered: {error.strerror}", where=path) from error
+
+
+def _legacy_tables(name: str) -> str:
+    """The legacy tables of the calling thread's namespace; empty when there are none (or no such module)."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/thread-self/net/{name}").read_text()
+    return ""
+
+
+def generation() -> int | None:
+    """The nftables generation of the calling thread's namespace: it grows with every change. None: not known.
+
+    Spec: include/uapi/linux/netfilter/nf_tables.h, NFT_MSG_GETGEN.
+    """
+    body = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)
+    header = struct.pack("=IHHII", 16 + len(body), _NFT_MSG_GETGEN, _NLM_F_REQUEST, 1, 0)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as netlink:
+            netlink.settimeout(1.0)
+            netlink.send(header + body)
+            answer = netlink.recv(4096)
+    except OSError:
+        return None
+    position = 20
+    while position + 4 <= len(answer):
+        length, kind = struct.unpack_from("=HH", answer, position)
+        if length < 4:
+            break
+        if kind & 0x3FFF == _NFTA_GEN_ID and length >= 8 and position + 8 <= len(answer):
+            return int(struct.unpack_from(">I", answer, position + 4)[0])
+        position += (length + 3) & ~3
+    return None
