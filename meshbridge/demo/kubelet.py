@@ -24,7 +24,6 @@ import yaml
 from meshbridge.demo import components, names, pods, records, store
 from meshbridge.demo.errors import DemoError
 from meshbridge.demo.layout import KUBELET, KUBELET_STATUS, MANIFESTS, NODES
-from meshbridge.demo.processes import reap
 from meshbridge.demo.records import PodRecord
 from meshbridge.demo.workloads import DesiredPod, desired_pods
 
@@ -73,7 +72,6 @@ class Kubelet:
 
     def sync(self, now: float) -> None:
         """One pass: components, then pods to remove, to make, to restart and to probe; then a report of what is."""
-        reap()
         self._keep_components(now)
         objects = STORE.objects()
         desired, refused = desired_pods(objects, tuple(NODES))

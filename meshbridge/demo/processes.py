@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +77,8 @@ def start(command: Command) -> ProcessId:
             env={**_base_env(), **command.env},
         )
     started = identify(process.pid)
-    process.returncode = 0  # nobody waits through this handle: reap() does
+    # collects it when it ends, so that no zombie stays
+    threading.Thread(target=process.wait, name=f"wait-{process.pid}", daemon=True).start()
     return started
 
 
@@ -134,19 +136,9 @@ def wait_ended(processes: Iterable[ProcessId], timeout_s: float) -> bool:
                 if left_s <= 0:
                     return False
                 select.select([handle], [], [], left_s)
-                reap()
         finally:
             os.close(handle)
     return True
-
-
-def reap() -> None:
-    """Collect children that have ended, so that none stays a zombie."""
-    try:
-        while os.waitpid(-1, os.WNOHANG) != (0, 0):
-            pass
-    except ChildProcessError:
-        return
 
 
 def in_netns(names: Iterable[str]) -> list[ProcessId]:
