@@ -19,12 +19,13 @@ from typing import Any, Final
 import jwt
 
 from meshbridge.errors import MeshBridgeError, SettingsError
+from meshbridge.xds.bearer import METADATA_KEY
+from meshbridge.xds.bearer import bearer as bearer
 
 AUDIENCE: Final = "meshbridge"
 ISSUER: Final = "meshbridge-node"
 ALGORITHM: Final = "HS256"
 CLAIM: Final = "meshbridge.io"
-METADATA_KEY: Final = "authorization"
 DEFAULT_LIFETIME: Final = timedelta(hours=1)
 CLOCK_SKEW: Final = timedelta(seconds=10)
 KEY_BYTES: Final = 32
@@ -130,11 +131,6 @@ def authenticate(key: bytes, metadata: Sequence[tuple[str, str | bytes]]) -> Cal
             fix="send the metadata 'authorization: Bearer TOKEN'",
         )
     return verify_token(key, values[0].removeprefix("Bearer "))
-
-
-def bearer(token: str) -> tuple[tuple[str, str], ...]:
-    """The call metadata that presents ``token``."""
-    return ((METADATA_KEY, f"Bearer {token}"),)
 
 
 def load_key(path: Path) -> bytes:

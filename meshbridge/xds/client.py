@@ -21,7 +21,7 @@ from google.rpc.status_pb2 import Status
 
 from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy, Problem, Revision
 from meshbridge.xds import snapshot as xds
-from meshbridge.xds.auth import bearer
+from meshbridge.xds.bearer import bearer
 
 log = structlog.get_logger()
 
