@@ -19,7 +19,7 @@ from meshbridge.demo import credentials, store
 from meshbridge.demo.errors import DemoError
 from meshbridge.demo.layout import APPLICATION_UID, CONTROLLER_SOCKET, SECRETS
 from meshbridge.demo.records import PodRecord
-from meshbridge.xds.auth import bearer
+from meshbridge.xds.bearer import bearer
 from meshbridge.xds.names import SECRET_CERTIFICATE, SECRET_ROOT_CA
 from meshbridge.xds.snapshot import SECRET
 
