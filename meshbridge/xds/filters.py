@@ -36,6 +36,7 @@ from envoy_data_plane.envoy.extensions.filters.http.jwt_authn.v3 import (
     JwtClaimToHeader,
     JwtHeader,
     JwtProvider,
+    JwtProviderNormalizePayload,
     JwtRequirement,
     JwtRequirementAndList,
     JwtRequirementOrList,
@@ -153,6 +154,8 @@ def _provider(rule: JwtRule) -> JwtProvider:
             JwtClaimToHeader(header_name=header, claim_name=claim) for header, claim in rule.output_claims_to_headers
         ],
         payload_in_metadata=JWT_PAYLOAD_KEY,
+        # As Istio: OAuth writes these claims as one text with spaces, and policies ask for one of the words.
+        normalize_payload_in_metadata=JwtProviderNormalizePayload(space_delimited_claims=["permission", "scope"]),
     )
 
 

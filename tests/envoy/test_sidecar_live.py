@@ -266,10 +266,12 @@ def token(scope: str = "transactions", issuer: str = "https://issuer.test", **ov
 
 
 def test_valid_token_reaches_the_judge_as_claims_and_not_the_application(mesh: Mesh) -> None:
-    status, answer = mesh.get(HTTP, "-H", f"authorization: Bearer {token()}")
+    status, answer = mesh.get(HTTP, "-H", f"authorization: Bearer {token('read transactions')}")
     assert status == 200, answer
     metadata = mesh.judge.questions[0].attributes.metadata_context.filter_metadata["envoy.filters.http.jwt_authn"]
-    assert metadata.fields["payload"].struct_value.fields["scope"].string_value == "transactions"
+    payload = metadata.fields["payload"].struct_value
+    assert payload.fields["sub"].string_value == "me"
+    assert [word.string_value for word in payload.fields["scope"].list_value.values] == ["read", "transactions"]
     assert "Bearer" not in answer
 
 

@@ -1,0 +1,203 @@
+"""One Check from bytes to bytes: who asks whom, is the certificate the address's, what does policy say."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import structlog
+
+from meshbridge.authz import metrics
+from meshbridge.authz.answer import UNAUTHORIZED, UNAVAILABLE, Answer, Reason, refuse
+from meshbridge.authz.binding import Binding, compare
+from meshbridge.authz.request import Check, UnusableCheckError, decode_check, forwarded_for
+from meshbridge.authz.response import encode_answer
+from meshbridge.authz.tokens import BadToken, TokenVerifier
+from meshbridge.authz.view import CurrentView, NodeView
+from meshbridge.identity.model import IpAddress, Peer, Workload
+from meshbridge.policy.l7 import Request, RequestDecision
+from meshbridge.policy.mesh import Claims, JwtRule
+
+log = structlog.get_logger()
+
+REREAD_S: Final = 0.05
+"""How long a decision waits for a newer revision where the one at hand speaks against a request that may be right."""
+
+REREAD_MEMORY_S: Final = 1.0
+MAX_REREADS: Final = 4096
+MAX_NAMED_POLICIES: Final = 3
+REFUSED_RULE: Final = "refused"
+
+
+@dataclass(slots=True)
+class _Rereads:
+    """What was waited for lately: the same doubt does not hold a thread twice."""
+
+    clock: Callable[[], float] = time.monotonic
+    _seen: OrderedDict[object, float] = field(default_factory=OrderedDict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def first_time(self, doubt: object) -> bool:
+        now = self.clock()
+        with self._lock:
+            fresh = now - self._seen.pop(doubt, -REREAD_MEMORY_S) >= REREAD_MEMORY_S
+            self._seen[doubt] = now
+            while len(self._seen) > MAX_REREADS:
+                self._seen.popitem(last=False)
+        return fresh
+
+
+@dataclass(slots=True)
+class _Trail:
+    """What the log line says besides the answer."""
+
+    check: Check | None = None
+    workload: Workload | None = None
+    binding: Binding | None = None
+
+
+class Judge:
+    """Answers Checks from the newest view. Whatever goes wrong is a refusal, a log line and a count."""
+
+    def __init__(self, current: CurrentView) -> None:
+        self._current = current
+        self._tokens = TokenVerifier()
+        self._rereads = _Rereads()
+
+    def check(self, data: bytes) -> bytes:
+        """Answer one serialised CheckRequest; never raises."""
+        started = time.perf_counter()
+        trail = _Trail()
+        try:
+            answer = self._answer(data, trail)
+        except UnusableCheckError as error:
+            answer = refuse(Reason.BAD_REQUEST, str(error))
+        except Exception:
+            metrics.FAILURES.inc()
+            log.exception("check.failed")
+            answer = refuse(Reason.FAILURE, "the authorization server failed; see its log", status=UNAVAILABLE)
+        took_s = time.perf_counter() - started
+        metrics.LATENCY.observe(took_s)
+        metrics.DECISIONS.labels("allow" if answer.allowed else "deny", answer.reason, answer.policy).inc()
+        _log(answer, trail, took_s)
+        return encode_answer(answer)
+
+    def _answer(self, data: bytes, trail: _Trail) -> Answer:
+        view = self._current.get()
+        if view is None:
+            return refuse(Reason.NOT_READY, "this node has no policies from the controller yet", status=UNAVAILABLE)
+        check = trail.check = decode_check(data)
+        view, workload = self._destination(view, check.destination)
+        if workload is None:
+            text = f"{check.destination} is no pod of this node that the controller knows"
+            return refuse(Reason.UNKNOWN_WORKLOAD, text, status=UNAVAILABLE)
+        trail.workload = workload
+        view, trail.binding = self._bind(view, check)
+        metrics.BINDINGS.labels(trail.binding).inc()
+        if trail.binding is Binding.DIFFERS:
+            return _refuse_identity(check, view)
+        judge = view.judge_of(workload)
+        token = self._token(check, judge.jwt_rules)
+        return _answer_of(judge.decide(_request_of(check, token, view.peer_at(check.source))))
+
+    def _destination(self, view: NodeView, address: IpAddress) -> tuple[NodeView, Workload | None]:
+        """The pod at ``address``; one that has just been created may be in the next revision."""
+        workload = view.workloads.get(address)
+        if workload is None and self._rereads.first_time(address):
+            view = self._current.newer_than(view, REREAD_S)
+            workload = view.workloads.get(address)
+        return view, workload
+
+    def _bind(self, view: NodeView, check: Check) -> tuple[NodeView, Binding]:
+        """Compare certificate and address; where they differ the address may have just found its new owner."""
+        binding = compare(check.principal, view.peer_at(check.source), view.policies.mesh)
+        if binding is Binding.DIFFERS and self._rereads.first_time((check.source, check.principal)):
+            view = self._current.newer_than(view, REREAD_S)
+            binding = compare(check.principal, view.peer_at(check.source), view.policies.mesh)
+        return view, binding
+
+    def _token(self, check: Check, rules: Sequence[JwtRule]) -> Claims | BadToken | None:
+        """What jwt_authn has verified, else what we verify ourselves."""
+        if check.claims is not None or check.http is None or not rules:
+            return check.claims
+        return self._tokens.claims_of(rules, check.http.headers, check.http.path)
+
+
+def _request_of(check: Check, token: Claims | BadToken | None, peer: Peer | None) -> Request:
+    """The request as policies see it."""
+    bare = Request(
+        source=check.source,
+        port=check.destination_port,
+        destination=check.destination,
+        principal=check.principal or None,
+        sni=check.sni,
+        http=check.http is not None,
+        claims=() if token is None or isinstance(token, BadToken) else (token,),
+        token_error=token.reason if isinstance(token, BadToken) else "",
+        peer=peer,
+    )
+    if check.http is None:
+        return bare
+    http = check.http
+    return replace(
+        bare,
+        method=http.method,
+        path=http.path,
+        host=http.host,
+        headers=http.headers,
+        remote=forwarded_for(http.headers.get("x-forwarded-for", "")) or check.source,
+    )
+
+
+def _answer_of(decision: RequestDecision) -> Answer:
+    policy = ", ".join(sorted({origin.policy for origin in decision.origins})[:MAX_NAMED_POLICIES])
+    rule = "; ".join(str(origin) for origin in decision.origins[:MAX_NAMED_POLICIES])
+    if decision.allowed:
+        reason = Reason.ALLOWED if decision.origins else Reason.NO_POLICY
+        return Answer(True, reason, decision.reason, policy, rule)
+    text = decision.reason
+    for origin in decision.origins:
+        # The file and line are for the log; a client is told the object.
+        text = text.replace(str(origin), f"{origin.kind} {origin.policy}")
+        if origin.rule == REFUSED_RULE:
+            text = f"{origin.kind} {origin.policy} is refused and may deny this; see meshbridge status"
+    if decision.unauthenticated:
+        return Answer(False, Reason.BAD_TOKEN, text, policy, rule, UNAUTHORIZED)
+    return Answer(False, Reason.POLICY, text, policy, rule)
+
+
+def _refuse_identity(check: Check, view: NodeView) -> Answer:
+    holder = view.peer_at(check.source)
+    owner = f"{holder.namespace}/{holder.service_account}" if holder else "nobody"
+    text = f"the certificate names {check.principal}, but {check.source} is a pod of service account {owner}"
+    return refuse(Reason.IDENTITY, text)
+
+
+def _log(answer: Answer, trail: _Trail, took_s: float) -> None:
+    """One line per decision. Query strings may carry tokens and are left out."""
+    fields: dict[str, Any] = {
+        "verdict": "allow" if answer.allowed else "deny",
+        "reason": str(answer.reason),
+        "policy": answer.policy,
+        "rule": answer.rule,
+        "duration_us": round(took_s * 1e6),
+    }
+    if not answer.allowed:
+        fields["detail"] = answer.text
+    if trail.workload is not None:
+        fields["pod"] = trail.workload.key
+    if trail.binding is not None:
+        fields["identity"] = str(trail.binding)
+    if (check := trail.check) is not None:
+        fields |= {"source": str(check.source), "principal": check.principal, "port": check.destination_port}
+        if check.http is not None:
+            fields |= {
+                "method": check.http.method,
+                "path": check.http.path.partition("?")[0][:256],
+                "request_id": check.http.request_id,
+            }
+    log.info("check.decided", **fields)

@@ -1,0 +1,97 @@
+"""The gRPC side: one Unix socket, a pool of threads, health, and a drain that loses no answer.
+
+Threads, not asyncio: a Check costs less CPU that way (docs/adr/0031). Messages are taken as bytes and decoded by
+ourselves, so that a truncated one is refused by a sentence in our log, not by a status of the library's.
+"""
+
+from __future__ import annotations
+
+import socket
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from meshbridge.authz import metrics
+from meshbridge.authz.request import MAX_CHECK_BYTES
+from meshbridge.errors import SettingsError
+
+SERVICE: Final = "envoy.service.auth.v3.Authorization"
+UNIX: Final = "unix:"
+THREADS: Final = 16
+DRAIN_S: Final = 5.0
+
+# Envoys run as other users; the directory decides who gets as far as the socket.
+SOCKET_MODE: Final = 0o666
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+# Twice what is read: one byte too many has to reach decode_check to be refused with a reason.
+_OPTIONS: Final = (("grpc.max_receive_message_length", 2 * MAX_CHECK_BYTES), ("grpc.so_reuseport", 0))
+
+
+class AuthzServer:
+    """Serves Check on ``listen``. Health says NOT_SERVING until ``set_ready``, and again from ``drain``."""
+
+    def __init__(self, listen: str, check: Callable[[bytes], bytes]) -> None:
+        """
+        Args:
+            listen: ``unix:PATH``; a socket that nobody answers any more is replaced, a live one is not.
+            check: serialised CheckRequest to serialised CheckResponse; it must not raise.
+
+        Raises:
+            SettingsError: no Unix socket, or another server answers there.
+        """
+        path = _free_socket(listen)
+        self._health = health.HealthServicer()
+        self._set_health(_NOT_SERVING)
+        self._server = grpc.server(ThreadPoolExecutor(THREADS, thread_name_prefix="check"), options=_OPTIONS)
+        handler = grpc.unary_unary_rpc_method_handler(lambda request, _context: check(request))
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Check": handler}),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_insecure_port(listen)
+        path.chmod(SOCKET_MODE)
+
+    def start(self) -> None:
+        """Answer from now on; before the first revision every answer is a refusal."""
+        self._server.start()
+
+    def set_ready(self) -> None:
+        """Let health say that decisions are made by policy."""
+        self._set_health(_SERVING)
+
+    def drain(self) -> None:
+        """Take no new connection, finish the checks in flight, then stop; at most DRAIN_S."""
+        self._health.enter_graceful_shutdown()
+        metrics.READY.set(0)
+        self._server.stop(DRAIN_S).wait()
+
+    def _set_health(self, status: int) -> None:
+        metrics.READY.set(int(status == _SERVING))
+        for service in ("", SERVICE):
+            self._health.set(service, status)
+
+
+def _free_socket(listen: str) -> Path:
+    if not listen.startswith(UNIX):
+        raise SettingsError(f"cannot listen on {listen!r}", where="--listen", fix="use unix:PATH")
+    path = Path(listen.removeprefix(UNIX))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return path
+    if not stat.S_ISSOCK(mode):
+        raise SettingsError(f"{path} exists and is no socket", where="--listen", fix="remove it or use another path")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return path
+    raise SettingsError(f"another server answers on {path}", where="--listen", fix="stop it first")
