@@ -71,6 +71,17 @@ class Guard:
     def rules(self) -> Iterable[AuthorizationRule]:
         return (rule for policy in self.policies for rule in policy.rules)
 
+    @property
+    def networks(self) -> frozenset[IpNetwork]:
+        """The CIDRs its rules ask of a source."""
+        return frozenset(
+            network_of(value)
+            for rule in self.rules
+            for condition in rule.all_conditions
+            if condition.attribute in (Attribute.IP_BLOCKS, Attribute.REMOTE_IP_BLOCKS)
+            for value in (*condition.values, *condition.not_values)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class MeshVerdict:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from meshbridge.identity.model import IpFamily
-from meshbridge.policy.model import Judge
+from meshbridge.identity.model import IpFamily, IpNetwork
+from meshbridge.policy.model import ANY, Anything, Judge
 
 LAST_PORT: Final = 65535
 HBONE_PORT: Final = 15008
@@ -94,11 +94,23 @@ SIDECAR: Final = PortClasses.of(
 
 
 @dataclass(frozen=True, slots=True)
+class OutboundBypass:
+    """TCP destination ports that an endpoint's application reaches past its own Envoy, and where.
+
+    Destinations in ``networks`` are found by ``Peer.networks``, so they have to be among those it is computed against.
+    """
+
+    first: int
+    last: int
+    networks: Anything | tuple[IpNetwork, ...] = ANY
+
+
+@dataclass(frozen=True, slots=True)
 class Capture:
-    """The inbound side of one endpoint.
+    """What of one endpoint's traffic its Envoy sees.
 
     ``inbound`` holds the class of each TCP port by address family, ``judges`` who answers a NEEDS_L7 on captured ports,
-    ``protocols`` what Envoy takes a port for where a Service says it.
+    ``protocols`` what Envoy takes a port for where a Service says it, ``outbound`` what leaves past Envoy.
     """
 
     inbound: Mapping[IpFamily, PortClasses] = field(
@@ -106,6 +118,7 @@ class Capture:
     )
     judges: frozenset[Judge] = frozenset()
     protocols: Mapping[int, AppProtocol] = field(default_factory=dict, hash=False)
+    outbound: Mapping[IpFamily, tuple[OutboundBypass, ...]] = field(default_factory=dict, hash=False)
 
     @classmethod
     def none(cls) -> Capture:

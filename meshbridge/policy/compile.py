@@ -56,8 +56,14 @@ def compile_endpoint(
 class Compiler:
     """Compiles endpoints against one set of identities; endpoints with equal policies get the same map object."""
 
-    def __init__(self, identities: Mapping[int, Peer]) -> None:
+    def __init__(
+        self,
+        identities: Mapping[int, Peer],
+        destinations: Mapping[int, Mapping[IpFamily, PortClasses]] | None = None,
+    ) -> None:
+        """``destinations`` are the inbound port classes of identities, where all of an identity's pods share them."""
         self.index = PeerIndex(identities)
+        self._destinations = destinations or {}
         self._network: dict[object, _NetworkLayer] = {}
         self._maps: dict[object, PolicyMap] = {}
         self._mesh = MeshCompiler(self.index)
@@ -74,6 +80,9 @@ class Compiler:
                 mesh = MeshLayer.EMPTY
                 if direction is Direction.INGRESS:
                     mesh = self._mesh.ingress(workload, selected, capture, family)
+                else:
+                    bypasses = capture.outbound.get(family, ())
+                    mesh = self._mesh.egress(workload, policies, bypasses, family, self._destinations)
                 maps[direction, family] = self._map(network, mesh)
         return EndpointPolicy(maps)
 

@@ -5,15 +5,25 @@ On a captured port Envoy judges again, so what is uncertain passes; on an exclud
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, Workload
 from meshbridge.policy.baseline import UNDECIDED, Flow, Guard, MeshVerdict, Principal, mesh_verdict
-from meshbridge.policy.capture import LAST_PORT, AppProtocol, Capture, PortClass, PortClasses
-from meshbridge.policy.mesh import Attribute, effective_mtls, network_of
-from meshbridge.policy.model import ALLOWED, Judge, Layer, LayerDefault, Origin, PolicyEntry, PolicyKey, Verdict
+from meshbridge.policy.capture import LAST_PORT, SIDECAR, AppProtocol, Capture, OutboundBypass, PortClass, PortClasses
+from meshbridge.policy.mesh import Attribute, effective_mtls
+from meshbridge.policy.model import (
+    ALLOWED,
+    Anything,
+    Judge,
+    Layer,
+    LayerDefault,
+    Origin,
+    PolicyEntry,
+    PolicyKey,
+    Verdict,
+)
 from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.policy.peers import PeerIndex
 from meshbridge.policy.policyset import PolicySet
@@ -21,6 +31,7 @@ from meshbridge.policy.ports import range_prefixes
 from meshbridge.policy.precedence import ANYONE, DropReason, MeshRank
 
 _TCP = PROTOCOLS["TCP"]
+_ENVOY_ONLY = frozenset({Judge.ENVOY})
 _WITH_OWN_PRINCIPAL = frozenset(
     {ProxyClass.SIDECAR, ProxyClass.AMBIENT, ProxyClass.PROXYLESS, ProxyClass.GATEWAY, ProxyClass.WAYPOINT}
 )
@@ -109,6 +120,7 @@ class MeshCompiler:
     def __init__(self, index: PeerIndex) -> None:
         self._index = index
         self._layers: dict[object, MeshLayer] = {}
+        self._guards: dict[int, tuple[PolicySet, Guard]] = {}
 
     def ingress(self, workload: Workload, selected: PolicySet, capture: Capture, family: IpFamily) -> MeshLayer:
         """The layer for flows to ``workload``; ``selected`` are the policies that select it."""
@@ -138,18 +150,59 @@ class MeshCompiler:
             layer = self._layers[key] = self._compile(workload, guard, capture, classes, addresses)
         return layer
 
+    def egress(
+        self,
+        workload: Workload,
+        policies: PolicySet,
+        bypasses: Sequence[OutboundBypass],
+        family: IpFamily,
+        destinations: Mapping[int, Mapping[IpFamily, PortClasses]],
+    ) -> MeshLayer:
+        """What destinations' own lowering would drop, dropped where ``workload`` sends it past its own Envoy.
+
+        Only that is dropped which the destination drops for every way the flow may have come: through Envoy, as
+        plaintext, with another name. So it only subtracts, and only where both ends' policies are known.
+
+        Args:
+            policies: All that are known, not only those that select ``workload``.
+            destinations: The port classes of identities where they are known; a sidecar's are taken as captured, where
+                the destination's Envoy decides what is uncertain.
+        """
+        if not bypasses:
+            return MeshLayer.EMPTY
+        sender = workload.peer()
+        addresses = tuple(address for address in workload.addresses if IpFamily.of(address) is family)
+        entries: dict[PolicyKey, PolicyEntry] = {}
+        for number, peer in self._index.identities.items():
+            classes = destinations.get(number, {}).get(family, SIDECAR if peer.proxy is ProxyClass.SIDECAR else None)
+            ports = _ports_towards(peer, bypasses)
+            if classes is None or not peer.is_pod or not ports:
+                continue
+            guard = self._guard(number, peer, policies)
+            networks = frozenset(n for n in guard.networks if any(address in n for address in addresses))
+            source = _Source(networks, own_principal(sender))
+            for segment in _segments(guard, classes, {}, frozenset()):
+                outcome = _outcome(guard, _ENVOY_ONLY, segment, source, (), frozenset())
+                if outcome.verdict is Verdict.DENY:
+                    entry = PolicyEntry(
+                        Verdict.DENY, MeshRank.PEER_SOME_PORTS, outcome.origins, DropReason.COMPENSATION
+                    )
+                    for port, prefix in _prefixes_within(segment, ports):
+                        entries[PolicyKey(number, Layer.MESH, _TCP, port, prefix)] = entry
+        return MeshLayer(dict(sorted(entries.items()))) if entries else MeshLayer.EMPTY
+
+    def _guard(self, number: int, peer: Peer, policies: PolicySet) -> Guard:
+        held = self._guards.get(number)
+        if held is None or held[0] is not policies:
+            held = self._guards[number] = (policies, _guard(peer, policies.selecting(peer)))
+        return held[1]
+
     def _compile(
         self, workload: Workload, guard: Guard, capture: Capture, classes: PortClasses, addresses: tuple[IpAddress, ...]
     ) -> MeshLayer:
         probes = _probe_ports(workload)
         segments = _segments(guard, classes, capture.protocols, probes)
-        relevant = frozenset(
-            network_of(value)
-            for rule in guard.rules
-            for condition in rule.all_conditions
-            if condition.attribute in (Attribute.IP_BLOCKS, Attribute.REMOTE_IP_BLOCKS)
-            for value in (*condition.values, *condition.not_values)
-        )
+        relevant = guard.networks
         compensates = any(segment.port_class is PortClass.EXCLUDED for segment in segments)
 
         def outcomes(source: _Source) -> tuple[Outcome, ...]:
@@ -176,13 +229,30 @@ class MeshCompiler:
 
 def guard_of(workload: Workload, selected: PolicySet) -> Guard:
     """What the mesh's policies among ``selected`` mean for one workload."""
-    peer = workload.peer()
+    return _guard(workload.peer(), selected)
+
+
+def _guard(peer: Peer, selected: PolicySet) -> Guard:
     return Guard(
         selected.authorization,
         effective_mtls(selected.peer_authentication, peer, selected.mesh),
         tuple(refusal for refusal in selected.refusals if refusal.layer is Layer.MESH),
         selected.mesh,
     )
+
+
+def _ports_towards(peer: Peer, bypasses: Sequence[OutboundBypass]) -> list[tuple[int, int]]:
+    """The destination ports on which a peer is reached past Envoy."""
+    return [
+        (bypass.first, bypass.last)
+        for bypass in bypasses
+        if isinstance(bypass.networks, Anything) or not peer.networks.isdisjoint(bypass.networks)
+    ]
+
+
+def _prefixes_within(segment: _Segment, ports: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    for first, last in ports:
+        yield from range_prefixes(max(first, segment.first), min(last, segment.last))
 
 
 def _outcome(
