@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import structlog
@@ -14,7 +14,7 @@ import structlog
 from meshbridge.authz import metrics
 from meshbridge.authz.answer import UNAUTHORIZED, UNAVAILABLE, Answer, Reason, refuse
 from meshbridge.authz.binding import Binding, compare
-from meshbridge.authz.request import Check, UnusableCheckError, decode_check, forwarded_for
+from meshbridge.authz.request import Check, HttpRequest, UnusableCheckError, decode_check, forwarded_for
 from meshbridge.authz.response import encode_answer
 from meshbridge.authz.tokens import BadToken, TokenVerifier
 from meshbridge.authz.view import CurrentView, NodeView
@@ -31,6 +31,7 @@ REREAD_MEMORY_S: Final = 1.0
 MAX_REREADS: Final = 4096
 MAX_NAMED_POLICIES: Final = 3
 REFUSED_RULE: Final = "refused"
+NOT_HTTP: Final = HttpRequest("", "", "", {})
 
 
 @dataclass(slots=True)
@@ -129,27 +130,22 @@ class Judge:
 
 def _request_of(check: Check, token: Claims | BadToken | None, peer: Peer | None) -> Request:
     """The request as policies see it."""
-    bare = Request(
+    http = check.http or NOT_HTTP
+    return Request(
         source=check.source,
         port=check.destination_port,
         destination=check.destination,
         principal=check.principal or None,
         sni=check.sni,
         http=check.http is not None,
-        claims=() if token is None or isinstance(token, BadToken) else (token,),
-        token_error=token.reason if isinstance(token, BadToken) else "",
-        peer=peer,
-    )
-    if check.http is None:
-        return bare
-    http = check.http
-    return replace(
-        bare,
         method=http.method,
         path=http.path,
         host=http.host,
         headers=http.headers,
         remote=forwarded_for(http.headers.get("x-forwarded-for", "")) or check.source,
+        claims=() if token is None or isinstance(token, BadToken) else (token,),
+        token_error=token.reason if isinstance(token, BadToken) else "",
+        peer=peer,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Any, Final
 
@@ -73,11 +74,12 @@ def decode_check(data: bytes) -> Check:
 
 def forwarded_for(header: str) -> IpAddress | None:
     """The address Istio's sidecars take for the client's: the last of x-forwarded-for, None when it is none."""
+    if not header:
+        return None
     try:
-        address = ip_address(header.rpartition(",")[2].strip())
+        return _parse(header.rpartition(",")[2].strip())
     except ValueError:
         return None
-    return _canonical(address)
 
 
 def _read(attributes: AttributeContext) -> Check:
@@ -102,14 +104,15 @@ def _end(address: Address, which: str) -> tuple[IpAddress, int]:
     if socket.WhichOneof("port_specifier") == "named_port" or not 0 <= socket.port_value <= 65535:
         raise UnusableCheckError(f"the {which} port is not a port number")
     try:
-        parsed = ip_address(socket.address)
+        return _parse(socket.address), socket.port_value
     except ValueError as error:
         raise UnusableCheckError(f"the {which} address {socket.address[:64]!r} is not an IP address") from error
-    return _canonical(parsed), socket.port_value
 
 
-def _canonical(address: IpAddress) -> IpAddress:
+@lru_cache(maxsize=8192)
+def _parse(text: str) -> IpAddress:
     """One form for one address: IPv4 where it is v4-mapped, and without the zone of a link-local one."""
+    address = ip_address(text)
     if not isinstance(address, IPv6Address):
         return address
     return address.ipv4_mapped or IPv6Address(int(address))

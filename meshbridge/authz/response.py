@@ -41,4 +41,7 @@ def _header(name: str, value: str) -> HeaderValueOption:
 
 def header_value(text: str) -> str:
     """``text`` as a header can carry it: printable ASCII, of bounded length."""
-    return "".join(char if " " <= char <= "~" else "?" for char in text[:_MAX_HEADER_LENGTH])
+    text = text[:_MAX_HEADER_LENGTH]
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(char if " " <= char <= "~" else "?" for char in text)

@@ -55,12 +55,23 @@ class NodeView:
             found = self._judges[workload.uid] = RequestJudge.of(workload, self.policies)
         return found
 
+    @cached_property
+    def _peers(self) -> dict[IpAddress, Peer]:
+        return {}
+
     def peer_at(self, address: IpAddress) -> Peer | None:
         """Who holds ``address`` with the CIDRs that contain it; None when nobody known does."""
+        found = self._peers.get(address)
+        if found is not None:
+            return found
         holder = self.holders.get(address)
         if holder is None and (workload := self.workloads.get(address)) is not None:
             holder = workload.peer(cluster=self.policies.mesh.cluster)
-        return None if holder is None else replace(holder, networks=self._networks.containing(address))
+        if holder is None:
+            return None
+        # Bounded by the addresses the controller has sent: others never get here.
+        found = self._peers[address] = replace(holder, networks=self._networks.containing(address))
+        return found
 
 
 class CurrentView:
