@@ -41,10 +41,13 @@ SOCKET_MODE = 0o666  # every call carries a token; Envoys run as other users
 class Feed(Protocol):
     """One stream's view of its client."""
 
-    snapshot: Snapshot | None
-    """None while the client's node or pod is not known: the stream waits."""
-    refusal: str
-    """Not empty: the client is gone or may have nothing, and the stream has to end."""
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """None while the client's node or pod is not known: the stream waits."""
+
+    @property
+    def refusal(self) -> str:
+        """Not empty: the client is gone or may have nothing, and the stream has to end."""
 
     def close(self) -> None: ...
 

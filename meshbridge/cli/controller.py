@@ -1,0 +1,134 @@
+"""``meshbridge controller``: policies and workloads in, snapshots for agents, authz servers and Envoys out."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+import structlog
+
+from meshbridge import log as logs
+from meshbridge.controller.controller import Controller
+from meshbridge.controller.http import serve_http
+from meshbridge.errors import SettingsError
+from meshbridge.kube.manifests import Manifests
+from meshbridge.kube.watch import watch
+from meshbridge.policy.mesh import DEFAULT_MESH
+from meshbridge.xds.auth import load_key, load_or_create_key
+from meshbridge.xds.secrets import SecretStore, load_or_create_authority
+from meshbridge.xds.server import DeltaServer, TlsFiles, start_server
+
+log = structlog.get_logger()
+
+GRACE_S = 1.0
+
+
+@click.command(name="controller", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--manifests",
+    "directories",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory of YAML to read and watch; may be given again, a later one replaces objects of an earlier one.",
+)
+@click.option(
+    "--listen",
+    default="unix:/run/meshbridge/controller.sock",
+    show_default=True,
+    metavar="ADDR",
+    help="unix:PATH, or HOST:PORT with --tls-cert and --tls-key.",
+)
+@click.option(
+    "--tls-cert", type=click.Path(path_type=Path), help="Certificate chain of the server, PEM; for HOST:PORT."
+)
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, PEM.")
+@click.option(
+    "--state-dir",
+    "--state",
+    "state",
+    default="/var/lib/meshbridge",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where the CA's key is kept; made when missing.",
+)
+@click.option(
+    "--token-key",
+    type=click.Path(path_type=Path),
+    help="Key that tokens are signed with. [STATE/token.key, made when missing]",
+)
+@click.option(
+    "--metrics", "http_address", metavar="HOST:PORT", help="Serve /metrics, /problems and /healthz on loopback."
+)
+@click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
+def command(
+    directories: tuple[Path, ...],
+    listen: str,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    state: Path,
+    token_key: Path | None,
+    http_address: str | None,
+    log_level: str,
+) -> None:
+    """Read policies and workloads, and serve every node and every sidecar what concerns it, until SIGTERM.
+
+    \b
+    Example:
+      meshbridge controller --manifests manifests/demo --state-dir /var/lib/meshbridge --metrics 127.0.0.1:9401
+    """
+    logs.configure(log_level)
+    if (tls_cert is None) is not (tls_key is None):
+        raise SettingsError("only one of certificate and key", where="--tls-cert, --tls-key", fix="give both")
+    tls = TlsFiles(tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
+    key = load_key(token_key) if token_key is not None else load_or_create_key(state / "token.key")
+    authority = load_or_create_authority(state, DEFAULT_MESH.trust_domain, datetime.now(UTC))
+    controller = Controller(SecretStore(authority))
+    server = DeltaServer(key, controller)
+    http = serve_http(http_address, lambda: controller.problems, lambda: controller.synced) if http_address else None
+    try:
+        asyncio.run(_serve(controller, server, directories, listen, tls))
+    finally:
+        if http is not None:
+            http.shutdown()
+
+
+async def _serve(
+    controller: Controller, servicer: DeltaServer, directories: Sequence[Path], listen: str, tls: TlsFiles | None
+) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = await start_server(servicer, listen, tls)
+    log.info("controller.started", listen=listen, manifests=[str(directory) for directory in directories])
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(_follow(controller, Manifests(directories)), name="follow-manifests")
+            tasks.create_task(controller.maintain_sidecars(), name="maintain-sidecars")
+            tasks.create_task(_raise_when(stop), name="wait-for-signal")
+    except* _Stopped:
+        log.info("controller.draining")
+    finally:
+        await server.stop(GRACE_S)
+
+
+async def _follow(controller: Controller, manifests: Manifests) -> None:
+    """Keep the controller at what the directories say."""
+    async for changes in watch(manifests):
+        controller.apply(changes.documents, manifests.problems)
+        if changes.documents:
+            log.info("manifests.read", changed=len(changes.documents), objects=len(manifests.documents))
+
+
+class _Stopped(Exception):
+    """Ends the task group; nothing is wrong."""
+
+
+async def _raise_when(stop: asyncio.Event) -> None:
+    await stop.wait()
+    raise _Stopped

@@ -1,0 +1,147 @@
+"""Who holds each address, and the same as resources with labels trimmed to what a reader's policies can tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from meshbridge.controller.messages import address_message, resource
+from meshbridge.identity.model import Entity, IpAddress, Peer
+from meshbridge.policy.selectors import LabelKeys
+from meshbridge.xds.snapshot import Resource, Resources
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A pod, or a node when ``name`` is empty; ``peer`` with all its labels and ports."""
+
+    peer: Peer
+    name: str = ""
+    uid: str = ""
+    node: str = ""
+
+    def __str__(self) -> str:
+        return f"pod {self.peer.namespace}/{self.name}" if self.name else f"node {self.node}"
+
+
+CONTESTED: Final = Holder(Peer(entities=frozenset({Entity.UNMANAGED})))
+"""Nobody's labels and not the world either: no allow that names pods, nodes or CIDRs of the world lets it in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distinctions:
+    """What some policies can tell apart: label keys, and the container ports they name."""
+
+    labels: LabelKeys = LabelKeys()  # noqa: RUF009 - frozen
+    port_names: frozenset[str] = frozenset()
+
+    def __or__(self, other: Distinctions) -> Distinctions:
+        labels = LabelKeys(self.labels.pod | other.labels.pod, self.labels.namespace | other.labels.namespace)
+        return Distinctions(labels, self.port_names | other.port_names)
+
+
+class AddressBook:
+    """Holders by address, with a view for each set of distinctions in use.
+
+    An address that several claim is contested until one is left: it then has nobody's labels.
+
+    Cost: a claim touches one entry of each view; a view is copied once per change, and a view for other distinctions
+    is made from an existing one by making anew those entries whose labels differ under the two.
+    """
+
+    def __init__(self) -> None:
+        self._claims: dict[IpAddress, dict[str, Holder]] = {}
+        self._views: dict[Distinctions, dict[str, Resource]] = {}
+        self._stale: set[IpAddress] = set()
+
+    def claim(self, address: IpAddress, claimant: str, holder: Holder | None) -> None:
+        """Say that ``claimant`` holds ``address``, or, with None, no longer does."""
+        claims = self._claims.setdefault(address, {})
+        if claims.get(claimant) == holder:
+            return
+        if holder is None:
+            del claims[claimant]
+        else:
+            claims[claimant] = holder
+        if not claims:
+            del self._claims[address]
+        self._stale.add(address)
+
+    def holder(self, address: IpAddress) -> Holder | None:
+        """Who holds ``address`` now."""
+        claims = self._claims.get(address)
+        if not claims:
+            return None
+        return next(iter(claims.values())) if len(claims) == 1 else CONTESTED
+
+    def contested(self, address: IpAddress) -> tuple[Holder, ...]:
+        """All who claim ``address``, when it is more than one."""
+        claims = self._claims.get(address, {})
+        return tuple(claims[claimant] for claimant in sorted(claims)) if len(claims) > 1 else ()
+
+    @property
+    def stale(self) -> frozenset[IpAddress]:
+        """The addresses whose claims changed since ``refresh``."""
+        return frozenset(self._stale)
+
+    def refresh(self, in_use: frozenset[Distinctions]) -> None:
+        """Bring the views of ``in_use`` up to date and forget all others."""
+        self._views = {distinctions: view for distinctions, view in self._views.items() if distinctions in in_use}
+        stale, self._stale = frozenset(self._stale), set()
+        if not stale:
+            return
+        for distinctions, view in self._views.items():
+            updated = dict(view)
+            for address in stale:
+                self._renew(updated, address, distinctions)
+            if updated != view:
+                self._views[distinctions] = updated
+
+    def view(self, distinctions: Distinctions, like: Distinctions | None = None) -> Resources:
+        """Every address with what ``distinctions`` leave of its holder; the same mapping until something changes.
+
+        Args:
+            like: distinctions of a view that probably differs little.
+        """
+        view = self._views.get(distinctions)
+        if view is None:
+            base = self._views.get(like) if like is not None else None
+            view = self._derived(distinctions, like, base) if like is not None and base is not None else {}
+            if base is None:
+                for address in self._claims:
+                    self._renew(view, address, distinctions)
+            self._views[distinctions] = view
+        return view
+
+    def _derived(self, to: Distinctions, like: Distinctions, base: Mapping[str, Resource]) -> dict[str, Resource]:
+        view = dict(base)
+        pod_keys = to.labels.pod ^ like.labels.pod
+        namespace_keys = to.labels.namespace ^ like.labels.namespace
+        port_names = to.port_names ^ like.port_names
+        for address in self._claims:
+            holder = self.holder(address)
+            if holder is None:
+                continue
+            peer = holder.peer
+            if (
+                not pod_keys.isdisjoint(peer.labels)
+                or not namespace_keys.isdisjoint(peer.namespace_labels)
+                or any(port.name in port_names for port in peer.ports)
+            ):
+                self._renew(view, address, to)
+        return view
+
+    def _renew(self, view: dict[str, Resource], address: IpAddress, distinctions: Distinctions) -> None:
+        holder = self.holder(address)
+        if holder is None:
+            view.pop(str(address), None)
+            return
+        peer = replace(
+            holder.peer,
+            labels=distinctions.labels.trim(holder.peer.labels),
+            namespace_labels=distinctions.labels.trim_namespace(holder.peer.namespace_labels),
+            ports=frozenset(port for port in holder.peer.ports if port.name in distinctions.port_names),
+        )
+        message = address_message(address, peer, name=holder.name, uid=holder.uid, node=holder.node)
+        view[str(address)] = resource(message)

@@ -1,0 +1,354 @@
+"""The cluster as its documents say, kept up to date change by change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address, ip_network
+from typing import Any, Final
+
+from meshbridge.controller.addresses import AddressBook, Holder
+from meshbridge.controller.policies import PolicyItem, problems_of, read_policy
+from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
+from meshbridge.kube.manifests import Key
+from meshbridge.kube.problems import Problem, ProblemReason
+from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
+from meshbridge.policy.model import Document
+from meshbridge.policy.parse import POLICY_KINDS, parse
+from meshbridge.policy.parse.cluster import Namespace, Node, Service
+from meshbridge.policy.policyset import PolicySet
+
+TERMINAL_PHASES: Final = frozenset({"Succeeded", "Failed"})
+EXTRA_ADDRESSES: Final = "meshbridge.io/extra-addresses"
+
+_ClassKey = tuple[str, frozenset[tuple[str, str]], frozenset[tuple[str, str]], str]
+
+
+@dataclass(slots=True)
+class Touched:
+    """What of the cluster a batch of changes may have altered for its readers."""
+
+    nodes: set[str] = field(default_factory=set)
+    """Whose endpoints, or the policies that select them, may differ."""
+    addresses: bool = False
+    sidecars: bool = False
+    destinations: bool = False
+    """Who takes mTLS may differ, for all sidecars."""
+
+
+@dataclass(slots=True)
+class _Class:
+    """Pods that every policy selects alike."""
+
+    peer: Peer
+    nodes: Counter[str] = field(default_factory=Counter)
+    policies: set[str] = field(default_factory=set)
+
+
+class Cluster:
+    """What policies, pods, nodes and services there are, indexed for the questions nodes and sidecars ask.
+
+    Cost: a policy is matched against each class of equal pods in the namespaces it can select in; a pod of a new class
+    against the policies that can select in its namespace; any other pod costs a few dictionary entries.
+    """
+
+    def __init__(self, mesh: MeshSettings = DEFAULT_MESH) -> None:
+        """A cluster with nothing in it; other settings need another cluster."""
+        self.mesh = mesh
+        self.addresses = AddressBook()
+        self.policies: dict[str, PolicyItem] = {}
+        self.services: dict[Key, Service] = {}
+        self._names: dict[Key, tuple[str, ...]] = {}
+        self._policies_in: dict[str | None, set[str]] = {}
+        self._namespaces: dict[str, Namespace] = {}
+        self._written: dict[Key, Workload] = {}
+        self._pods: dict[Key, Workload] = {}
+        self._pods_on: dict[str, dict[Key, Workload]] = {}
+        self._pods_in: dict[str, set[Key]] = {}
+        self._node_addresses: dict[Key, tuple[IpAddress, ...]] = {}
+        self._classes: dict[str, dict[_ClassKey, _Class]] = {}
+        self._classes_on: dict[str, dict[_ClassKey, _Class]] = {}
+        self._problems: dict[Key, tuple[Problem, ...]] = {}
+        self._contested: dict[IpAddress, Problem] = {}
+
+    @property
+    def problems(self) -> Iterable[Problem]:
+        """What its objects say that a person has to mend."""
+        for problems in self._problems.values():
+            yield from problems
+        yield from self._contested.values()
+
+    @property
+    def workloads(self) -> Iterable[Workload]:
+        """Every pod, with the labels of its namespace."""
+        return self._pods.values()
+
+    def pod(self, namespace: str, name: str) -> Workload | None:
+        return self._pods.get(("", "Pod", namespace, name))
+
+    def peer_authentications(self) -> PolicySet:
+        """Every PeerAuthentication of the cluster."""
+        found = (item.parsed for item in self.policies.values() if item.parsed.peer_authentication)
+        return PolicySet.of_parsed(found, self.mesh)
+
+    def endpoints(self, node: str) -> Iterable[Workload]:
+        """The pods on ``node`` whose traffic its kernel can tell apart by address."""
+        return [pod for pod in self._pods_on.get(node, {}).values() if _is_endpoint(pod)]
+
+    def policies_on(self, node: str) -> list[PolicyItem]:
+        """The policies that select an endpoint on ``node``, in order of name."""
+        names: set[str] = set()
+        for pods in self._classes_on.get(node, {}).values():
+            names |= pods.policies
+        return [self.policies[name] for name in sorted(names)]
+
+    def policies_of(self, pod: Workload) -> PolicySet:
+        """The policies that select one pod."""
+        pods = self._classes.get(pod.namespace, {}).get(_class_key(pod))
+        names = sorted(pods.policies) if pods is not None else []
+        return PolicySet.of_parsed((self.policies[name].parsed for name in names), self.mesh)
+
+    def apply(self, changes: Mapping[Key, tuple[Document, ...]]) -> Touched:
+        """Take in what changed: for each object its definitions now, none when it is gone."""
+        touched = Touched()
+        for key in sorted(changes, key=_in_order):
+            self._put(key, changes[key], touched)
+        self._find_contested()
+        return touched
+
+    def _put(self, key: Key, documents: tuple[Document, ...], touched: Touched) -> None:
+        self._problems.pop(key, None)
+        if (key[0], key[1]) in POLICY_KINDS:
+            self._put_policies(key, documents, touched)
+            return
+        parsed = parse(documents[0]) if documents else None
+        read = parsed.objects[0] if parsed is not None and parsed.objects else None
+        problems = problems_of(parsed) if parsed is not None else ()
+        if isinstance(read, Workload):
+            problems += _extra_address_problems(read, documents[0])
+        if problems:
+            self._problems[key] = problems
+        match key[:2]:
+            case ("", "Namespace"):
+                self._put_namespace(key[3], read if isinstance(read, Namespace) else None, touched)
+            case ("", "Pod"):
+                self._put_pod(key, read if isinstance(read, Workload) else None, touched)
+            case ("", "Node"):
+                self._put_node(key, read if isinstance(read, Node) else None, documents, touched)
+            case ("", "Service"):
+                touched.sidecars = touched.destinations = True
+                if isinstance(read, Service):
+                    self.services[key] = read
+                else:
+                    self.services.pop(key, None)
+            case _:
+                pass  # pod templates and service accounts: nothing here asks for them yet
+
+    def _put_policies(self, key: Key, documents: tuple[Document, ...], touched: Touched) -> None:
+        touched.sidecars = True
+        touched.destinations |= key[1] == "PeerAuthentication"
+        items = [read_policy(document, self.mesh, number) for number, document in enumerate(documents, 1)]
+        problems = tuple(problem for item in items for problem in problems_of(item.parsed))
+        if problems:
+            self._problems[key] = problems
+        for name in self._names.pop(key, ()):
+            old = self.policies.pop(name)
+            for namespace in _index_keys(old):
+                self._policies_in[namespace].discard(name)
+            for pods in self._classes_in(old.namespaces):
+                if name in pods.policies:
+                    pods.policies.discard(name)
+                    touched.nodes.update(pods.nodes)
+        if items:
+            self._names[key] = tuple(item.name for item in items)
+        for item in items:
+            self.policies[item.name] = item
+            for namespace in _index_keys(item):
+                self._policies_in.setdefault(namespace, set()).add(item.name)
+            for pods in self._classes_in(item.namespaces):
+                if item.concerns(pods.peer):
+                    pods.policies.add(item.name)
+                    touched.nodes.update(pods.nodes)
+
+    def _classes_in(self, namespaces: frozenset[str] | None) -> Iterable[_Class]:
+        for namespace in self._classes if namespaces is None else namespaces:
+            yield from self._classes.get(namespace, {}).values()
+
+    def _put_namespace(self, name: str, namespace: Namespace | None, touched: Touched) -> None:
+        before = self._namespace_labels(name)
+        if namespace is None:
+            self._namespaces.pop(name, None)
+        else:
+            self._namespaces[name] = namespace
+        if self._namespace_labels(name) != before:
+            for key in list(self._pods_in.get(name, ())):
+                self._put_pod(key, self._written[key], touched)
+
+    def _namespace_labels(self, name: str) -> Mapping[str, str]:
+        namespace = self._namespaces.get(name)
+        return namespace.labels if namespace is not None else {}
+
+    def _put_pod(self, key: Key, written: Workload | None, touched: Touched) -> None:
+        old = self._pods.pop(key, None)
+        new = None
+        if written is not None:
+            new = replace(written, namespace_labels=self._namespace_labels(written.namespace))
+            self._written[key], self._pods[key] = written, new
+            self._pods_in.setdefault(new.namespace, set()).add(key)
+        else:
+            self._written.pop(key, None)
+            self._pods_in.get(key[2], set()).discard(key)
+        if old == new:
+            return
+        touched.sidecars = touched.destinations = True
+        for pod in (old, new):
+            if pod is not None and pod.node:
+                touched.nodes.add(pod.node)
+        self._place(key, old, new)
+        self._claim_addresses(f"pod {key[2]}/{key[3]}", old, new, touched)
+
+    def _place(self, key: Key, old: Workload | None, new: Workload | None) -> None:
+        if old is not None:
+            self._pods_on[old.node].pop(key)
+            if _is_endpoint(old):
+                self._leave_class(old)
+        if new is not None:
+            self._pods_on.setdefault(new.node, {})[key] = new
+            if _is_endpoint(new):
+                self._join_class(new)
+
+    def _join_class(self, pod: Workload) -> None:
+        key = _class_key(pod)
+        classes = self._classes.setdefault(pod.namespace, {})
+        pods = classes.get(key)
+        if pods is None:
+            pods = classes[key] = _Class(pod.peer(cluster=self.mesh.cluster))
+            for name in self._policies_in.get(None, set()) | self._policies_in.get(pod.namespace, set()):
+                if self.policies[name].concerns(pods.peer):
+                    pods.policies.add(name)
+        pods.nodes[pod.node] += 1
+        self._classes_on.setdefault(pod.node, {})[key] = pods
+
+    def _leave_class(self, pod: Workload) -> None:
+        key = _class_key(pod)
+        pods = self._classes[pod.namespace][key]
+        pods.nodes[pod.node] -= 1
+        if not pods.nodes[pod.node]:
+            del pods.nodes[pod.node]
+            del self._classes_on[pod.node][key]
+        if not pods.nodes:
+            del self._classes[pod.namespace][key]
+
+    def _claim_addresses(self, claimant: str, old: Workload | None, new: Workload | None, touched: Touched) -> None:
+        before = old.addresses if old is not None and _holds_addresses(old) else ()
+        after = new.addresses if new is not None and _holds_addresses(new) else ()
+        for address in before:
+            if address not in after:
+                self.addresses.claim(address, claimant, None)
+        if new is not None and after:
+            peer = replace(
+                new.peer(cluster=self.mesh.cluster), trust_domain=self.mesh.trust_domain, ports=frozenset(new.ports)
+            )
+            for address in after:
+                self.addresses.claim(address, claimant, Holder(peer, new.name, new.uid, new.node))
+        touched.addresses |= bool(before or after)
+
+    def _put_node(self, key: Key, node: Node | None, documents: tuple[Document, ...], touched: Touched) -> None:
+        before = self._node_addresses.pop(key, ())
+        after: tuple[IpAddress, ...] = ()
+        if node is not None:
+            after = tuple(dict.fromkeys((*node.addresses, *_gateway_addresses(documents[0]))))
+            self._node_addresses[key] = after
+        claimant = f"node {key[3]}"
+        for address in before:
+            if address not in after:
+                self.addresses.claim(address, claimant, None)
+        for address in after:
+            self.addresses.claim(address, claimant, Holder(_NODE_PEER, node=key[3]))
+        touched.addresses |= before != after
+
+    def _find_contested(self) -> None:
+        for address in self.addresses.stale:
+            claimants = self.addresses.contested(address)
+            if claimants:
+                names = " and ".join(str(holder) for holder in claimants)
+                text = f"{address} is held by {names}; until one of them lets it go it has nobody's labels"
+                self._contested[address] = Problem(ProblemReason.CONFLICT, text)
+            else:
+                self._contested.pop(address, None)
+
+
+_NODE_PEER: Final = Peer(entities=frozenset({Entity.REMOTE_NODE}))
+
+
+def extra_addresses(pod: Workload) -> tuple[IpAddress, ...]:
+    """The further source addresses its annotation allows a pod; what is no address allows nothing."""
+    return tuple(dict.fromkeys(address for _, address in _extra_addresses(pod) if address is not None))
+
+
+def _extra_addresses(pod: Workload) -> Iterable[tuple[str, IpAddress | None]]:
+    for text in filter(None, pod.annotations.get(EXTRA_ADDRESSES, "").split(",")):
+        try:
+            yield text, ip_address(text.strip())
+        except ValueError:
+            yield text, None
+
+
+def _extra_address_problems(pod: Workload, document: Document) -> tuple[Problem, ...]:
+    file, line = document.source.file, document.source.line("")
+    return tuple(
+        Problem(
+            ProblemReason.NOTICE,
+            f"{file}:{line}: Pod {pod.key}, annotation {EXTRA_ADDRESSES}: {text.strip()[:80]!r} is no address and "
+            "allows nothing; write IPv4 or IPv6 addresses with commas between",
+            file,
+            line,
+        )
+        for text, address in _extra_addresses(pod)
+        if address is None
+    )
+
+
+def _is_endpoint(pod: Workload) -> bool:
+    return bool(pod.node) and _holds_addresses(pod)
+
+
+def _holds_addresses(pod: Workload) -> bool:
+    return bool(pod.addresses) and not pod.host_network and pod.phase not in TERMINAL_PHASES
+
+
+def _class_key(pod: Workload) -> _ClassKey:
+    return (
+        pod.namespace,
+        frozenset(pod.labels.items()),
+        frozenset(pod.namespace_labels.items()),
+        f"{pod.service_account}/{pod.proxy}",
+    )
+
+
+def _index_keys(item: PolicyItem) -> Iterable[str | None]:
+    return (None,) if item.namespaces is None else item.namespaces
+
+
+def _gateway_addresses(document: Document) -> list[IpAddress]:
+    """The first address of each pod CIDR of a node, by which its pods see the node itself."""
+    spec: Any = document.data.get("spec")
+    if not isinstance(spec, Mapping):
+        return []
+    texts = spec.get("podCIDRs")
+    candidates = [*texts] if isinstance(texts, list) else []
+    found: list[IpAddress] = []
+    for text in (*candidates, spec.get("podCIDR")):
+        try:
+            network = ip_network(text, strict=False) if isinstance(text, str) else None
+        except ValueError:
+            continue
+        if network is not None and network.num_addresses > 2:
+            found.append(network.network_address + 1)
+    return found
+
+
+def _in_order(key: Key) -> tuple[int, Key]:
+    """Namespaces before their pods, so that no pod is looked at twice."""
+    return (0 if key[:2] == ("", "Namespace") else 1, key)

@@ -1,0 +1,299 @@
+"""The cluster loop: what changed goes to exactly those nodes and sidecars it concerns."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Final
+
+import structlog
+from prometheus_client import Gauge
+
+from meshbridge.controller.addresses import Distinctions
+from meshbridge.controller.cluster import Cluster, Touched, extra_addresses
+from meshbridge.controller.meshconfig import NAMESPACE, MeshConfigError, read_mesh_config
+from meshbridge.controller.messages import endpoint_message, mesh_message, problem_message, problem_name, resource
+from meshbridge.identity.model import Workload
+from meshbridge.kube.manifests import Key
+from meshbridge.kube.problems import Problem, ProblemReason
+from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
+from meshbridge.policy.model import Document
+from meshbridge.protos.agent_pb2 import Revision
+from meshbridge.xds import snapshot as xds
+from meshbridge.xds.auth import Caller, CallerKind
+from meshbridge.xds.resources import sidecar_resources
+from meshbridge.xds.secrets import SecretStore, SpiffeId
+from meshbridge.xds.select import build_sidecar, mtls_destinations
+from meshbridge.xds.sidecar import MtlsDestination, Sidecar
+from meshbridge.xds.snapshot import Resource, Resources, Snapshot
+
+log = structlog.get_logger()
+
+PROBLEMS = Gauge("meshbridge_controller_problems", "Things a person has to mend.", ["reason"])
+OBJECTS = Gauge("meshbridge_controller_objects", "Kubernetes objects in force.")
+REVISION = Gauge("meshbridge_controller_revision", "The newest revision given to any node.")
+
+MESH_CONFIG: Final[Key] = ("", "ConfigMap", NAMESPACE, "istio")
+MAX_PROBLEMS_SENT: Final = 1_000
+CERTIFICATE_CHECK_S: Final = 30.0
+
+
+@dataclass(slots=True)
+class _Client:
+    """Everybody who presents the same token: agent and authz of a node, or the Envoy of a pod."""
+
+    caller: Caller
+    snapshot: Snapshot | None = None
+    refusal: str = ""
+    wakes: list[Callable[[], None]] = field(default_factory=list)
+    distinctions: Distinctions = Distinctions()  # noqa: RUF009 - frozen
+    sidecar: Sidecar | None = None
+
+    def wake(self) -> None:
+        for wake in self.wakes:
+            wake()
+
+
+class _Feed:
+    """One stream's part of its client."""
+
+    def __init__(self, controller: Controller, client: _Client, wake: Callable[[], None]) -> None:
+        self._controller, self._client, self._wake = controller, client, wake
+        client.wakes.append(wake)
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        return self._client.snapshot
+
+    @property
+    def refusal(self) -> str:
+        return self._client.refusal
+
+    def close(self) -> None:
+        self._client.wakes.remove(self._wake)
+        self._controller.forget_if_unused(self._client)
+
+
+class Controller:
+    """Turns documents into one snapshot per connected client; streams are woken when theirs changed.
+
+    Cost: a change of policies touches the nodes with an endpoint it selects before or after; their policies are
+    gathered anew, and an equal result is the same snapshot and no revision. Sidecars are looked at afterwards, in
+    ``refresh_sidecars``, so that no node waits for them; a change of pods, Services or PeerAuthentications there costs
+    a look at every pod, any other a look at every connected sidecar.
+    """
+
+    def __init__(self, secrets: SecretStore, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self.cluster = Cluster()
+        self.sidecars_stale = asyncio.Event()
+        self._secrets, self._now = secrets, now
+        self._documents: dict[Key, tuple[Document, ...]] = {}
+        self._mesh_problems: tuple[Problem, ...] = ()
+        self._read_problems: frozenset[Problem] = frozenset()
+        self._problems: frozenset[Problem] = frozenset()
+        self._problem_resources: Resources = {}
+        self._mesh_resources: Resources = {"mesh": resource(mesh_message(self.cluster.mesh))}
+        self._clients: dict[Caller, _Client] = {}
+        self._destinations: tuple[MtlsDestination, ...] | None = None
+        self._revision = 0
+        self._synced = False
+
+    @property
+    def synced(self) -> bool:
+        """Whether the documents have been read; before that nobody is told anything."""
+        return self._synced
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Everything a person has to mend, in order of file and line."""
+        return tuple(sorted(self._problems, key=lambda problem: (problem.file, problem.line, problem.text)))
+
+    def open(self, caller: Caller, wake: Callable[[], None]) -> _Feed:
+        """A feed for ``caller``, with its snapshot when there can be one already."""
+        client = self._clients.get(caller)
+        if client is None:
+            client = self._clients[caller] = _Client(caller)
+            self._update(client)
+        return _Feed(self, client, wake)
+
+    def forget_if_unused(self, client: _Client) -> None:
+        """Stop computing for a client no stream is left of."""
+        if not client.wakes and self._clients.get(client.caller) is client:
+            del self._clients[client.caller]
+            identities = {self._spiffe_id(c.sidecar.workload) for c in self._clients.values() if c.sidecar is not None}
+            self._secrets.keep_only(identities)
+
+    def apply(self, changes: Mapping[Key, tuple[Document, ...]], read_problems: frozenset[Problem]) -> None:
+        """Take in what changed and what could not be read; every client it concerns has its new snapshot afterwards."""
+        first, self._synced = not self._synced, True
+        self._documents.update(changes)
+        for key in [key for key, documents in changes.items() if not documents]:
+            self._documents.pop(key, None)
+        touched = self._apply(changes)
+        self._read_problems = read_problems
+        self._report_problems()
+        OBJECTS.set(len(self._documents))
+        everybody = first or touched is None
+        nodes = [client for client in self._clients.values() if client.caller.kind is CallerKind.NODE]
+        self.cluster.addresses.refresh(frozenset(client.distinctions for client in nodes))
+        for client in nodes:
+            if everybody or (touched is not None and client.caller.node in touched.nodes):
+                self._update_node(client)
+            else:
+                self._assemble(client, {})
+        if touched is None or touched.destinations:
+            self._destinations = None
+        if touched is None or touched.sidecars or first:
+            self.sidecars_stale.set()
+
+    def refresh_sidecars(self) -> None:
+        """Give every connected sidecar what it should have now, certificates included."""
+        self.sidecars_stale.clear()
+        for client in list(self._clients.values()):
+            if client.caller.kind is not CallerKind.POD:
+                continue
+            try:
+                self._update_pod(client)
+            except Exception:  # one pod's configuration may not keep policy from all others; its Envoy keeps the last
+                log.exception("sidecar.failed", pod=client.caller.node_id)
+
+    async def maintain_sidecars(self) -> None:
+        """Refresh sidecars whenever something they depend on changed or a certificate is due."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CERTIFICATE_CHECK_S):
+                    await self.sidecars_stale.wait()
+            due = self._secrets.next_rotation()
+            if self.sidecars_stale.is_set() or (due is not None and due <= self._now()):
+                await asyncio.sleep(0)  # what nodes were just told goes out first
+                self.refresh_sidecars()
+
+    def _apply(self, changes: Mapping[Key, tuple[Document, ...]]) -> Touched | None:
+        """What was touched; None: everything, as the mesh's own settings changed."""
+        mesh = self.cluster.mesh
+        if MESH_CONFIG in changes:
+            mesh = self._read_mesh(changes[MESH_CONFIG])
+        if mesh == self.cluster.mesh:
+            return self.cluster.apply(changes)
+        log.info("mesh.changed", trust_domain=mesh.trust_domain, root_namespace=mesh.root_namespace)
+        self.cluster = Cluster(mesh)
+        self.cluster.apply(self._documents)
+        self._mesh_resources = {"mesh": resource(mesh_message(mesh))}
+        return None
+
+    def _read_mesh(self, documents: tuple[Document, ...]) -> MeshSettings:
+        self._mesh_problems = ()
+        if not documents:
+            return DEFAULT_MESH
+        try:
+            return read_mesh_config(documents[0])
+        except MeshConfigError as error:
+            source = documents[0].source
+            self._mesh_problems = (Problem(ProblemReason.REFUSED, str(error), source.file, source.line("")),)
+            return self.cluster.mesh
+
+    def _report_problems(self) -> None:
+        """Log every problem once when it comes and once when it goes, and keep them for the nodes."""
+        problems = self._read_problems.union(self.cluster.problems, self._mesh_problems)
+        if problems == self._problems:
+            return
+        for problem in sorted(problems - self._problems):
+            log.warning("problem.found", reason=problem.reason, text=problem.text, file=problem.file, line=problem.line)
+        for problem in sorted(self._problems - problems):
+            log.info("problem.mended", reason=problem.reason, text=problem.text)
+        self._problems = problems
+        for reason in ProblemReason:
+            PROBLEMS.labels(reason.value).set(sum(problem.reason is reason for problem in problems))
+        sent = self.problems[:MAX_PROBLEMS_SENT]
+        self._problem_resources = {problem_name(problem): resource(problem_message(problem)) for problem in sent}
+
+    def _update(self, client: _Client) -> None:
+        if not self._synced:
+            return
+        if client.caller.kind is CallerKind.NODE:
+            self._update_node(client)
+        else:
+            self._update_pod(client)
+
+    def _update_node(self, client: _Client) -> None:
+        node = client.caller.node
+        items = self.cluster.policies_on(node)
+        distinctions = Distinctions()
+        for item in items:
+            distinctions |= item.distinctions
+        before, client.distinctions = client.distinctions, distinctions
+        self.cluster.addresses.view(distinctions, like=before)
+        endpoints: dict[str, Resource] = {}
+        for pod in self.cluster.endpoints(node):
+            endpoints[pod.uid or pod.key] = resource(endpoint_message(pod, extra_addresses(pod)))
+        self._assemble(client, {xds.POLICY: {item.name: item.resource for item in items}, xds.ENDPOINT: endpoints})
+
+    def _assemble(self, client: _Client, parts: Mapping[str, Resources]) -> None:
+        """A new revision for a node when anything differs from its last one; parts not given stay as they were."""
+        last = client.snapshot.types if client.snapshot is not None else {}
+        types = {
+            xds.POLICY: last.get(xds.POLICY, {}),
+            xds.ADDRESS: self.cluster.addresses.view(client.distinctions),
+            xds.MESH: self._mesh_resources,
+            xds.ENDPOINT: last.get(xds.ENDPOINT, {}),
+            xds.PROBLEM: self._problem_resources,
+            **parts,
+        }
+        types = {type_url: _same(last.get(type_url), resources) for type_url, resources in types.items()}
+        if last and all(resources is last.get(type_url) for type_url, resources in types.items()):
+            return
+        number = self._next_revision()
+        types[xds.REVISION] = {"revision": resource(Revision(number=number))}
+        client.snapshot = Snapshot(types)
+        log.debug("revision.made", node=client.caller.node, revision=number)
+        client.wake()
+
+    def _next_revision(self) -> int:
+        self._revision = max(self._revision + 1, int(self._now().timestamp() * 1000))
+        REVISION.set(self._revision)
+        return self._revision
+
+    def _update_pod(self, client: _Client) -> None:
+        caller = client.caller
+        pod = self.cluster.pod(caller.namespace, caller.pod) if self._synced else None
+        if pod is None or pod.uid != caller.uid:
+            if client.snapshot is not None:
+                self._refuse(client, f"pod {caller.node_id} with UID {caller.uid} is gone")
+            return  # else its Envoy may have started before the kubelet's report of it came in
+        if pod.service_account != caller.service_account:
+            self._refuse(client, f"pod {caller.node_id} does not run as {caller.service_account!r}")
+            return
+        if self._destinations is None:
+            self._destinations = mtls_destinations(
+                self.cluster.workloads, self.cluster.services.values(), self.cluster.peer_authentications()
+            )
+        services = [service for service in self.cluster.services.values() if service.namespace == pod.namespace]
+        sidecar = build_sidecar(pod, self.cluster.policies_of(pod), services, self._destinations)
+        last = client.snapshot.types if client.snapshot is not None else {}
+        if sidecar != client.sidecar:
+            client.sidecar = sidecar
+            made = sidecar_resources(sidecar)
+        else:
+            made = {}
+        types: dict[str, Resources] = dict(last)
+        secrets = self._secrets.secrets(self._spiffe_id(pod), self._now())
+        for type_url, bodies in {**made, xds.SECRET: secrets}.items():
+            types[type_url] = _same(last.get(type_url), {name: Resource.of(body) for name, body in bodies.items()})
+        if any(resources is not last.get(type_url) for type_url, resources in types.items()):
+            client.snapshot = Snapshot(types)
+            client.wake()
+
+    def _refuse(self, client: _Client, why: str) -> None:
+        client.refusal, client.sidecar = why, None
+        client.wake()
+
+    def _spiffe_id(self, pod: Workload) -> SpiffeId:
+        return SpiffeId(self.cluster.mesh.trust_domain, pod.namespace, pod.service_account)
+
+
+def _same(last: Resources | None, resources: Resources) -> Resources:
+    """The last mapping when the new one is equal: sessions skip what is the same mapping."""
+    return last if last is not None and last == resources else resources

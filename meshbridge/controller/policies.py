@@ -1,0 +1,83 @@
+"""Policies as the controller needs them: whom they may concern, what they tell apart, and the bytes that travel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshbridge.controller.addresses import Distinctions
+from meshbridge.controller.messages import policy_message, resource
+from meshbridge.identity.model import Peer
+from meshbridge.kube.problems import Problem, ProblemReason
+from meshbridge.policy.mesh import MeshSettings
+from meshbridge.policy.model import Document, Layer
+from meshbridge.policy.parse import Parsed, parse
+from meshbridge.policy.policyset import PolicySet
+from meshbridge.xds.snapshot import Resource
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyItem:
+    """One policy object, parsed once. ``namespaces`` None: it may select in any."""
+
+    name: str
+    parsed: Parsed
+    alone: PolicySet
+    distinctions: Distinctions
+    namespaces: frozenset[str] | None
+    resource: Resource
+
+    def concerns(self, peer: Peer) -> bool:
+        """Whether it selects ``peer``, or was refused and may select it."""
+        selecting = self.alone.selecting(peer)
+        return bool(
+            selecting.network
+            or selecting.authorization
+            or selecting.peer_authentication
+            or selecting.request_authentication
+            or selecting.refusals
+        )
+
+
+def read_policy(document: Document, mesh: MeshSettings, number: int = 1) -> PolicyItem:
+    """The item of a document; ``number`` counts further definitions of the same object."""
+    parsed = parse(document)
+    alone = PolicySet.of_parsed([parsed], mesh)
+    group, kind, namespace, name = document.key
+    suffix = f"#{number}" if number > 1 else ""
+    return PolicyItem(
+        name=f"{group}/{kind}/{namespace}/{name}{suffix}",
+        parsed=parsed,
+        alone=alone,
+        distinctions=Distinctions(alone.referenced_labels(), alone.referenced_port_names()),
+        namespaces=_namespaces(alone),
+        resource=resource(policy_message(document)),
+    )
+
+
+def problems_of(parsed: Parsed) -> tuple[Problem, ...]:
+    """What the author of an object has to know: why it is refused, what of it is hardly meant."""
+    source = parsed.document.source
+    found = [
+        Problem(ProblemReason.REFUSED, str(refusal), source.file, source.line(refusal.path))
+        for refusal in parsed.refusals
+    ]
+    found += [
+        Problem(ProblemReason.NOTICE, str(notice), source.file, source.line(notice.path)) for notice in parsed.notices
+    ]
+    return tuple(found)
+
+
+def _namespaces(policies: PolicySet) -> frozenset[str] | None:
+    """Where ``policies`` may select anything; None: anywhere."""
+    found: set[str] = set()
+    for rule in policies.network:
+        if rule.subject.namespaces is None:
+            return None
+        found.update(rule.subject.namespaces)
+    of_mesh = [policy.namespace for policy in policies.authorization]
+    of_mesh += [policy.namespace for policy in policies.peer_authentication]
+    of_mesh += [policy.namespace for policy in policies.request_authentication]
+    of_mesh += [r.document.namespace for r in policies.refusals if r.layer is Layer.MESH]
+    if policies.mesh.root_namespace in of_mesh:
+        return None
+    return frozenset(found.union(of_mesh))
