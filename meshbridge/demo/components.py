@@ -19,6 +19,10 @@ from meshbridge.demo.layout import (
 )
 from meshbridge.demo.processes import Command, ProcessId, start
 
+# Loopback of the node the process runs on.
+CONTROLLER_METRICS = "127.0.0.1:9401"
+AUTHZ_METRICS = "127.0.0.1:9402"
+
 
 @dataclass(frozen=True, slots=True)
 class Component:
@@ -48,7 +52,8 @@ def start_component(component: Component) -> ProcessId:
 
 def _controller() -> Command:
     argv = [meshbridge(), "controller", "--manifests", str(MANIFESTS), "--manifests", str(KUBELET)]
-    argv += ["--state", str(CONTROLLER_STATE), "--listen", f"unix:{CONTROLLER_SOCKET}"]
+    argv += ["--state-dir", str(CONTROLLER_STATE), "--listen", f"unix:{CONTROLLER_SOCKET}"]
+    argv += ["--metrics", CONTROLLER_METRICS]
     first_node = next(iter(NODES.values()))
     return Command(argv, first_node.netns, LOGS / "controller.log")
 
@@ -61,5 +66,5 @@ def _agent(node: NodeLayout) -> Command:
 
 def _authz(node: NodeLayout) -> Command:
     argv = [meshbridge(), "authz", "--node", node.name, "--controller", f"unix:{CONTROLLER_SOCKET}"]
-    argv += ["--token-file", str(credentials.write_node_token(node.name))]
+    argv += ["--token-file", str(credentials.write_node_token(node.name)), "--metrics", AUTHZ_METRICS]
     return Command(argv, node.netns, LOGS / f"authz-{node.name}.log")

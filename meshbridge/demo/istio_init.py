@@ -21,7 +21,8 @@ STATUS_PORT_ANNOTATION = "status.sidecar.istio.io/port"
 MODE_ANNOTATION = "sidecar.istio.io/interceptionMode"
 HBONE_PORT = "15008"
 _LOOPBACK = {IpFamily.IPV4: "127.0.0.1/32", IpFamily.IPV6: "::1/128"}
-_PASSTHROUGH_SOURCE = {IpFamily.IPV4: "127.0.0.6/32", IpFamily.IPV6: "::6/128"}
+PASSTHROUGH_IPV6 = "::6/128"
+_PASSTHROUGH_SOURCE = {IpFamily.IPV4: "127.0.0.6/32", IpFamily.IPV6: PASSTHROUGH_IPV6}
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,10 @@ def create_pod(node: NodeLayout, pod: PodNetwork) -> None:
     )
 
 
+def add_loopback_address(netns: str, address: str) -> None:
+    _batch(netns, [f"addr add {address} dev lo nodad"])
+
+
 def delete_pod(node: NodeLayout, pod: PodNetwork) -> None:
     """Neither the veth nor the namespace of the pod is left; repeating it is no error."""
     if namespace_exists(node.netns):

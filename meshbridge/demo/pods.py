@@ -38,7 +38,7 @@ def create(record: PodRecord, guarded: bool = True) -> PodRecord:
         node_agent.add_endpoint(record, wait_ready=False)
     write_status(record, "Pending")
     if record.init_arguments is not None:
-        write_rules(record)
+        run_istio_init(record)
     if guarded:
         node_agent.add_endpoint(record, wait_ready=True)
     for name in containers(record):
@@ -106,9 +106,13 @@ def prepare_images() -> None:
     HOSTS.touch()
 
 
-def write_rules(record: PodRecord) -> None:
-    """The pod's namespace has the nat rules that its istio-init arguments ask for, in both address families."""
+def run_istio_init(record: PodRecord) -> None:
+    """The pod's namespace has the nat rules that its istio-init arguments ask for, in both address families.
+
+    It also has ::6 on its loopback, from which Envoy reaches the application past these rules; 127.0.0.6 needs none.
+    """
     assert record.init_arguments is not None
+    network.add_loopback_address(record.netns, istio_init.PASSTHROUGH_IPV6)
     arguments = istio_init.parse(record.init_arguments)
     for family, tool in ((IpFamily.IPV4, "iptables-restore"), (IpFamily.IPV6, "ip6tables-restore")):
         rules = istio_init.rules(arguments, family)

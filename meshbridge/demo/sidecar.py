@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from meshbridge.identity.model import ProxyClass, Workload
 
 ENVOY_MOUNT = DEMO / "envoy"
 ADMIN_PORT = 15000
+# envoy_data_plane finishes its classes at their first use, which two threads must not do at once
+_BUILDING = threading.Lock()
 _READY_TIMEOUT_S = 20.0
 
 
@@ -49,7 +52,9 @@ def command(record: PodRecord, log: Path, mounts: list[tuple[Path, Path]]) -> Co
         authz_socket=str(record.layout.authz_socket),
     )
     path = bootstrap_path(record)
-    store.write(path, bootstrap_json(inputs).encode(), 0o600)
+    with _BUILDING:
+        content = bootstrap_json(inputs).encode()
+    store.write(path, content, 0o600)
     os.chown(path, PROXY_UID, PROXY_UID)
     argv = [str(ENVOY_MOUNT / "envoy"), "-c", str(path), "--concurrency", "1", "--log-level", "warning"]
     argv += ["--disable-hot-restart", "--drain-time-s", "5"]
