@@ -24,4 +24,12 @@ BPF_TABLE("percpu_hash", struct metric_key, struct metric_value, metrics, 512);
 BPF_TABLE("percpu_array", u32, struct event_limiter, event_limiter, 1);
 BPF_RINGBUF_OUTPUT(events, 256);
 
+/* Working memory of one run, which the stack has no room for. A run is never interrupted by another on its CPU: both
+ * hooks have bottom halves disabled. Belongs to the programs, so it is neither pinned nor in abi.h. */
+struct scratch {
+	struct packet packet;
+	struct verdict verdict;
+};
+BPF_TABLE("percpu_array", u32, struct scratch, scratches, 1);
+
 #endif

@@ -7,11 +7,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from meshbridge.datapath import syscall
 from meshbridge.datapath.compiler import DEFAULT_CACHE, PROGRAMS, Bytecode, CompiledObject, compile_programs
-from meshbridge.datapath.maps import Maps, MapSizes, open_maps
+from meshbridge.datapath.maps import Maps, MapSizes, create_map, open_maps
+
+PRIVATE_MAPS: Final = frozenset({"scratches"})
+"""Working memory of a program: made with it, gone with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,12 @@ def load_program(compiled: CompiledObject, name: str, descriptors: Mapping[str, 
         VerifierError: The kernel refuses it.
     """
     program = compiled.programs[name]
-    return syscall.program_load(name, resolve(program, descriptors))
+    private = {spec.name: create_map(spec) for spec in compiled.maps.values() if spec.name in PRIVATE_MAPS}
+    try:
+        return syscall.program_load(name, resolve(program, {**descriptors, **private}))
+    finally:
+        for fd in private.values():
+            os.close(fd)  # the program holds them from now on
 
 
 def resolve(program: Bytecode, descriptors: Mapping[str, int]) -> bytes:

@@ -386,27 +386,32 @@ def _open_or_create(pin: Path, specs: Mapping[str, MapSpec], sizes: MapSizes) ->
             os.close(fd)
             raise
         return fd
-    ring = spec.type == MapType.RINGBUF  # BCC gives it sizes, the kernel wants none
-    inner = Conntrack(-1, _quota(specs, sizes))._new_table() if spec.type == MapType.HASH_OF_MAPS else 0
-    try:
-        fd = syscall.map_create(
-            MapType(spec.type),
-            name=name,
-            key_size=0 if ring else spec.key_size,
-            value_size=0 if ring else spec.value_size,
-            max_entries=getattr(sizes, name, None) or spec.max_entries,
-            flags=spec.flags,
-            inner_fd=inner,
-        )
-    finally:
-        if inner:
-            os.close(inner)
+    fd = create_map(spec, size=getattr(sizes, name, None), quota=_quota(specs, sizes))
     try:
         syscall.pin(fd, str(pin))
     except BpfError:
         os.close(fd)
         raise
     return fd
+
+
+def create_map(spec: MapSpec, *, size: int | None = None, quota: int = 1) -> int:
+    """A new map as declared, or of another size, unpinned. ``quota`` is the size of the tables of a map of maps."""
+    ring = spec.type == MapType.RINGBUF  # BCC gives it sizes, the kernel wants none
+    inner = Conntrack(-1, quota)._new_table() if spec.type == MapType.HASH_OF_MAPS else 0
+    try:
+        return syscall.map_create(
+            MapType(spec.type),
+            name=spec.name,
+            key_size=0 if ring else spec.key_size,
+            value_size=0 if ring else spec.value_size,
+            max_entries=size or spec.max_entries,
+            flags=spec.flags,
+            inner_fd=inner,
+        )
+    finally:
+        if inner:
+            os.close(inner)
 
 
 def _check_source(spec: MapSpec) -> None:
