@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from meshbridge.bench.errors import BenchError
-from meshbridge.bench.network import Node, Pod
+from meshbridge.bench.network import Pod
 from meshbridge.bench.processes import Process, run, start, wait_for_port
 from meshbridge.bench.workbench import Workbench
 from meshbridge.xds.filters import http_filters
@@ -30,6 +30,36 @@ CLIENT_PRINCIPAL = "spiffe://cluster.local/ns/bench/sa/client"
 SERVER_PRINCIPAL = "spiffe://cluster.local/ns/bench/sa/server"
 EXT_AUTHZ = "envoy.filters.http.ext_authz"
 _CONNECTION_MANAGER = "envoy.filters.network.http_connection_manager"
+INIT_ARGUMENTS = (
+    "istio-iptables", "-p", str(OUTBOUND_PORT), "-z", str(INBOUND_PORT), "-u", str(PROXY_UID), "-m", "REDIRECT",
+    "-i", "*", "-x", "", "-b", "*", "-d", "15090,15021,15020",
+)  # fmt: skip
+_ISTIO_RULES = f"""\
+*nat
+:ISTIO_INBOUND - [0:0]
+:ISTIO_REDIRECT - [0:0]
+:ISTIO_IN_REDIRECT - [0:0]
+:ISTIO_OUTPUT - [0:0]
+-A ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports {OUTBOUND_PORT}
+-A ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports {INBOUND_PORT}
+-A PREROUTING -p tcp -j ISTIO_INBOUND
+-A ISTIO_INBOUND -p tcp --dport 15008 -j RETURN
+-A ISTIO_INBOUND -p tcp --dport 15090 -j RETURN
+-A ISTIO_INBOUND -p tcp --dport 15021 -j RETURN
+-A ISTIO_INBOUND -p tcp --dport 15020 -j RETURN
+-A ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT
+-A OUTPUT -j ISTIO_OUTPUT
+-A ISTIO_OUTPUT -o lo -s 127.0.0.6/32 -j RETURN
+-A ISTIO_OUTPUT -o lo ! -d 127.0.0.1/32 -p tcp ! --dport 15008 -m owner --uid-owner {PROXY_UID} -j ISTIO_IN_REDIRECT
+-A ISTIO_OUTPUT -o lo -m owner ! --uid-owner {PROXY_UID} -j RETURN
+-A ISTIO_OUTPUT -m owner --uid-owner {PROXY_UID} -j RETURN
+-A ISTIO_OUTPUT -o lo ! -d 127.0.0.1/32 -p tcp ! --dport 15008 -m owner --gid-owner {PROXY_UID} -j ISTIO_IN_REDIRECT
+-A ISTIO_OUTPUT -o lo -m owner ! --gid-owner {PROXY_UID} -j RETURN
+-A ISTIO_OUTPUT -m owner --gid-owner {PROXY_UID} -j RETURN
+-A ISTIO_OUTPUT -d 127.0.0.1/32 -j RETURN
+-A ISTIO_OUTPUT -p tcp -j ISTIO_REDIRECT
+COMMIT
+"""
 _TYPE = "type.googleapis.com/envoy.extensions."
 _HTTP_OPTIONS = f"{_TYPE}upstreams.http.v3.HttpProtocolOptions"
 _LIFETIME = timedelta(days=1)
@@ -226,13 +256,9 @@ def start_envoy(bench: Workbench, pod: Pod, name: str, config: Json, port: int) 
     return process
 
 
-def redirect(node: Node, app_port: int) -> None:
-    """The two pods' traffic to ``app_port`` goes through their Envoys, by rules like istio-init's."""
-    outbound = f"-A OUTPUT -p tcp --dport {app_port} -m owner ! --uid-owner {PROXY_UID} -j REDIRECT"
-    inbound = f"-A PREROUTING -p tcp --dport {app_port} -j REDIRECT"
-    for pod, rule, port in ((node.client, outbound, OUTBOUND_PORT), (node.server, inbound, INBOUND_PORT)):
-        rules = f"*nat\n{rule} --to-ports {port}\nCOMMIT\n"
-        run(["iptables-nft-restore"], netns=pod.netns, stdin=rules)
+def redirect(pod: Pod) -> None:
+    """All TCP of the pod goes through its Envoy, by the rules that istio-init writes for ``INIT_ARGUMENTS``."""
+    run(["iptables-nft-restore"], netns=pod.netns, stdin=_ISTIO_RULES)
 
 
 def envoy_binary() -> Path:

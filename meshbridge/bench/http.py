@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from meshbridge.bench import envoys
+from meshbridge.bench import cluster, envoys
+from meshbridge.bench.cluster import Place
+from meshbridge.bench.envoys import Certificates
 from meshbridge.bench.figures import Section
 from meshbridge.bench.lanes import COLUMNS, PORT, Lane, rows, run_client, start_server
-from meshbridge.bench.network import create_node
+from meshbridge.bench.network import Node, create_node
 from meshbridge.bench.samples import Sample, collect
+from meshbridge.bench.system import start_system
 from meshbridge.bench.workbench import Workbench
 
 BASELINE = "no Envoy"
@@ -18,7 +22,7 @@ RBAC = "two Envoys, mTLS + native RBAC"
 EXT_AUTHZ = "two Envoys, mTLS + our ext_authz"
 _TITLES = {
     "http": "GET over one open connection",
-    "http-connect": "GET on a new connection each, one after another (TLS between Envoys is then new as well)",
+    "http-connect": "GET on a new connection each, one after another (the Envoys keep theirs)",
 }
 
 
@@ -38,19 +42,51 @@ def _build(bench: Workbench) -> dict[str, Lane]:
         MTLS: envoys.inbound_filters(None, judged=False),
         RBAC: envoys.inbound_filters(envoys.native_rbac(), judged=True),
     }
-    for number, (variant, inbound) in enumerate(filters.items(), len(lanes)):
-        node = create_node(bench.stack, f"http{number}", number)
-        address = node.server.address
-        server = start_server(bench, node, "127.0.0.1")
-        inbound_config = envoys.server_config(inbound, certificates, PORT, "")
-        outbound_config = envoys.client_config(address, PORT, certificates)
-        sidecars = (
-            envoys.start_envoy(bench, node.server, "server", inbound_config, envoys.INBOUND_PORT),
-            envoys.start_envoy(bench, node.client, "client", outbound_config, envoys.OUTBOUND_PORT),
-        )
-        envoys.redirect(node, PORT)
-        lanes[variant] = Lane(node, address, PORT, server, sidecars)
+    for variant, inbound in filters.items():
+        node = create_node(bench.stack, f"http{len(lanes)}", len(lanes))
+        lanes[variant] = _behind_envoys(bench, node, inbound, certificates)
+    node = create_node(bench.stack, f"http{len(lanes)}", len(lanes))
+    lanes[EXT_AUTHZ] = _with_product(bench, node, certificates)
     return lanes
+
+
+def _with_product(bench: Workbench, node: Node, certificates: Certificates) -> Lane:
+    """Agent and authz server of the product for both pods; the policy says what the native RBAC filter says."""
+    for pod in node.pods:
+        envoys.redirect(pod)
+    places = [
+        Place(kind, node.name, pod.address, {"app": kind}, kind, envoys.INIT_ARGUMENTS)
+        for kind, pod in zip(("client", "server"), node.pods, strict=True)
+    ]
+    principal = envoys.CLIENT_PRINCIPAL.removeprefix("spiffe://")
+    objects = [
+        *(cluster.pod(place, node.address) for place in places),
+        cluster.authorize("pay", {"app": "server"}, principal, "GET", "/pay"),
+    ]
+    system = start_system(bench, node, objects)
+    authz = system.start_authz()
+    for place, pod in zip(places, node.pods, strict=True):
+        system.add_endpoint(place, pod.interface, pod.netns)
+    inbound = envoys.inbound_filters(None, judged=True)
+    lane = _behind_envoys(bench, node, inbound, certificates, str(system.authz_socket))
+    return replace(lane, others=(*lane.others, authz, system.agent))
+
+
+def _behind_envoys(
+    bench: Workbench, node: Node, inbound: list[envoys.Json], certificates: Certificates, authz_socket: str = ""
+) -> Lane:
+    address = node.server.address
+    server = start_server(bench, node, "127.0.0.1")
+    inbound_config = envoys.server_config(inbound, certificates, PORT, authz_socket)
+    outbound_config = envoys.client_config(address, PORT, certificates)
+    sidecars = (
+        envoys.start_envoy(bench, node.server, "server", inbound_config, envoys.INBOUND_PORT),
+        envoys.start_envoy(bench, node.client, "client", outbound_config, envoys.OUTBOUND_PORT),
+    )
+    if not authz_socket:  # with the product, the rules have to be there before its agent looks
+        for pod in node.pods:
+            envoys.redirect(pod)
+    return Lane(node, address, PORT, server, sidecars)
 
 
 def _section(bench: Workbench, lanes: Mapping[str, Lane], client: str, title: str) -> Section:

@@ -90,7 +90,7 @@ def http(host: str, port: int, seconds: float) -> dict[str, float]:
 
 
 def http_connect(host: str, port: int, seconds: float) -> dict[str, float]:
-    """One GET request per connection: through Envoys, also a TLS handshake between them."""
+    """One GET request per connection; Envoys keep those between them."""
     family = _family(host)
 
     def once() -> None:

@@ -66,10 +66,15 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A namespace that routes between its pods."""
+    """A namespace that routes between its pods; its name is also that of the node an agent runs for."""
 
     netns: Netns
+    address: str
     pods: tuple[Pod, ...]
+
+    @property
+    def name(self) -> str:
+        return self.netns.name
 
     @property
     def client(self) -> Pod:
@@ -81,18 +86,20 @@ class Node:
 
 
 def create_node(stack: ExitStack, name: str, number: int, pods: Sequence[str] = ("client", "server")) -> Node:
-    """A node with pods at 10.88.NUMBER.2, .3, …; nothing of it is left when ``stack`` closes.
+    """A node at 10.88.NUMBER.1 with pods at .2, .3, …; nothing of it is left when ``stack`` closes.
 
     Args:
         number: 0..255, so that several nodes can exist side by side.
     """
     netns = create_netns(stack, name, forwards=True)
+    address = f"10.88.{number}.1"
+    batch(netns, [f"addr add {address}/32 dev lo"])
     made: list[Pod] = []
     for index, pod_name in enumerate(pods):
         pod = Pod(create_netns(stack, f"{name}-{pod_name}", forwards=False), f"p{index}", f"10.88.{number}.{index + 2}")
         connect_pod(netns, pod)
         made.append(pod)
-    return Node(netns, tuple(made))
+    return Node(netns, address, tuple(made))
 
 
 def create_netns(stack: ExitStack, name: str, *, forwards: bool) -> Netns:

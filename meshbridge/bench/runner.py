@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshbridge.bench import http, network, tcp
+from meshbridge.bench import agent, change, http, network, program, tcp
 from meshbridge.bench.errors import BenchError
 from meshbridge.bench.figures import Failure, Report, Section
 from meshbridge.bench.machine import describe, leave_core, measured_core
@@ -29,7 +29,10 @@ class Part:
 
 PARTS: Mapping[str, Part] = {
     "tcp": Part("round trip and connection rate of plain TCP: no policy, ours, iptables", tcp.measure),
+    "program": Part("one packet in the kernel program, by table sizes (BPF_PROG_TEST_RUN)", program.measure),
     "http": Part("HTTP directly and through two Envoys with mTLS: no filter, native RBAC, our ext_authz", http.measure),
+    "change": Part("from a changed policy file to the kernel, with real processes", change.measure),
+    "agent": Part("the agent at two sizes: memory, cold and warm start, kernel memory, changes", agent.measure),
 }
 
 
