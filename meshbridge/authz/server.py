@@ -45,7 +45,7 @@ class AuthzServer:
             check: serialised CheckRequest to serialised CheckResponse; it must not raise.
 
         Raises:
-            SettingsError: no Unix socket, or another server answers there.
+            SettingsError: no Unix socket, one that cannot be made, or another server answers there.
         """
         path = _free_socket(listen)
         self._health = health.HealthServicer()
@@ -54,8 +54,13 @@ class AuthzServer:
         handler = grpc.unary_unary_rpc_method_handler(lambda request, _context: check(request))
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Check": handler}),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._server.add_insecure_port(listen)
-        path.chmod(SOCKET_MODE)
+        try:
+            self._server.add_insecure_port(listen)
+            path.chmod(SOCKET_MODE)
+        except (OSError, RuntimeError) as error:
+            raise SettingsError(
+                f"cannot listen on {path}: {error}", where="--listen", fix="choose another path"
+            ) from error
 
     def start(self) -> None:
         """Answer from now on; before the first revision every answer is a refusal."""

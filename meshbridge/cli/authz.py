@@ -49,8 +49,7 @@ def command(
     """
     logs.configure(log_level)
     if metrics_address:
-        host, port = _loopback(metrics_address)
-        start_http_server(port, host)
+        _serve_metrics(metrics_address)
     current = CurrentView()
     server = AuthzServer(listen or f"unix:/run/meshbridge/{node}/authz.sock", Judge(current).check)
     client = ControllerClient(controller, node, lambda: token_file.read_text().strip())
@@ -131,8 +130,13 @@ class _State:
                 self.builder.remove_holder(name)
 
 
-def _loopback(address: str) -> tuple[str, int]:
+def _serve_metrics(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host not in ("127.0.0.1", "[::1]") or not (port.isascii() and port.isdigit()):
         raise SettingsError(f"cannot serve metrics on {address!r}", where="--metrics", fix="use 127.0.0.1:PORT")
-    return host.strip("[]"), int(port)
+    try:
+        start_http_server(int(port), host.strip("[]"))
+    except (OSError, OverflowError) as error:
+        raise SettingsError(
+            f"cannot serve metrics on {address!r}: {error}", where="--metrics", fix="choose another port"
+        ) from error

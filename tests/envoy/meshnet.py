@@ -276,8 +276,19 @@ def sidecar_envoy(
     """Run the pod's Envoy as uid 1337 in its namespace, configured over ADS, until it is ready; kill it afterwards."""
     xds_socket = directory / f"{pod.workload.name}-xds.sock"
     ads = AdsServer(xds_socket, pod.workload, {**sidecar_resources(sidecar), SECRET: authority.secrets(pod.workload)})
+    text = bootstrap_json(BootstrapInputs(pod.workload, ads.token, str(xds_socket), str(authz)))
+    try:
+        with envoy_process(pod, text, directory):
+            yield ads
+    finally:
+        ads.stop()
+
+
+@contextlib.contextmanager
+def envoy_process(pod: Pod, bootstrap_text: str, directory: Path) -> Iterator[Path]:
+    """Run an Envoy as uid 1337 in the pod's namespace until it is ready; kill it afterwards. Yields its log."""
     bootstrap = directory / f"{pod.workload.name}.json"
-    bootstrap.write_text(bootstrap_json(BootstrapInputs(pod.workload, ads.token, str(xds_socket), str(authz))))
+    bootstrap.write_text(bootstrap_text)
     bootstrap.chmod(0o600)
     os.chown(bootstrap, PROXY_UID, PROXY_UID)
     log_path = directory / f"{pod.workload.name}.log"
@@ -293,11 +304,10 @@ def sidecar_envoy(
         )
         try:
             _wait_ready(pod, process, log_path)
-            yield ads
+            yield log_path
         finally:
             process.kill()
             process.wait()
-            ads.stop()
 
 
 def _wait_ready(pod: Pod, process: subprocess.Popen[bytes], log: Path) -> None:
