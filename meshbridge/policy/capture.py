@@ -120,6 +120,12 @@ class Capture:
     protocols: Mapping[int, AppProtocol] = field(default_factory=dict, hash=False)
     outbound: Mapping[IpFamily, tuple[OutboundBypass, ...]] = field(default_factory=dict, hash=False)
 
+    @property
+    def networks(self) -> frozenset[IpNetwork]:
+        """The destinations that ``outbound`` names; ``Peer.networks`` has to be computed against them."""
+        named = (bypass.networks for bypasses in self.outbound.values() for bypass in bypasses)
+        return frozenset(network for where in named if not isinstance(where, Anything) for network in where)
+
     @classmethod
     def none(cls) -> Capture:
         """No sidecar: nobody judges L7, and no mesh policy is guarded."""

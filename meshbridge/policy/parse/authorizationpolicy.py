@@ -17,7 +17,7 @@ from meshbridge.policy.mesh import (
 )
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse.labels import match_labels_only
-from meshbridge.policy.parse.parsed import Parsed, contradiction_notices, origin_of, refused_mesh
+from meshbridge.policy.parse.parsed import Parsed, contradiction_notices, origin_of, refused_mesh, spec_of
 from meshbridge.policy.parse.reader import Invalid, Reader, shown
 from meshbridge.policy.selectors import Selector
 
@@ -75,7 +75,7 @@ def parse_authorization_policy(document: Document) -> Parsed:
     """One policy; refused as a whole when one part is not understood."""
     selector = Selector()
     try:
-        spec = Reader(document.data.get("spec") or {}, "spec").fields(
+        spec = Reader(spec_of(document), "spec").fields(
             "selector", "targetRef", "targetRefs", "rules", "action", "provider"
         )
         targeted = "targetRef" in spec or bool("targetRefs" in spec and spec["targetRefs"].items())

@@ -235,9 +235,9 @@ class _RuleParser:
             namespaced = mentions(requirements, LabelSource.NAMESPACE) or mentions(
                 requirements, LabelSource.NAMESPACE_LABEL
             )
-            if self.scope.namespace is None:
-                requirements.append(IS_POD)
-            elif not namespaced:
+            # Also where a namespace is asked for: "NotIn [pay]" means the other namespaces, not the world.
+            requirements.append(IS_POD)
+            if self.scope.namespace is not None and not namespaced:
                 requirements.append(in_namespace(self.scope.namespace))
         selector = Selector.of(requirements)
         self.notices.extend(contradiction_notices(self.scope.document, [(at.path, selector)]))

@@ -102,6 +102,12 @@ def refused_by_source(parsed: Parsed) -> Parsed:
     return Parsed(document, refusals=(refusal,))
 
 
+def spec_of(document: Document) -> object:
+    """The spec of a mesh object, where none at all is an empty one."""
+    spec = document.data.get("spec")
+    return {} if spec is None else spec
+
+
 def origin_of(document: Document, path: str) -> Origin:
     """The rule at ``path`` of an object, as drops and explanations name it."""
     source = document.source

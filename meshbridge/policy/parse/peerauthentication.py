@@ -8,7 +8,7 @@ from __future__ import annotations
 from meshbridge.policy.mesh import MtlsMode, PeerAuthentication
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse.labels import match_labels_only
-from meshbridge.policy.parse.parsed import Parsed, contradiction_notices, origin_of, refused_mesh
+from meshbridge.policy.parse.parsed import Parsed, contradiction_notices, origin_of, refused_mesh, spec_of
 from meshbridge.policy.parse.reader import Invalid, Reader, shown
 from meshbridge.policy.selectors import Selector
 
@@ -17,7 +17,7 @@ def parse_peer_authentication(document: Document) -> Parsed:
     """One policy; a selector without labels is no selector."""
     selector: Selector | None = None
     try:
-        spec = Reader(document.data.get("spec") or {}, "spec").fields("selector", "mtls", "portLevelMtls")
+        spec = Reader(spec_of(document), "spec").fields("selector", "mtls", "portLevelMtls")
         if "selector" in spec:
             selector = Selector.of(match_labels_only(spec["selector"]))
             selector = selector if selector.requirements else None

@@ -13,6 +13,7 @@ MAX_ITEMS = 20_000
 """No list or mapping of a policy is longer; the API server's own limit is a size of about 1.5 MB."""
 
 _SHOWN = 60
+_LONGEST_STEP = 320
 
 
 class Invalid(MeshBridgeError):
@@ -68,7 +69,8 @@ class Reader:
         for name, value in self.value.items():
             if not isinstance(name, str):
                 self.refuse(f"key {shown(name)} is not a string", "quote it")
-            reader = Reader(value, f"{self.path}.{name}" if self.path else name)
+            step = name if name.isprintable() and len(name) <= _LONGEST_STEP else shown(name)
+            reader = Reader(value, f"{self.path}.{step}" if self.path else step)
             if value is None:
                 reader.refuse("has no value", "delete the field, or write {} or [] if that is meant")
             found[name] = reader

@@ -8,7 +8,7 @@ import re
 from meshbridge.policy.mesh import JwtLocation, JwtRule, RequestAuthentication
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse.labels import match_labels_only
-from meshbridge.policy.parse.parsed import Parsed, contradiction_notices, origin_of, refused_mesh
+from meshbridge.policy.parse.parsed import Parsed, contradiction_notices, origin_of, refused_mesh, spec_of
 from meshbridge.policy.parse.reader import Invalid, Reader, shown
 from meshbridge.policy.selectors import Selector
 
@@ -20,7 +20,7 @@ def parse_request_authentication(document: Document) -> Parsed:
     """One policy; without rules it has no effect."""
     selector = Selector()
     try:
-        spec = Reader(document.data.get("spec") or {}, "spec").fields("selector", "targetRef", "targetRefs", "jwtRules")
+        spec = Reader(spec_of(document), "spec").fields("selector", "targetRef", "targetRefs", "jwtRules")
         targeted = "targetRef" in spec or bool("targetRefs" in spec and spec["targetRefs"].items())
         if "selector" in spec:
             if targeted:

@@ -1,0 +1,322 @@
+"""What ext_authz answers: Istio's string forms, the order of actions, tokens, mTLS, HTTP rules of network policies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+from policycast import API, WEB, policies
+
+from meshbridge.policy.l7 import Request, RequestJudge, decide_request
+from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
+from meshbridge.policy.model import Verdict
+from meshbridge.policy.strings import matches_path
+
+ME = "spiffe://cluster.local/ns/shop/sa/default"
+CLAIMS = {"iss": "https://issuer", "sub": "ann", "aud": ["a", "b"], "azp": "app", "scope": "read write",
+          "groups": ["dev", "ops"], "nested": {"role": "admin"}, "n": 3}  # fmt: skip
+BASE = Request(
+    ip_address("10.1.0.1"), 8080, ip_address("10.1.0.2"), ME, "api.shop", True, "POST", "/api/v1/process?q=1",
+    "API.example:8080", {"x-user": "ann", "x-empty": ""}, claims=(CLAIMS,),
+)  # fmt: skip
+
+
+def authorization(action: str, rules: str, name: str = "p", extra: str = "") -> str:
+    return f"""
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: {name}, namespace: shop{extra}}}
+spec: {{selector: {{matchLabels: {{app: api}}}}, action: {action}, rules: {rules}}}
+"""
+
+
+def source(field: str, *values: str) -> str:
+    return f"{{from: [{{source: {{{field}: {list(values)}}}}}]}}"
+
+
+def operation(field: str, *values: str) -> str:
+    return f"{{to: [{{operation: {{{field}: {list(values)}}}}}]}}"
+
+
+def when(key: str, *values: str, negative: bool = False) -> str:
+    return f"{{when: [{{key: '{key}', {'notValues' if negative else 'values'}: {list(values)}}}]}}"
+
+
+MATCHES = {
+    "a principal is written without spiffe://": (source("principals", "cluster.local/ns/shop/sa/default"), True),
+    "another principal": (source("principals", "cluster.local/ns/shop/sa/other"), False),
+    "any principal": (source("principals", "*"), True),
+    "a principal by prefix": (source("principals", "cluster.local/ns/shop/*"), True),
+    "a principal by suffix": (source("principals", "*/sa/default"), True),
+    "notPrincipals of another": (source("notPrincipals", "cluster.local/ns/pay/*"), True),
+    "notPrincipals of any": (source("notPrincipals", "*"), False),
+    "a namespace": (source("namespaces", "shop"), True),
+    "a namespace by prefix": (source("namespaces", "sh*"), True),
+    "a star in the middle of a namespace is a wildcard": (source("namespaces", "s*p"), True),
+    "a namespace is not a prefix by itself": (source("namespaces", "sho"), False),
+    "a service account in the policy's namespace": (source("serviceAccounts", "default"), True),
+    "a service account of another namespace": (source("serviceAccounts", "pay/default"), False),
+    "a trust domain": (source("trustDomains", "cluster.local"), True),
+    "another trust domain": (source("trustDomains", "other"), False),
+    "an address in a block": (source("ipBlocks", "10.1.0.0/16"), True),
+    "an address alone": (source("ipBlocks", "10.1.0.9"), False),
+    "a request principal": (source("requestPrincipals", "https://issuer/ann"), True),
+    "the subject may be any": (source("requestPrincipals", "https://issuer/*"), True),
+    "the issuer may be any": (source("requestPrincipals", "*/ann"), True),
+    "any request principal": (source("requestPrincipals", "*"), True),
+    "another subject": (source("requestPrincipals", "https://issuer/bob"), False),
+    "a method": (operation("methods", "GET", "POST"), True),
+    "methods mind the case": (operation("methods", "post"), False),
+    "notMethods": (operation("notMethods", "POST"), False),
+    "an exact path without the query": (operation("paths", "/api/v1/process"), True),
+    "a path by prefix": (operation("paths", "/api/*"), True),
+    "a path by suffix": (operation("paths", "*/process"), True),
+    "a star in the middle is a star": (operation("paths", "/api/*/process"), False),
+    "one segment of a template": (operation("paths", "/api/{*}/process"), True),
+    "a template's segment is one segment": (operation("paths", "/{*}/process"), False),
+    "the tail of a template": (operation("paths", "/api/{**}"), True),
+    "paths mind the case": (operation("paths", "/API/v1/process"), False),
+    "a host ignores case and has its port": (operation("hosts", "api.EXAMPLE:8080"), True),
+    "a host without the port that was sent": (operation("hosts", "api.example"), False),
+    "a host by prefix": (operation("hosts", "api.*"), True),
+    "a port": (operation("ports", "8080"), True),
+    "another port": (operation("ports", "80"), False),
+    "a header": (when("request.headers[x-user]", "ann"), True),
+    "a header's name ignores case": (when("request.headers[X-User]", "a*"), True),
+    "a header that was not sent": (when("request.headers[x-none]", "*"), False),
+    "not a header that was not sent": (when("request.headers[x-none]", "*", negative=True), True),
+    "an empty header is there": (when("request.headers[x-empty]", "*"), True),
+    "an audience of a list": (when("request.auth.audiences", "b"), True),
+    "the presenter": (when("request.auth.presenter", "app"), True),
+    "a member of a list claim": (when("request.auth.claims[groups]", "ops"), True),
+    "a nested claim": (when("request.auth.claims[nested][role]", "admin"), True),
+    "a nested claim that is not there": (when("request.auth.claims[nested][role][x]", "admin"), False),
+    "a scope among several": (when("request.auth.claims[scope]", "write"), True),
+    "a scope that is not there": (when("request.auth.claims[scope]", "admin"), False),
+    "a number is no string": (when("request.auth.claims[n]", "3"), False),
+    "SNI": (when("connection.sni", "api.*"), True),
+    "the pod's address": (when("destination.ip", "10.1.0.2"), True),
+    "every condition is needed": (
+        "{when: [{key: source.namespace, values: [shop]}, {key: connection.sni, values: [x]}]}", False),
+    "one of several sources is enough": (
+        "{from: [{source: {namespaces: [pay]}}, {source: {namespaces: [shop]}}]}", True),
+    "fields of one source are all needed": ("{from: [{source: {namespaces: [shop], ipBlocks: [10.9.0.0/16]}}]}", False),
+    "values and not-values of one field": (
+        "{to: [{operation: {paths: ['/api/*'], notPaths: ['/api/v1/*']}}]}", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rule", "expected"), MATCHES.values(), ids=MATCHES.keys())
+def test_whether_a_rule_matches(rule: str, expected: bool) -> None:
+    assert decide_request(API, policies(authorization("ALLOW", f"[{rule}]")), BASE).allowed is expected
+    assert decide_request(API, policies(authorization("DENY", f"[{rule}]")), BASE).allowed is not expected
+
+
+PLAINTEXT = {
+    "no positive identity matches": source("principals", "*"),
+    "no namespace matches": source("namespaces", "*"),
+    "no service account matches": source("serviceAccounts", "default"),
+}
+
+
+@pytest.mark.parametrize("rule", PLAINTEXT.values(), ids=PLAINTEXT.keys())
+def test_a_plaintext_source_has_no_name(rule: str) -> None:
+    assert not decide_request(API, policies(authorization("ALLOW", f"[{rule}]")), replace(BASE, principal=None)).allowed
+
+
+def test_a_plaintext_source_is_none_of_notprincipals() -> None:
+    found = policies(authorization("DENY", f"[{source('notPrincipals', '*')}]"))
+    assert not decide_request(API, found, replace(BASE, principal=None)).allowed
+    assert decide_request(API, found, BASE).allowed
+
+
+def test_deny_beats_allow_and_names_its_rule() -> None:
+    found = policies(
+        authorization("ALLOW", "[{}]") + authorization("DENY", f"[{{}}, {operation('methods', 'POST')}]", "q")
+    )
+    decision = decide_request(API, found, BASE)
+    assert not decision.allowed
+    assert [origin.name for origin in decision.origins] == ["q"]
+
+
+def test_audit_and_dry_run_are_reported_and_have_no_effect() -> None:
+    extra = ", annotations: {istio.io/dry-run: 'true'}"
+    found = policies(
+        authorization("AUDIT", "[{}]", "a")
+        + authorization("DENY", "[{}]", "d", extra)
+        + authorization("ALLOW", "[]", "e", extra)
+    )
+    decision = decide_request(API, found, BASE)
+    assert decision.allowed
+    assert [origin.name for origin in decision.reported] == ["a", "d"]
+
+
+def test_a_custom_provider_nobody_asks_denies_and_ours_does_not() -> None:
+    def of(provider: str) -> str:
+        return authorization(f"CUSTOM, provider: {{name: {provider}}}", "[{}]")
+
+    assert not decide_request(API, policies(of("opa")), BASE).allowed
+    assert decide_request(API, policies(of("meshbridge")), BASE).allowed
+    asked = MeshSettings(asked_providers=frozenset({"opa"}))
+    assert decide_request(API, policies(of("opa"), asked), BASE).allowed
+
+
+def test_a_refused_mesh_policy_denies() -> None:
+    decision = decide_request(API, policies(authorization("ALLOW", "[{nonsense: 1}]")), BASE)
+    assert not decision.allowed
+    assert "nonsense" in decision.reason
+
+
+def test_strict_refuses_plaintext() -> None:
+    strict = """
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: m, namespace: shop}
+spec: {selector: {matchLabels: {app: api}}, mtls: {mode: STRICT}, portLevelMtls: {9090: {mode: PERMISSIVE}}}
+"""
+    found = policies(strict)
+    assert decide_request(API, found, BASE).allowed
+    assert not decide_request(API, found, replace(BASE, principal=None)).allowed
+    assert decide_request(API, found, replace(BASE, principal=None, port=9090)).allowed
+
+
+JWT = """
+---
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: j, namespace: shop}
+spec:
+  jwtRules:
+  - {issuer: "https://issuer", jwksUri: "https://issuer/keys", audiences: [a], forwardOriginalToken: true,
+     fromHeaders: [{name: X-Token, prefix: "T "}], fromParams: [token], outputPayloadToHeader: X-Payload}
+"""
+
+
+def test_a_bad_token_is_refused_and_none_is_not() -> None:
+    found = policies(JWT)
+    assert decide_request(API, found, replace(BASE, claims=())).allowed
+    decision = decide_request(API, found, replace(BASE, claims=(), token_error="expired"))
+    assert not decision.allowed
+    assert decision.unauthenticated
+    assert decide_request(WEB, policies(""), replace(BASE, token_error="expired")).allowed
+
+
+def test_jwt_rules_are_read_as_written() -> None:
+    (rule,) = RequestJudge.of(API, policies(JWT)).jwt_rules
+    assert (rule.issuer, rule.jwks_uri, rule.audiences) == ("https://issuer", "https://issuer/keys", ("a",))
+    assert [(at.header, at.prefix, at.parameter) for at in rule.locations] == [("x-token", "T ", ""), ("", "", "token")]
+    assert rule.output_payload_to_header == "x-payload"
+    assert rule.forward_original_token
+
+
+def test_with_two_tokens_an_allow_needs_both_and_a_deny_one() -> None:
+    two = replace(BASE, claims=(CLAIMS, {"iss": "x", "sub": "y"}))
+    rule = f"[{when('request.auth.claims[nested][role]', 'admin')}]"
+    assert not decide_request(API, policies(authorization("ALLOW", rule)), two).allowed
+    assert not decide_request(API, policies(authorization("DENY", rule)), two).allowed
+
+
+def test_on_tcp_an_allow_by_method_is_gone_and_a_deny_by_method_denies_all() -> None:
+    tcp = replace(BASE, http=False)
+    get = operation("methods", "GET")
+    assert not decide_request(API, policies(authorization("ALLOW", f"[{get}]")), tcp).allowed
+    assert not decide_request(API, policies(authorization("DENY", f"[{get}]")), tcp).allowed
+
+
+def test_a_policy_of_the_root_namespace_selects_everywhere_and_of_another_nowhere() -> None:
+    denying = authorization("DENY", "[{}]")
+    assert not decide_request(
+        API, policies(denying.replace("namespace: shop", "namespace: istio-system")), BASE
+    ).allowed
+    assert decide_request(API, policies(denying.replace("namespace: shop", "namespace: pay")), BASE).allowed
+
+
+def test_a_policy_with_target_refs_selects_no_sidecar() -> None:
+    text = authorization("DENY", "[{}]").replace(
+        "selector: {matchLabels: {app: api}}", "targetRefs: [{name: g, kind: Gateway}]"
+    )
+    assert decide_request(API, policies(text), BASE).allowed
+
+
+ALIASES = MeshSettings(trust_domain="td1", trust_domain_aliases=("old",))
+
+
+@pytest.mark.parametrize(
+    ("principal", "peer", "expected"),
+    [
+        ("cluster.local/ns/shop/sa/default", "td1", True),
+        ("cluster.local/ns/shop/sa/default", "old", True),
+        ("cluster.local/ns/shop/sa/default", "cluster.local", False),
+        ("td1/ns/shop/sa/default", "old", True),
+        ("foreign/ns/shop/sa/default", "foreign", True),
+        ("foreign/ns/shop/sa/default", "td1", False),
+        ("*/ns/shop/sa/default", "foreign", True),
+    ],
+    ids=[
+        "cluster.local means the mesh's own", "and its aliases", "but no peer of that name", "own means aliases too",
+        "a foreign domain is kept as written", "and means no other", "a wildcard is kept as written",
+    ],
+)  # fmt: skip
+def test_trust_domain_aliases(principal: str, peer: str, expected: bool) -> None:
+    found = policies(authorization("ALLOW", f"[{source('principals', principal)}]"), ALIASES)
+    request = replace(BASE, principal=f"spiffe://{peer}/ns/shop/sa/default")
+    assert decide_request(API, found, request).allowed is expected
+
+
+HTTP_RULES = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: h, namespace: shop}
+spec:
+  endpointSelector: {matchLabels: {app: api}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {app: web}}]
+    toPorts:
+    - ports: [{port: "8080", protocol: TCP}]
+      rules: {http: [{method: GET}, {method: POST, path: "/api/.*", headers: ["X-User: ann"]}]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"method": "GET"}, True),
+        ({"path": "/other"}, False),
+        ({"headers": {}}, False),
+        ({"port": 9090}, True),
+    ],
+    ids=[
+        "a rule matches",
+        "another rule matches",
+        "no path matches",
+        "a header is missing",
+        "a port without http rules",
+    ],
+)
+def test_http_rules_of_a_network_policy(change: dict[str, object], expected: bool) -> None:
+    request = replace(BASE, peer=WEB.peer(), **change)  # type: ignore[arg-type]
+    assert decide_request(API, policies(HTTP_RULES), request).allowed is expected
+
+
+def test_a_thousand_rules_by_path_do_not_cost_a_scan() -> None:
+    rules = ", ".join(operation("paths", f"/service-{n}/run") for n in range(1000))
+    judge = RequestJudge.of(API, policies(authorization("ALLOW", f"[{rules}]")))
+    assert judge.decide(replace(BASE, path="/service-999/run")).allowed
+    assert not judge.decide(replace(BASE, path="/service-1000/run")).allowed
+    index = judge._rules[judge.guard.policies[0].action]
+    assert len(index.candidates(replace(BASE, path="/service-7/run"))) == 1
+
+
+@pytest.mark.parametrize("path", ["*", "/a*", "*/b", "/{*}/b", "/a", "/a/*", "/a/b", "/{**}"])
+def test_the_index_finds_whatever_a_scan_finds(path: str) -> None:
+    judge = RequestJudge.of(API, policies(authorization("ALLOW", f"[{operation('paths', path)}]")))
+    for asked in ("/a", "/ab", "/a/b", "/a/", "/", "", "*", "/x/b", "a/b", "//b"):
+        assert judge.decide(replace(BASE, path=asked)).allowed is matches_path(path, asked), asked
+
+
+def test_default_mesh_settings_are_istios() -> None:
+    assert (DEFAULT_MESH.root_namespace, DEFAULT_MESH.trust_domain) == ("istio-system", "cluster.local")
+    assert decide_request(API, policies(""), BASE).verdict is Verdict.ALLOW
