@@ -9,26 +9,33 @@ from meshbridge.bench import cluster, envoys
 from meshbridge.bench.cluster import Place
 from meshbridge.bench.envoys import Certificates
 from meshbridge.bench.figures import Section
-from meshbridge.bench.lanes import COLUMNS, PORT, Lane, rows, run_client, start_server
+from meshbridge.bench.lanes import COLUMNS, PORT, Lane, cpu_section, rows, run_client, start_server
 from meshbridge.bench.network import Node, create_node
 from meshbridge.bench.samples import Sample, collect
 from meshbridge.bench.system import start_system
 from meshbridge.bench.workbench import Workbench
+from meshbridge.bench.wrk import CONNECTIONS, run_wrk
 
 BASELINE = "no Envoy"
 AGAIN = "no Envoy, again (A/A)"
 MTLS = "two Envoys, mTLS"
 RBAC = "two Envoys, mTLS + native RBAC"
 EXT_AUTHZ = "two Envoys, mTLS + our ext_authz"
+_LOADED = "http-loaded"
 _TITLES = {
     "http": "GET over one open connection",
     "http-connect": "GET on a new connection each, one after another (the Envoys keep theirs)",
+    _LOADED: f"GET over {CONNECTIONS} connections at once (wrk)",
 }
+_CPU_NOTES = (
+    "User and system time by the scheduler's clock, softirqs included: packets over a veth are carried in the sender's "
+    "time. All on the measured core but the agent.",
+)
 
 
 def measure(bench: Workbench) -> list[Section]:
     lanes = _build(bench)
-    return [_section(bench, lanes, client, title) for client, title in _TITLES.items()]
+    return [section for client, title in _TITLES.items() for section in _sections(bench, lanes, client, title)]
 
 
 def _build(bench: Workbench) -> dict[str, Lane]:
@@ -36,7 +43,7 @@ def _build(bench: Workbench) -> dict[str, Lane]:
     for number, variant in enumerate((BASELINE, AGAIN)):
         node = create_node(bench.stack, f"http{number}", number)
         address = node.server.address
-        lanes[variant] = Lane(node, address, PORT, start_server(bench, node, address))
+        lanes[variant] = Lane(node, address, start_server(bench, node, address))
     certificates = envoys.issue((envoys.CLIENT_PRINCIPAL, envoys.SERVER_PRINCIPAL))
     filters = {
         MTLS: envoys.inbound_filters(None, judged=False),
@@ -69,7 +76,7 @@ def _with_product(bench: Workbench, node: Node, certificates: Certificates) -> L
         system.add_endpoint(place, pod.interface, pod.netns)
     inbound = envoys.inbound_filters(None, judged=True)
     lane = _behind_envoys(bench, node, inbound, certificates, str(system.authz_socket))
-    return replace(lane, others=(*lane.others, authz, system.agent))
+    return replace(lane, others={**lane.others, "authz": (authz,), "agent": (system.agent,)})
 
 
 def _behind_envoys(
@@ -86,13 +93,16 @@ def _behind_envoys(
     if not authz_socket:  # with the product, the rules have to be there before its agent looks
         for pod in node.pods:
             envoys.redirect(pod)
-    return Lane(node, address, PORT, server, sidecars)
+    return Lane(node, address, server, {"Envoys": sidecars})
 
 
-def _section(bench: Workbench, lanes: Mapping[str, Lane], client: str, title: str) -> Section:
+def _sections(bench: Workbench, lanes: Mapping[str, Lane], client: str, title: str) -> list[Section]:
     def measure_once(variant: str) -> Sample:
         bench.tell(f"{client}: {variant}")
-        return run_client(bench, lanes[variant], client)
+        return run_wrk(bench, lanes[variant]) if client == _LOADED else run_client(bench, lanes[variant], client)
 
     samples = collect(list(lanes), bench.repeats, measure_once)
-    return Section(client, title, COLUMNS, rows(samples, BASELINE))
+    return [
+        Section(client, title, COLUMNS, rows(samples, BASELINE)),
+        cpu_section(f"{client}-cpu", f"CPU time of one: {title}", samples, _CPU_NOTES),
+    ]

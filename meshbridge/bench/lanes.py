@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from statistics import fmean, median
 
-from meshbridge.bench.figures import Column, Value
+from meshbridge.bench.figures import Column, Section, Value
 from meshbridge.bench.machine import cpu_time_ns, deferred_softirq_ns, user_time_ns
 from meshbridge.bench.network import Node
 from meshbridge.bench.processes import PYTHON, Process, run, start, wait_for_port
@@ -15,6 +16,7 @@ from meshbridge.bench.samples import Ratio, Sample, paired_ratio
 from meshbridge.bench.workbench import Workbench
 
 PORT = 7000
+ENDS = "client and server"
 COLUMNS = (
     Column("variant", "path"),
     Column("p50_us", "p50 µs", ",.1f"),
@@ -30,17 +32,17 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """A node whose client pod reaches ``address``:``port``; ``processes`` are what works for it besides the client."""
+    """A node whose client pod reaches ``address`` at the server's port; ``others`` work for it, by kind."""
 
     node: Node
     address: str
-    port: int
     server: Process
-    others: tuple[Process, ...] = ()
+    others: Mapping[str, tuple[Process, ...]] = field(default_factory=dict)
 
-    @property
-    def processes(self) -> tuple[Process, ...]:
-        return (self.server, *self.others)
+    def check(self) -> None:
+        """Raise BenchError when one of its processes has ended."""
+        for process in (self.server, *chain.from_iterable(self.others.values())):
+            process.check()
 
 
 def start_server(bench: Workbench, node: Node, host: str) -> Process:
@@ -54,49 +56,40 @@ def start_server(bench: Workbench, node: Node, host: str) -> Process:
 
 def run_client(bench: Workbench, lane: Lane, client: str) -> Sample:
     """Load one lane with one of the clients of ``meshbridge.bench.load``."""
-    argv = [
-        PYTHON,
-        "-m",
-        "meshbridge.bench.load",
-        client,
-        lane.address,
-        str(lane.port),
-        "--seconds",
-        f"{bench.seconds}",
-    ]
-    for process in lane.processes:
-        process.check()
-    with Meter(bench, lane) as meter:
-        done = json.loads(run(argv, netns=lane.node.client.netns, core=bench.core))
+    argv = [PYTHON, "-m", "meshbridge.bench.load", client, lane.address, str(PORT), "--seconds", f"{bench.seconds}"]
+    lane.check()
+    before = cpu_by_kind(bench, lane)
+    user_before = user_time_ns(lane.server.pid)
+    done = json.loads(run(argv, netns=lane.node.client.netns, core=bench.core))
+    cpu_ns = {kind: after - before[kind] for kind, after in cpu_by_kind(bench, lane).items()}
+    cpu_ns[ENDS] += done["cpu_ns"]
     operations = done["operations_total"]
     return Sample(
         p50_ns=done["p50_ns"],
         p99_ns=done["p99_ns"],
         per_second=done["operations"] / done["elapsed_ns"] * 1e9,
-        cpu_ns=(done["cpu_ns"] + meter.cpu_ns) / operations,
-        generator_ns=(done["user_ns"] + meter.server_user_ns) / operations,
+        cpu_ns={kind: used / operations for kind, used in cpu_ns.items()},
+        generator_ns=(done["user_ns"] + user_time_ns(lane.server.pid) - user_before) / operations,
     )
 
 
-class Meter:
-    """CPU time that a lane's processes, and softirqs put off on the core, take inside the ``with``."""
+def cpu_by_kind(bench: Workbench, lane: Lane) -> dict[str, int]:
+    """CPU time so far of the lane's processes by kind; softirqs put off on the core count as the two ends'."""
+    used = {kind: sum(cpu_time_ns(process.pid) for process in processes) for kind, processes in lane.others.items()}
+    return {ENDS: cpu_time_ns(lane.server.pid) + deferred_softirq_ns(bench.core), **used}
 
-    def __init__(self, bench: Workbench, lane: Lane) -> None:
-        self._core, self._lane = bench.core, lane
-        self.cpu_ns = self.server_user_ns = 0
 
-    def __enter__(self) -> Meter:
-        self._before = self._read()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.cpu_ns, self.server_user_ns = (
-            after - before for after, before in zip(self._read(), self._before, strict=True)
-        )
-
-    def _read(self) -> tuple[int, int]:
-        cpu = sum(cpu_time_ns(process.pid) for process in self._lane.processes) + deferred_softirq_ns(self._core)
-        return cpu, user_time_ns(self._lane.server.pid)
+def cpu_section(name: str, title: str, samples: Mapping[str, Sequence[Sample]], notes: Sequence[str]) -> Section:
+    """Where the CPU time of one operation goes, by kind of process; medians, so rows need not add up."""
+    kinds = list(dict.fromkeys(kind for repeats in samples.values() for kind in repeats[0].cpu_ns))
+    columns = [Column("variant", "path"), *(Column(kind, f"{kind} µs", ",.1f") for kind in kinds)]
+    found: list[dict[str, Value]] = []
+    for variant, repeats in samples.items():
+        row: dict[str, Value] = {"variant": variant, "all": median(sample.total_cpu_ns for sample in repeats) / 1e3}
+        for kind in repeats[0].cpu_ns:
+            row[kind] = median(sample.cpu_ns[kind] for sample in repeats) / 1e3
+        found.append(row)
+    return Section(name, title, [*columns, Column("all", "all µs", ",.1f")], found, (), notes)
 
 
 def rows(samples: Mapping[str, Sequence[Sample]], baseline: str) -> list[dict[str, Value]]:
@@ -113,8 +106,8 @@ def rows(samples: Mapping[str, Sequence[Sample]], baseline: str) -> list[dict[st
                 "p50_rounds": f"{ratio.low:.2f}–{ratio.high:.2f}",
                 "p99_ratio": compare(samples, variant, baseline, lambda sample: sample.p99_ns).median,
                 "per_second": median(sample.per_second for sample in repeats),
-                "cpu_us": median(sample.cpu_ns for sample in repeats) / 1e3,
-                "cpu_ratio": compare(samples, variant, baseline, lambda sample: sample.cpu_ns).median,
+                "cpu_us": median(sample.total_cpu_ns for sample in repeats) / 1e3,
+                "cpu_ratio": compare(samples, variant, baseline, lambda sample: sample.total_cpu_ns).median,
             }
         )
     return found

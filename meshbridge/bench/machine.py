@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 from pathlib import Path
 
 _SCHEDSTAT = "/proc/{pid}/task/{tid}/schedstat"
@@ -56,6 +57,12 @@ def user_time_ns(pid: int) -> int:
     """CPU time a process spent in user space, as the kernel splits it by its ticks: good over seconds, not over one."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[_STAT_UTIME]) * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+def children_cpu_ns() -> int:
+    """CPU time of this process's children that have ended and been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return int((used.ru_utime + used.ru_stime) * 1e9)
 
 
 def deferred_softirq_ns(core: int) -> int:

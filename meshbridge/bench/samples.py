@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 Variant = TypeVar("Variant", bound=Hashable)
@@ -13,16 +13,20 @@ Variant = TypeVar("Variant", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One repeat of one variant. Times are per operation; ``cpu_ns`` is of everything that took part.
+    """One repeat of one variant. Times are per operation; ``cpu_ns`` is what each kind of process took.
 
-    ``generator_ns`` is the part of it that the load generator spent in user space, on itself.
+    ``generator_ns`` is the time that the load generator spent in user space, on itself.
     """
 
     p50_ns: float
     p99_ns: float
     per_second: float
-    cpu_ns: float = 0
+    cpu_ns: Mapping[str, float] = field(default_factory=dict)
     generator_ns: float = 0
+
+    @property
+    def total_cpu_ns(self) -> float:
+        return sum(self.cpu_ns.values())
 
 
 @dataclass(frozen=True, slots=True)

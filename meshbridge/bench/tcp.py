@@ -46,10 +46,10 @@ def _build(bench: Workbench) -> dict[str, Lane]:
         address = node.server.address
         if variant in RULE_LISTS:
             iptables.apply(node.netns, RULE_LISTS[variant], node.client.address, address)
-        lanes[variant] = Lane(node, address, PORT, start_server(bench, node, address))
+        lanes[variant] = Lane(node, address, start_server(bench, node, address))
     node = create_node(bench.stack, f"tcp{len(lanes)}", len(lanes))
     agent = enforce(bench, node)
-    lanes[OURS] = Lane(node, node.server.address, PORT, start_server(bench, node, node.server.address), (agent,))
+    lanes[OURS] = Lane(node, node.server.address, start_server(bench, node, node.server.address), {"agent": (agent,)})
     return lanes
 
 
