@@ -60,6 +60,13 @@ class Agent:
         """Raises: AgentUnreachable."""
         return list(self._call("ListEndpoints", pb.ListEndpointsRequest()).endpoints)
 
+    def bypasses(self) -> bytes:
+        """What bypasses the sidecars of its node's pods, as JSON.
+
+        Raises: AgentUnreachable.
+        """
+        return bytes(self._call("GetBypasses", pb.GetBypassesRequest()).json)
+
     def history(self) -> list[Flow]:
         """The flows it keeps, oldest first.
 

@@ -196,6 +196,18 @@ class Status(_message.Message):
     uptime_s: float
     def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., revision_programmed: _Optional[int] = ..., revision_received: _Optional[int] = ..., controller_connected: _Optional[bool] = ..., endpoints_ready: _Optional[int] = ..., endpoints_total: _Optional[int] = ..., identities: _Optional[int] = ..., addresses: _Optional[int] = ..., policies: _Optional[int] = ..., events_lost: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., attach_mode: _Optional[str] = ..., memory_resident_bytes: _Optional[int] = ..., uptime_s: _Optional[float] = ...) -> None: ...
 
+class GetBypassesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Bypasses(_message.Message):
+    __slots__ = ("node", "json")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    json: bytes
+    def __init__(self, node: _Optional[str] = ..., json: _Optional[bytes] = ...) -> None: ...
+
 class AddEndpointRequest(_message.Message):
     __slots__ = ("namespace", "pod", "uid", "interfaces", "netns", "wait_ready", "timeout_s")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]

@@ -49,6 +49,11 @@ class ObserverStub:
                 request_serializer=meshbridge_dot_protos_dot_observer__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=meshbridge_dot_protos_dot_observer__pb2.Status.FromString,
                 _registered_method=True)
+        self.GetBypasses = channel.unary_unary(
+                '/meshbridge.observer.v1.Observer/GetBypasses',
+                request_serializer=meshbridge_dot_protos_dot_observer__pb2.GetBypassesRequest.SerializeToString,
+                response_deserializer=meshbridge_dot_protos_dot_observer__pb2.Bypasses.FromString,
+                _registered_method=True)
         self.AddEndpoint = channel.unary_unary(
                 '/meshbridge.observer.v1.Observer/AddEndpoint',
                 request_serializer=meshbridge_dot_protos_dot_observer__pb2.AddEndpointRequest.SerializeToString,
@@ -78,6 +83,13 @@ class ObserverServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetBypasses(self, request, context):
+        """Which flows of this node's pods bypass their sidecar, what that loses, and what stands in for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AddEndpoint(self, request, context):
         """Hook the interfaces of a new pod and drop everything until its policy is known. Returns when the hooks are in
         place; with wait_ready, when its policy is programmed too.
@@ -103,6 +115,11 @@ def add_ObserverServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=meshbridge_dot_protos_dot_observer__pb2.GetStatusRequest.FromString,
                     response_serializer=meshbridge_dot_protos_dot_observer__pb2.Status.SerializeToString,
+            ),
+            'GetBypasses': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBypasses,
+                    request_deserializer=meshbridge_dot_protos_dot_observer__pb2.GetBypassesRequest.FromString,
+                    response_serializer=meshbridge_dot_protos_dot_observer__pb2.Bypasses.SerializeToString,
             ),
             'AddEndpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.AddEndpoint,
@@ -191,6 +208,33 @@ class Observer:
             '/meshbridge.observer.v1.Observer/GetStatus',
             meshbridge_dot_protos_dot_observer__pb2.GetStatusRequest.SerializeToString,
             meshbridge_dot_protos_dot_observer__pb2.Status.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBypasses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshbridge.observer.v1.Observer/GetBypasses',
+            meshbridge_dot_protos_dot_observer__pb2.GetBypassesRequest.SerializeToString,
+            meshbridge_dot_protos_dot_observer__pb2.Bypasses.FromString,
             options,
             channel_credentials,
             insecure,
