@@ -8,7 +8,7 @@ from typing import Final
 
 from meshbridge.bypass.redirect_config import RedirectConfig
 from meshbridge.bypass.rules import Hook, RuleSet
-from meshbridge.bypass.sets import ADDRESSES, OWNERS, TCP, Box, IntSet, NameSet, coalesced
+from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, OWNERS, TCP, Box, IntSet, NameSet, coalesced
 from meshbridge.bypass.state import LOOPBACK_INTERFACE, Route, RouteKind, Span
 from meshbridge.bypass.walk import Outcome, Region, regions
 from meshbridge.identity.model import IpFamily
@@ -39,12 +39,8 @@ def universe(direction: Direction, family: IpFamily) -> Box:
     everything = Box.everything(family)
     outside = NameSet(frozenset({LOOPBACK_INTERFACE}), inverted=True)
     if direction is Direction.INGRESS:
-        return replace(everything, input=outside, destination=ADDRESSES[family] - _loopback(family))
+        return replace(everything, input=outside, destination=ADDRESSES[family] - LOOPBACK[family])
     return everything
-
-
-def _loopback(family: IpFamily) -> IntSet:
-    return IntSet.of((0x7F000000, 0x7FFFFFFF)) if family is IpFamily.IPV4 else IntSet.of(1)
 
 
 _ISTIO_PORTS = IntSet.of(*ISTIO_PORTS)
@@ -102,7 +98,7 @@ def baseline_parts(
             (replace(tcp, port=tcp.port - _TUNNEL - _ISTIO_PORTS), PortClass.CAPTURED, RouteKind.REDIRECTED),
         ]
     else:
-        lo, loopback = NameSet.of(LOOPBACK_INTERFACE), _loopback(family)
+        lo, loopback = NameSet.of(LOOPBACK_INTERFACE), LOOPBACK[family]
         uids, gids = _numbers(config.uids), _numbers(config.gids)
         away = replace(tcp, output=tcp.output - lo)
         sent = replace(away, destination=away.destination - loopback)

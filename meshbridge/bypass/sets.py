@@ -135,6 +135,7 @@ PORTS: Final = IntSet(((0, 65535),))
 OWNERS: Final = IntSet(((0, 2**32 - 1),))
 INTERFACES: Final = NameSet(inverted=True)
 ADDRESSES: Final = {IpFamily.IPV4: IntSet(((0, 2**32 - 1),)), IpFamily.IPV6: IntSet(((0, 2**128 - 1),))}
+LOOPBACK: Final = {IpFamily.IPV4: IntSet(((0x7F000000, 0x7FFFFFFF),)), IpFamily.IPV6: IntSet(((1, 1),))}
 TCP: Final = IntSet(((6, 6),))
 UDP: Final = IntSet(((17, 17),))
 
@@ -198,7 +199,7 @@ def _everything(family: IpFamily) -> Box:
 
 
 def coalesced(boxes: Iterable[Box]) -> tuple[Box, ...]:
-    """The same packets in fewer boxes: disjoint boxes that differ in one property become one."""
+    """The same packets in fewer boxes."""
     kept = list(boxes)
     before = len(kept) + 1
     while len(kept) < before:
@@ -230,9 +231,3 @@ def networks(members: IntSet, family: IpFamily) -> tuple[IpNetwork, ...]:
 
 def union(sets: Iterable[IntSet]) -> IntSet:
     return IntSet.of(*(span for members in sets for span in members))
-
-
-__all__ = [
-    "ADDRESSES", "AXES", "INTERFACES", "OWNERS", "PORTS", "PROTOCOLS", "TCP", "UDP", "Axis", "Box", "IntSet",
-    "NameSet", "addresses", "coalesced", "networks", "union",
-]  # fmt: skip

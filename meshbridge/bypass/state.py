@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from meshbridge.bypass.findings import Finding
-from meshbridge.bypass.sets import PORTS, Box, IntSet, NameSet
-from meshbridge.identity.model import IpFamily
-from meshbridge.policy.capture import PortClass, PortClasses, PortRange
-from meshbridge.policy.model import Direction
+from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, PORTS, Box, IntSet, NameSet, networks
+from meshbridge.identity.model import IpFamily, IpNetwork
+from meshbridge.policy.capture import AppProtocol, Capture, OutboundBypass, PortClass, PortClasses, PortRange
+from meshbridge.policy.model import ANY, Anything, Direction, Judge
 
+MAX_NETWORKS: Final = 64
 LOOPBACK_INTERFACE: Final = "lo"
 INTERFACE: Final = "eth0"
 
@@ -128,3 +130,39 @@ class CaptureState:
 
 def _only_probes(span: Span) -> bool:
     return span.route.kind is RouteKind.AMBIENT and span.port_class is PortClass.UNGUARDED
+
+
+def capture_of(
+    state: CaptureState,
+    *,
+    judges: frozenset[Judge],
+    protocols: Mapping[int, AppProtocol] | None = None,
+    interface: str = INTERFACE,
+    intended: bool = False,
+) -> Capture:
+    """What the compiler reads of a capture state, for one interface of the pod.
+
+    Args:
+        judges: Who answers a NEEDS_L7 on captured ports.
+        protocols: What Envoy takes a port for, where a Service says it.
+        intended: As it will be once the redirect rules are seen; for previews, never for the kernel.
+    """
+    return Capture(
+        state.inbound(interface, intended=intended),
+        judges,
+        dict(protocols or {}),
+        {family: _bypasses(state.outbound_bypasses(family, intended=intended), family) for family in IpFamily},
+    )
+
+
+def _bypasses(spans: tuple[Span, ...], family: IpFamily) -> tuple[OutboundBypass, ...]:
+    found: set[OutboundBypass] = set()
+    for span in spans:
+        where: Anything | tuple[IpNetwork, ...] = ANY
+        if ADDRESSES[family] - span.box.destination - LOOPBACK[family]:
+            prefixes = networks(span.box.destination, family)
+            # too many to compare every destination with; to name more than is bypassed drops nothing that
+            # the destination would let in
+            where = prefixes if len(prefixes) <= MAX_NETWORKS else ANY
+        found.update(OutboundBypass(first, last, where) for first, last in span.box.port)
+    return tuple(sorted(found, key=lambda bypass: (bypass.first, bypass.last, repr(bypass.networks))))

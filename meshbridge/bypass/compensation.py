@@ -1,0 +1,67 @@
+"""What stands in for Envoy on a port it does not see: whom the kernel lets in, by address, and why.
+
+The verdicts are those of ``policy.lowering``, so a report says what the kernel does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from meshbridge.identity.model import Peer
+from meshbridge.policy.baseline import Flow, Guard, mesh_verdict
+from meshbridge.policy.capture import AppProtocol
+from meshbridge.policy.lowering import Outcome, lower_excluded, own_principal
+from meshbridge.policy.mesh import Action, MtlsMode
+from meshbridge.policy.model import Origin, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """``enforced`` False: nothing is left to enforce, and ``why`` says so. Sources are names of an Inventory."""
+
+    enforced: bool
+    why: str
+    allowed: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    weakened: tuple[str, ...] = ()
+    origins: tuple[Origin, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One line: ``none`` with its reason, or how many of the known sources the kernel lets in."""
+        if not self.enforced:
+            return f"none: {self.why}"
+        return f"kernel: lets in {len(self.allowed)} of {len(self.allowed) + len(self.refused)} known sources"
+
+
+def nothing_to_enforce(guard: Guard, port: int) -> str:
+    """Why no mesh policy restricts a port; empty when one does."""
+    mode, _ = guard.mtls.at(port)
+    enforcing = [p for p in guard.policies if not p.dry_run and p.action is not Action.AUDIT]
+    if mode is MtlsMode.STRICT or enforcing or guard.refusals:
+        return ""
+    return f"mTLS is {mode.value} and no AuthorizationPolicy selects the pod, so everybody was let in before"
+
+
+def inbound_compensation(guard: Guard, port: int, sources: Mapping[str, Peer], *, probed: bool) -> Compensation:
+    """Whom the kernel lets in on an excluded port.
+
+    Args:
+        probed: The port is one of a declared probe: the pod's own node passes, whatever the policies say.
+    """
+    if why := nothing_to_enforce(guard, port):
+        return Compensation(False, why)
+    outcomes = {name: excluded_outcome(guard, port, peer) for name, peer in sources.items()}
+    allowed = tuple(name for name, outcome in outcomes.items() if outcome.verdict is Verdict.ALLOW)
+    refused = tuple(name for name, outcome in outcomes.items() if outcome.verdict is not Verdict.ALLOW)
+    origins = tuple(sorted({origin for outcome in outcomes.values() for origin in outcome.origins}))
+    why = "what the mesh would certainly have let in, by address instead of certificate"
+    weakened = ("the pod's own node, for its probes",) if probed else ()
+    return Compensation(True, why, allowed, refused, weakened, origins)
+
+
+def excluded_outcome(guard: Guard, port: int, peer: Peer) -> Outcome:
+    """What the kernel does with a flow from one source to an excluded port."""
+    flow = Flow(peer.networks & guard.networks, port, own_principal(peer))
+    return lower_excluded(mesh_verdict(guard, flow, AppProtocol.AUTO))

@@ -1,0 +1,116 @@
+"""The cluster as a report sees it: workloads with their capture states, Services, policies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from meshbridge.bypass.annotations import MeshDefaults
+from meshbridge.bypass.capture import capture_state
+from meshbridge.bypass.rules import SeenRules
+from meshbridge.bypass.state import CaptureState
+from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, Workload
+from meshbridge.policy.mesh import MeshSettings
+from meshbridge.policy.model import Document
+from meshbridge.policy.parse import parse
+from meshbridge.policy.parse.cluster import Namespace, Service
+from meshbridge.policy.policyset import PolicySet
+
+WORLD = "world"
+OTHER_NODE = "another node"
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """``predicted`` says that the capture states are those of the specification, not of rules seen."""
+
+    workloads: tuple[Workload, ...]
+    services: tuple[Service, ...]
+    policies: PolicySet
+    states: Mapping[str, CaptureState] = field(hash=False)
+    predicted: bool = True
+
+    def peer(self, workload: Workload) -> Peer:
+        """The workload as policies see it, with the CIDRs that contain its addresses."""
+        return workload.peer(networks=self._networks(workload.addresses))
+
+    def sources(self) -> dict[str, Peer]:
+        """Every source that policies can tell apart, by name: the workloads, another node, the world."""
+        found = {workload.key: self.peer(workload) for workload in self.workloads if not workload.host_network}
+        found[OTHER_NODE] = Peer(entities=frozenset({Entity.REMOTE_NODE}))
+        found[WORLD] = Peer(entities=frozenset({Entity.WORLD, Entity.WORLD_IPV4, Entity.WORLD_IPV6}))
+        return found
+
+    def selected_by(self, service: Service) -> list[Workload]:
+        """The workloads a Service sends to."""
+        if not service.selector:
+            return []
+        wanted = service.selector.items()
+        return [w for w in self.workloads if w.namespace == service.namespace and wanted <= w.labels.items()]
+
+    def frontends(self, workload: Workload, port: int) -> list[tuple[Service, int]]:
+        """The Services and their ports through which a workload's TCP port is reached."""
+        found = []
+        for service in self.services:
+            if workload not in self.selected_by(service):
+                continue
+            found += [
+                (service, entry.port)
+                for entry in service.ports
+                if entry.protocol == "TCP" and target_port(workload, entry.target) == port
+            ]
+        return found
+
+    def declared_ports(self, workload: Workload) -> list[int]:
+        """The TCP ports somebody declares: containers, probes, Services."""
+        found = {port.port for port in workload.ports if port.protocol == "TCP"}
+        found |= {number for probe in workload.probe_ports if (number := target_port(workload, probe)) is not None}
+        for service in self.services:
+            if workload in self.selected_by(service):
+                targets = (target_port(workload, p.target) for p in service.ports if p.protocol == "TCP")
+                found |= {target for target in targets if target is not None}
+        return sorted(found)
+
+    def _networks(self, addresses: Iterable[IpAddress]) -> frozenset[IpNetwork]:
+        held = tuple(addresses)
+        return frozenset(n for n in self.policies.referenced_networks() if any(address in n for address in held))
+
+
+def target_port(workload: Workload, target: int | str) -> int | None:
+    """A port number, or the container port of that name."""
+    if isinstance(target, int):
+        return target
+    return next((port.port for port in workload.ports if port.name == target), None)
+
+
+def inventory(
+    documents: Iterable[Document],
+    *,
+    mesh: MeshSettings | None = None,
+    defaults: MeshDefaults | None = None,
+    seen: Mapping[str, SeenRules] | None = None,
+) -> Inventory:
+    """Read a cluster from its objects.
+
+    A Pod stands for itself and for the template it came from when both are given under one name.
+
+    Args:
+        seen: The rules read in the namespaces of pods, by ``namespace/name``.
+    """
+    parsed = [parse(document) for document in documents]
+    namespaces = {o.name: o for item in parsed for o in item.objects if isinstance(o, Namespace)}
+    found: dict[str, Workload] = {}
+    for item in parsed:
+        for read in item.objects:
+            if isinstance(read, Workload) and (read.key not in found or item.document.kind == "Pod"):
+                namespace = namespaces.get(read.namespace)
+                found[read.key] = replace(read, namespace_labels=namespace.labels) if namespace else read
+    workloads = tuple(found[key] for key in sorted(found))
+    rules = seen or {}
+    return Inventory(
+        workloads,
+        tuple(o for item in parsed for o in item.objects if isinstance(o, Service)),
+        PolicySet.of_parsed(parsed, mesh or MeshSettings()),
+        {w.key: capture_state(w, mesh=defaults, seen=rules.get(w.key)) for w in workloads},
+        predicted=seen is None,
+    )

@@ -1,0 +1,133 @@
+"""A report as plain data for JSON. Keys and enumerated values are stable; new keys may be added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from meshbridge.bypass.compensation import Compensation
+from meshbridge.bypass.guarantees import Guarantee
+from meshbridge.bypass.report import HalfBypass, Report, Row
+from meshbridge.bypass.sets import IntSet
+from meshbridge.identity.model import IpFamily
+from meshbridge.policy.model import Origin
+
+_FAMILIES = {IpFamily.IPV4: "ipv4", IpFamily.IPV6: "ipv6"}
+
+
+def report_record(report: Report) -> dict[str, Any]:
+    """The whole report."""
+    return {
+        "bypasses": [_row(row) for row in report.rows],
+        "findings": [
+            {
+                "pod": pod,
+                "code": finding.code.value,
+                "severity": finding.severity.value,
+                "subject": finding.subject,
+                "what": finding.what,
+                "fix": finding.fix,
+            }
+            for pod, finding in report.findings
+        ],
+        "half_bypasses": [_half(half) for half in report.halves],
+        "isolations": [
+            {
+                "policy": isolation.policy,
+                "origin": origin_record(isolation.origin),
+                "pod": isolation.pod,
+                "ports": [
+                    {
+                        "port": port.port,
+                        "protocol": port.protocol,
+                        "name": port.name,
+                        "closed": port.closed,
+                        "probed": port.probed,
+                        "sources_kept": list(port.kept),
+                        "sources_lost": list(port.lost),
+                    }
+                    for port in isolation.ports
+                ],
+            }
+            for isolation in report.isolations
+        ],
+        "not_starting": list(report.not_starting),
+    }
+
+
+def merged_records(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The reports of several nodes as one; each pod is in one of them."""
+    merged: dict[str, Any] = {}
+    for record in records:
+        for key, items in record.items():
+            held = merged.setdefault(key, [])
+            held += [item for item in items if item not in held]
+    return merged or report_record(Report())
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "pod": row.pod,
+        "direction": row.direction.name.lower(),
+        "families": [_FAMILIES[family] for family in row.families],
+        "protocol": "TCP",
+        "ports": _ports(row.ports),
+        "destinations": list(row.destinations),
+        "class": row.port_class.value,
+        "route": {"kind": row.route.kind.value, "detail": row.route.detail},
+        "guarantees": [_guarantee(guarantee) for guarantee in row.guarantees],
+        "compensation": _compensation(row.compensation),
+    }
+
+
+def _ports(ports: IntSet) -> list[list[int]]:
+    """Ranges, both ends included."""
+    return [[first, last] for first, last in ports]
+
+
+def _guarantee(guarantee: Guarantee) -> dict[str, Any]:
+    return {
+        "kind": guarantee.kind.value,
+        "what": guarantee.what,
+        "fate": guarantee.fate.value,
+        "stands_in": guarantee.stands_in,
+        "origin": origin_record(guarantee.origin) if guarantee.origin else None,
+    }
+
+
+def _compensation(compensation: Compensation | None) -> dict[str, Any] | None:
+    if compensation is None:
+        return None
+    return {
+        "enforced": compensation.enforced,
+        "why": compensation.why,
+        "allowed": list(compensation.allowed),
+        "refused": list(compensation.refused),
+        "weakened": list(compensation.weakened),
+        "origins": [origin_record(origin) for origin in compensation.origins],
+        "summary": compensation.summary,
+    }
+
+
+def _half(half: HalfBypass) -> dict[str, Any]:
+    return {
+        "server": half.server,
+        "port": half.port,
+        "via": half.via,
+        "clients": list(half.clients),
+        "delivery": half.delivery.outcome.value,
+        "why": half.delivery.why,
+        "fix": half.delivery.fix,
+    }
+
+
+def origin_record(origin: Origin) -> dict[str, Any]:
+    """A rule: its object, and where it was written."""
+    return {
+        "kind": origin.kind,
+        "namespace": origin.namespace,
+        "name": origin.name,
+        "rule": origin.rule,
+        "file": origin.file,
+        "line": origin.line,
+    }

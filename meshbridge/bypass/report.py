@@ -1,0 +1,258 @@
+"""What a person reads: every bypassed port of every pod, what it loses and what stands in, and what will break.
+
+One row is one pod, direction, route and set of ports with the same guarantees. Ports that somebody names (containers,
+probes, Services, rules) get rows of their own; the rest of a wide exclusion is one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from meshbridge.bypass.compensation import Compensation, excluded_outcome, inbound_compensation
+from meshbridge.bypass.findings import Finding, FindingCode
+from meshbridge.bypass.guarantees import Fate, Guarantee, inbound_guarantees, outbound_guarantees
+from meshbridge.bypass.halves import Delivered, Delivery, Side, delivery
+from meshbridge.bypass.inventory import Inventory, target_port
+from meshbridge.bypass.isolation import Isolation, isolations
+from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, IntSet, networks, union
+from meshbridge.bypass.state import CaptureState, Route, Span
+from meshbridge.identity.model import IpAddress, IpFamily, ProxyClass, Workload
+from meshbridge.policy.baseline import Guard
+from meshbridge.policy.capture import ISTIO_PORTS, PortClass
+from meshbridge.policy.lowering import guard_of
+from meshbridge.policy.mesh import Attribute
+from meshbridge.policy.model import Direction, Verdict
+from meshbridge.policy.policyset import PolicySet
+
+MAX_SINGLE_PORTS = 16
+MAX_RANGES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One pod, direction, class and route, and the ports that share their fate."""
+
+    pod: str
+    direction: Direction
+    families: tuple[IpFamily, ...]
+    ports: IntSet
+    port_class: PortClass
+    route: Route
+    destinations: tuple[str, ...] = ()
+    guarantees: tuple[Guarantee, ...] = ()
+    compensation: Compensation | None = None
+
+    def with_fate(self, fate: Fate) -> tuple[Guarantee, ...]:
+        return tuple(guarantee for guarantee in self.guarantees if guarantee.fate is fate)
+
+
+@dataclass(frozen=True, slots=True)
+class HalfBypass:
+    """Clients that will meet the same outcome at a server's port; ``via`` is the Service they use, or empty."""
+
+    server: str
+    port: int
+    via: str
+    clients: tuple[str, ...]
+    delivery: Delivery
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All of it, in an order that does not depend on the order of the objects."""
+
+    rows: tuple[Row, ...] = ()
+    findings: tuple[tuple[str, Finding], ...] = ()
+    halves: tuple[HalfBypass, ...] = ()
+    isolations: tuple[Isolation, ...] = ()
+    not_starting: tuple[str, ...] = ()
+
+    def of(self, pod: str) -> Report:
+        """What concerns one pod."""
+        return Report(
+            tuple(row for row in self.rows if row.pod == pod),
+            tuple((name, finding) for name, finding in self.findings if name == pod),
+            tuple(half for half in self.halves if half.server == pod or pod in half.clients),
+            tuple(isolation for isolation in self.isolations if isolation.pod == pod),
+            tuple(name for name in self.not_starting if name == pod),
+        )
+
+
+def report(inventory: Inventory) -> Report:
+    """Everything worth knowing about the bypasses of a cluster."""
+    rows = [row for workload in inventory.workloads for row in _rows(workload, inventory)]
+    states = inventory.states
+    return Report(
+        tuple(rows),
+        tuple(
+            (w.key, finding)
+            for w in inventory.workloads
+            for finding in states[w.key].findings
+            if not (inventory.predicted and finding.code is FindingCode.RULES_NOT_SEEN)
+        ),
+        tuple(half_bypasses(inventory)),
+        isolations(inventory),
+        tuple(w.key for w in inventory.workloads if not states[w.key].starts),
+    )
+
+
+def _rows(workload: Workload, inventory: Inventory) -> list[Row]:
+    state = inventory.states[workload.key]
+    families = {IpFamily.of(address) for address in workload.addresses} or {IpFamily.IPV4}
+    selected = inventory.policies.selecting(workload)
+    guard = guard_of(workload, selected)
+    named = IntSet.of(*inventory.declared_ports(workload), *_ports_of_rules(guard))
+    merged: dict[Row, set[IpFamily]] = {}
+    for family in families:
+        for span in state.of(Direction.INGRESS, family, intended=inventory.predicted):
+            if 6 in span.box.protocol and span.port_class is not PortClass.CAPTURED:
+                for ports in _cut(span.box.port, named):
+                    row = _inbound_row(workload, span, ports, guard, selected, inventory)
+                    merged.setdefault(row, set()).add(family)
+        for span in state.outbound_bypasses(family, intended=inventory.predicted):
+            row = _outbound_row(workload, span, inventory)
+            merged.setdefault(row, set()).add(family)
+    return sorted((replace(row, families=tuple(sorted(held))) for row, held in merged.items()), key=_order)
+
+
+def _order(row: Row) -> tuple[str, int, str, tuple[tuple[int, int], ...], str]:
+    return (row.pod, row.direction, row.port_class.value, row.ports.spans, str(row.route))
+
+
+def _cut(ports: IntSet, named: IntSet) -> list[IntSet]:
+    """Single ports where somebody names them or there are few, and what is left as one set."""
+    singles = ports if len(ports) <= MAX_SINGLE_PORTS else ports & named
+    rest = ports - singles
+    found = [IntSet.of(port) for first, last in singles for port in range(first, last + 1)]
+    return [*found, rest] if rest else found
+
+
+def _ports_of_rules(guard: Guard) -> Iterable[int]:
+    yield from guard.mtls.ports
+    for rule in guard.rules:
+        for condition in rule.all_conditions:
+            if condition.attribute is Attribute.PORTS:
+                yield from (int(value) for value in (*condition.values, *condition.not_values))
+
+
+def _inbound_row(
+    workload: Workload, span: Span, ports: IntSet, guard: Guard, selected: PolicySet, inventory: Inventory
+) -> Row:
+    row = Row(workload.key, Direction.INGRESS, (), ports, span.port_class, span.route)
+    if span.port_class is not PortClass.EXCLUDED:
+        return row
+    port = ports.spans[0][0]
+    probed = port in {target_port(workload, probe) for probe in workload.probe_ports}
+    sources = {name: peer for name, peer in inventory.sources().items() if name != workload.key}
+    return replace(
+        row,
+        guarantees=inbound_guarantees(guard, selected.request_authentication, port),
+        compensation=inbound_compensation(guard, port, sources, probed=probed),
+    )
+
+
+def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
+    refusing = _refusing_destinations(workload, span, inventory)
+    known = any(other is not workload for other in inventory.workloads)
+    if refusing:
+        why = "what these destinations' policies refuse is dropped at the source already"
+    elif known:
+        why = "no known destination's policy refuses this pod on these ports; identity and encryption are lost"
+    else:
+        why = "no destination is known"
+    return Row(
+        workload.key,
+        Direction.EGRESS,
+        (),
+        span.box.port,
+        span.port_class,
+        span.route,
+        _destinations(span),
+        outbound_guarantees(destination_drops=bool(refusing)),
+        Compensation(bool(refusing), why, refused=refusing),
+    )
+
+
+def _destinations(span: Span) -> tuple[str, ...]:
+    """The destinations of a bypass as prefixes; none when it is any."""
+    if not ADDRESSES[span.family] - span.box.destination - LOOPBACK[span.family]:
+        return ()
+    prefixes = [str(network) for network in networks(span.box.destination, span.family)]
+    return (*prefixes[:MAX_RANGES], *(["…"] if len(prefixes) > MAX_RANGES else []))
+
+
+def _refusing_destinations(workload: Workload, span: Span, inventory: Inventory) -> tuple[str, ...]:
+    """``pod:port`` of every known destination that drops what this pod sends there past its Envoy."""
+    sender = inventory.peer(workload)
+    found = []
+    for other in inventory.workloads:
+        if other.key == workload.key or other.proxy is not ProxyClass.SIDECAR:
+            continue
+        addresses = [address for address in other.addresses if IpFamily.of(address) is span.family]
+        if other.addresses and not any(int(address) in span.box.destination for address in addresses):
+            continue
+        guard = guard_of(other, inventory.policies.selecting(other))
+        classes = inventory.states[other.key].inbound(intended=inventory.predicted)[span.family]
+        for port in inventory.declared_ports(other):
+            if port not in span.box.port or classes.at(port) is not PortClass.EXCLUDED:
+                continue
+            if excluded_outcome(guard, port, sender).verdict is Verdict.DENY:
+                found.append(f"{other.key}:{port}")
+    return tuple(found)
+
+
+def half_bypasses(inventory: Inventory) -> list[HalfBypass]:
+    """Every server port where a client's side and the server's do not agree, with the clients that will meet it."""
+    found = []
+    for server in inventory.workloads:
+        if server.proxy is not ProxyClass.SIDECAR or server.host_network:
+            continue
+        guard = guard_of(server, inventory.policies.selecting(server))
+        classes = inventory.states[server.key].inbound(intended=inventory.predicted)
+        for port in inventory.declared_ports(server):
+            if port in ISTIO_PORTS:
+                continue  # captured by no sidecar, and called as plaintext by whoever knows them
+            captured = any(classes[f].at(port) is PortClass.CAPTURED for f in _families(server))
+            mode, _ = guard.mtls.at(port)
+            for via, dialled, vips in _ways(server, port, inventory):
+                meets: dict[Delivery, list[str]] = {}
+                for client in inventory.workloads:
+                    if client.key == server.key or client.proxy is not ProxyClass.SIDECAR:
+                        continue
+                    sends = client_captures(inventory, client, vips, dialled)
+                    outcome = delivery(Side(True, sends), Side(True, captured), mode)
+                    if outcome.half:
+                        meets.setdefault(outcome, []).append(client.key)
+                found += [
+                    HalfBypass(server.key, port, via, tuple(clients), outcome) for outcome, clients in meets.items()
+                ]
+    return sorted(found, key=lambda h: (h.delivery.outcome is not Delivered.BROKEN, h.server, h.port, h.via, h.clients))
+
+
+def _families(workload: Workload) -> list[IpFamily]:
+    return sorted({IpFamily.of(address) for address in workload.addresses}) or [IpFamily.IPV4]
+
+
+def _ways(server: Workload, port: int, inventory: Inventory) -> list[tuple[str, int, tuple[IpAddress, ...]]]:
+    """How a port is dialled: the pod's own address, and each Service in front of it."""
+    ways: list[tuple[str, int, tuple[IpAddress, ...]]] = [("", port, server.addresses)]
+    for service, number in inventory.frontends(server, port):
+        ways.append((f"Service {service.namespace}/{service.name}:{number}", number, service.addresses))
+    return ways
+
+
+def client_captures(inventory: Inventory, client: Workload, addresses: Sequence[IpAddress], port: int) -> bool:
+    """Whether the client's Envoy sees a connection of its application to an address and port.
+
+    Without a known address every destination has to be captured.
+    """
+    state: CaptureState = inventory.states[client.key]
+    bypassed = {
+        family: [s for s in state.outbound_bypasses(family, intended=inventory.predicted) if port in s.box.port]
+        for family in IpFamily
+    }
+    for address in addresses:
+        if any(int(address) in span.box.destination for span in bypassed[IpFamily.of(address)]):
+            return False
+    return bool(addresses) or not union(span.box.destination for span in bypassed[IpFamily.IPV4])

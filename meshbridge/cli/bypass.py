@@ -1,0 +1,284 @@
+"""``meshbridge bypass``: which flows Envoy does not see, what that loses, what stands in, and what will break."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from meshbridge.bypass.inventory import inventory
+from meshbridge.bypass.record import merged_records, report_record
+from meshbridge.bypass.report import report
+from meshbridge.cli.observe import print_lines
+from meshbridge.errors import MeshBridgeError
+from meshbridge.kube.manifests import MAX_FILE_BYTES, is_manifest
+from meshbridge.kube.objects import read_objects
+from meshbridge.kube.yaml import YamlError
+from meshbridge.observe.client import find_agents
+from meshbridge.observe.tables import aligned
+from meshbridge.observe.text import printable
+from meshbridge.policy.model import Document
+
+MAX_FILES = 4096
+SOMETHING_BREAKS = 3
+_FATES = ("lost", "weakened", "kept")
+
+_files = click.option(
+    "-f",
+    "--filename",
+    "files",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Manifests (a file, or a directory of them) to judge in place of what runs. May be repeated.",
+)
+_output = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+_node = click.option("--node", metavar="NAME", help="Only this node's agent.")
+_socket = click.option("--socket", type=click.Path(path_type=Path), help="Socket of one agent.")
+_namespace = click.option("-n", "--namespace", metavar="NS", help="Only pods of this namespace.")
+
+
+class ManifestError(MeshBridgeError):
+    """A manifest cannot be read."""
+
+
+@click.group(name="bypass", context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Which flows bypass the sidecar, what that loses, and what stands in for it."""
+
+
+@command.command(name="list")
+@_namespace
+@click.option("-a", "--all", "everything", is_flag=True, help="Also what no mesh policy ever guards, and tunnels.")
+@_files
+@_output
+@_node
+@_socket
+def list_bypasses(
+    namespace: str | None, everything: bool, files: tuple[Path, ...], output: str, node: str | None, socket: Path | None
+) -> None:
+    """List bypassed ports: pod, ports, direction, route, what is lost or weakened, and what stands in.
+
+    \b
+    Examples:
+      meshbridge bypass list
+      meshbridge bypass list -n finance -o json | jq '.bypasses[] | select(.compensation.enforced | not)'
+      meshbridge bypass list -f manifests/
+    \b
+    Exit codes: 0 shown, 1 no agent answers or a manifest cannot be read.
+    """
+    record = _record(files, node, socket)
+    record = _selected(record, lambda pod: namespace is None or pod.partition("/")[0] == namespace)
+    rows = [row for row in record["bypasses"] if everything or row["class"] == "excluded"]
+    if output == "json":
+        print_lines([json.dumps({**record, "bypasses": rows}, indent=2)])
+        return
+    print_lines(_list_lines(rows, record))
+
+
+@command.command(name="show")
+@click.argument("pod", metavar="NAMESPACE/POD")
+@_files
+@_output
+@_node
+@_socket
+def show(pod: str, files: tuple[Path, ...], output: str, node: str | None, socket: Path | None) -> None:
+    """Show one pod: every port that Envoy does not see, each guarantee with its fate, and whom the kernel lets in.
+
+    \b
+    Examples:
+      meshbridge bypass show finance/ledger
+      meshbridge bypass show monitoring/prometheus -f prometheus-deployment.yaml
+    \b
+    Exit codes: 0 shown, 1 there is no such pod, no agent answers or a manifest cannot be read.
+    """
+    record = _record(files, node, socket)
+    known = {item["pod"] for key in ("bypasses", "findings", "isolations") for item in record[key]}
+    if pod not in known | set(record["not_starting"]) | {half["server"] for half in record["half_bypasses"]}:
+        raise ManifestError(
+            "nothing is known of this pod: it does not exist here, or Envoy sees all of its traffic",
+            where=f"pod {printable(pod)}",
+            fix="'meshbridge bypass list --all' shows the pods there are",
+        )
+    record = _selected(record, lambda name: name == pod)
+    if output == "json":
+        print_lines([json.dumps(record, indent=2)])
+        return
+    print_lines(_show_lines(pod, record))
+
+
+@command.command(name="preview")
+@_files
+@_output
+@_node
+@_socket
+def preview(files: tuple[Path, ...], output: str, node: str | None, socket: Path | None) -> None:
+    """Say what will happen before it does: bypasses, half bypasses, isolated ports, pods that never start.
+
+    \b
+    Examples:
+      meshbridge bypass preview -f manifests/
+      meshbridge bypass preview -f prometheus-deployment.yaml -f ccnp-prometheus-scrape-access.yaml -o json
+    \b
+    Exit codes: 0 nothing breaks, 3 something does (a connection, a port that stops working, a pod that never starts),
+    1 no agent answers or a manifest cannot be read.
+    """
+    record = _record(files, node, socket)
+    if output == "json":
+        print_lines([json.dumps(record, indent=2)])
+    else:
+        rows = [row for row in record["bypasses"] if row["class"] == "excluded"]
+        print_lines(_list_lines(rows, record))
+    broken = any(half["delivery"] == "broken" for half in record["half_bypasses"])
+    closed = any(port["closed"] for isolation in record["isolations"] for port in isolation["ports"])
+    if broken or closed or record["not_starting"]:
+        sys.exit(SOMETHING_BREAKS)
+
+
+def _record(files: Sequence[Path], node: str | None, socket: Path | None) -> dict[str, Any]:
+    if files:
+        return report_record(report(inventory(_documents(files))))
+    return merged_records(json.loads(agent.bypasses()) for agent in find_agents(socket, node))
+
+
+def _documents(paths: Iterable[Path]) -> list[Document]:
+    """Every object of the files and directories.
+
+    Raises:
+        ManifestError: A file is no manifest; where, and how to mend it.
+    """
+    found: list[Path] = []
+    for path in paths:
+        found += sorted(entry for entry in path.iterdir() if is_manifest(entry.name)) if path.is_dir() else [path]
+    if len(found) > MAX_FILES:
+        raise ManifestError(f"{len(found)} files are more than {MAX_FILES}", fix="name fewer directories")
+    documents: list[Document] = []
+    for path in found:
+        try:
+            with path.open("rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+            if len(content) > MAX_FILE_BYTES:
+                raise ManifestError(f"larger than {MAX_FILE_BYTES} bytes", where=str(path), fix="split it")
+            documents += read_objects(content, str(path)).documents
+        except YamlError as error:
+            raise ManifestError(str(error), where=f"{path}:{error.line}", fix=error.fix) from error
+        except OSError as error:
+            raise ManifestError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    return documents
+
+
+def _selected(record: dict[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:
+    """The record of some pods only."""
+    by_pod = ("bypasses", "findings", "isolations")
+    kept = {key: [item for item in record[key] if wanted(item["pod"])] for key in by_pod}
+    halves = [h for h in record["half_bypasses"] if wanted(h["server"]) or any(map(wanted, h["clients"]))]
+    return {**kept, "half_bypasses": halves, "not_starting": [pod for pod in record["not_starting"] if wanted(pod)]}
+
+
+def ports_text(ranges: Iterable[Sequence[int]]) -> str:
+    """``80,8080-8090``, and ``all others`` in place of what nobody reads."""
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    return text if len(text) <= 40 else f"{text[: text.rfind(',', 0, 36)]},…"
+
+
+def _list_lines(rows: Sequence[dict[str, Any]], record: dict[str, Any]) -> list[str]:
+    table = [("POD", "PORTS", "DIRECTION", "ROUTE", "LOST", "WEAKENED", "STANDS IN")]
+    for row in rows:
+        fates = {fate: _kinds(row, fate) for fate in _FATES}
+        stands_in = row["compensation"]["summary"] if row["compensation"] else row["class"]
+        where = f" to {','.join(row['destinations'])}" if row["destinations"] else ""
+        table.append(
+            (
+                printable(row["pod"]),
+                ports_text(row["ports"]) + where,
+                row["direction"],
+                row["route"]["kind"],
+                fates["lost"],
+                fates["weakened"],
+                stands_in,
+            )
+        )
+    lines = aligned(table) if rows else ["No port that Envoy would guard bypasses it."]
+    return [*lines, *_warnings(record)]
+
+
+def _kinds(row: dict[str, Any], fate: str) -> str:
+    kinds = dict.fromkeys(g["kind"] for g in row["guarantees"] if g["fate"] == fate)
+    return ",".join(kinds) or "-"
+
+
+def _warnings(record: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for pod in record["not_starting"]:
+        lines.append(f"! {printable(pod)} is refused or never starts")
+    for finding in record["findings"]:
+        fix = f"; {finding['fix']}" if finding["fix"] else ""
+        text = f"{finding['subject']}: {finding['what']}{fix}"
+        pod = "" if finding["pod"] in finding["subject"] else f"pod {finding['pod']}, "
+        lines.append(f"! {finding['severity']} {finding['code']}: {printable(pod + text)}")
+    for half in record["half_bypasses"]:
+        via = f" through {half['via']}" if half["via"] else ""
+        fix = f"; fix: {half['fix']}" if half["fix"] else ""
+        clients = _names(half["clients"])
+        text = f"{clients} → {half['server']}:{half['port']}{via}: {half['delivery']}: {half['why']}{fix}"
+        lines.append(f"! half bypass: {printable(text)}")
+    for isolation in record["isolations"]:
+        lines.append(f"! default deny: {printable(_isolation(isolation))}")
+    return [*([""] if lines else []), *lines]
+
+
+def _isolation(isolation: dict[str, Any]) -> str:
+    parts = []
+    for port in isolation["ports"]:
+        name = f" ({port['name']})" if port["name"] else ""
+        total = len(port["sources_lost"]) + len(port["sources_kept"])
+        effect = "stops working" if port["closed"] else f"loses {len(port['sources_lost'])} of {total} known sources"
+        probes = ", but for probes of its own node" if port["closed"] and port["probed"] else ""
+        parts.append(f"{port['port']}/{port['protocol']}{name} {effect}{probes}")
+    return f"{isolation['policy']} isolates {isolation['pod']}: {'; '.join(parts)}"
+
+
+def _names(names: Sequence[str], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _show_lines(pod: str, record: dict[str, Any]) -> list[str]:
+    lines = [f"Pod {printable(pod)}"]
+    for row in record["bypasses"]:
+        where = f" to {', '.join(row['destinations'])}" if row["destinations"] else ""
+        families = "+".join(row["families"])
+        lines += [
+            "",
+            f"{row['direction']} TCP {ports_text(row['ports'])}{where} ({families}): {row['class']}",
+            f"  route      {printable(_route(row['route']))}",
+        ]
+        if row["compensation"]:
+            lines += _compensation_lines(row["compensation"])
+        if row["guarantees"]:
+            table = [("  GUARANTEE", "FATE", "WHAT IT WAS", "WHAT STANDS IN")]
+            table += [
+                (f"  {g['kind']}", g["fate"], printable(g["what"]), printable(g["stands_in"]))
+                for fate in _FATES
+                for g in row["guarantees"]
+                if g["fate"] == fate
+            ]
+            lines += aligned(table)
+    return [*lines, *_warnings(record)]
+
+
+def _route(route: dict[str, Any]) -> str:
+    return f"{route['kind']}: {route['detail']}" if route["detail"] else route["kind"]
+
+
+def _compensation_lines(compensation: dict[str, Any]) -> list[str]:
+    lines = [f"  stands in  {compensation['summary']}"]
+    if compensation["enforced"]:
+        lines.append(f"  why        {printable(compensation['why'])}")
+    for title, key in (("lets in", "allowed"), ("refuses", "refused"), ("passes", "weakened")):
+        if compensation[key]:
+            lines.append(f"  {title:<9}  {printable(_names(compensation[key], 20))}")
+    return lines
