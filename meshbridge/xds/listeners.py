@@ -1,7 +1,8 @@
 """The two listeners of a sidecar: 15006 takes what iptables redirects into the pod, 15001 what it redirects out.
 
-Filter chains are a table over (port, TLS or not, ALPN). Envoy prunes in that order and never goes back: once a chain
-names a port, chains without a port no longer apply to it, so every named port gets a complete set.
+Inbound filter chains are a table over (port, TLS or not, ALPN). Envoy prunes in that order and never goes back: once a
+chain names a port, chains without a port no longer apply to it, so every named port gets a complete set. Outbound the
+address decides as well, so a matcher names the chain (``destinations.py``).
 """
 
 from __future__ import annotations
@@ -34,10 +35,18 @@ from envoy_data_plane.envoy.extensions.filters.listener.tls_inspector.v3 import 
 from envoy_data_plane.envoy.extensions.filters.network.set_filter_state.v3 import Config as SetFilterState
 from envoy_data_plane.envoy.type.v3 import Int32Range
 from envoy_data_plane.google.protobuf import Any
+from envoy_data_plane.xds.type.matcher.v3 import Matcher
 
 from meshbridge.identity.model import IpFamily
 from meshbridge.policy.capture import AppProtocol
 from meshbridge.policy.mesh import MtlsMode
+from meshbridge.xds.destinations import (
+    CHAIN_BLACKHOLE,
+    CHAIN_MTLS,
+    CHAIN_MTLS_HTTP,
+    CHAIN_PLAINTEXT,
+    chain_matcher,
+)
 from meshbridge.xds.filters import http_filters, tcp_filters, tcp_proxy
 from meshbridge.xds.names import (
     ALPN_MESH_HTTP,
@@ -51,10 +60,9 @@ from meshbridge.xds.names import (
 from meshbridge.xds.sidecar import (
     INBOUND_PORT,
     OUTBOUND_PORT,
-    UNCAPTURED_PORTS,
     Sidecar,
 )
-from meshbridge.xds.transport import downstream_tls, host_range, socket_address
+from meshbridge.xds.transport import downstream_tls, socket_address
 
 TLS = "tls"
 PLAINTEXT = "raw_buffer"
@@ -81,7 +89,7 @@ class _Chain:
 def inbound_listener(sidecar: Sidecar) -> Listener:
     """Port 15006: what passes here has been judged, and in STRICT mode carries a mesh certificate."""
     ports = sorted((set(sidecar.protocols) | set(sidecar.mtls.ports)) - {INBOUND_PORT})
-    chains = [_blackhole(INBOUND_PORT)]
+    chains = [_filter_chain(f"{INBOUND_PORT}_blackhole", [_to_nowhere()], port=INBOUND_PORT)]
     for port in (*ports, None):
         chains.extend(_inbound_chains(sidecar, port))
     declared = [port for port in ports if _protocol(sidecar, port) is not AppProtocol.AUTO]
@@ -99,19 +107,24 @@ def inbound_listener(sidecar: Sidecar) -> Listener:
 
 def outbound_listener(sidecar: Sidecar) -> Listener:
     """Port 15001: to addresses with a sidecar go mTLS and the pod's certificate, to others plain bytes."""
-    named = {port for destination in sidecar.destinations for port in destination.except_ports} | UNCAPTURED_PORTS
-    chains = [_blackhole(OUTBOUND_PORT)]
-    for port in (*sorted(named - {OUTBOUND_PORT}), None):
-        chains.extend(_outbound_chains(sidecar, port))
-    return _listener(
+    to_mesh = tcp_proxy(CLUSTER_OUTBOUND_MTLS, f"{LISTENER_OUTBOUND}_mtls")
+    in_the_clear = tcp_proxy(CLUSTER_OUTBOUND_PLAINTEXT, f"{LISTENER_OUTBOUND}_plaintext")
+    listener = _listener(
         LISTENER_OUTBOUND,
         # REDIRECT sends local packets to loopback, so nothing else has to be open.
         _addresses(sidecar, "127.0.0.1", "::1", OUTBOUND_PORT),
-        chains,
+        [
+            FilterChain(name=CHAIN_BLACKHOLE, filters=[_to_nowhere()]),
+            FilterChain(name=CHAIN_MTLS_HTTP, filters=[_offer_alpn(ALPN_MESH_HTTP[1]), to_mesh]),
+            FilterChain(name=CHAIN_MTLS, filters=[to_mesh]),
+            FilterChain(name=CHAIN_PLAINTEXT, filters=[in_the_clear]),
+        ],
         [_original_dst(), _http_inspector(())],
         direction=TrafficDirection.OUTBOUND,
         timeout=INSPECT_OUTBOUND,
     )
+    listener.filter_chain_matcher = Matcher.parse(chain_matcher(sidecar.destinations, _INSPECTED_HTTP))
+    return listener
 
 
 def _mode(sidecar: Sidecar, port: int | None) -> MtlsMode:
@@ -185,24 +198,6 @@ def _rows(mode: MtlsMode, protocol: AppProtocol) -> tuple[_Chain, ...]:
     return (_Chain(TLS, mesh_alpn, terminates_tls=True, http=http_only), *plaintext)
 
 
-def _outbound_chains(sidecar: Sidecar, port: int | None) -> Iterator[FilterChain]:
-    mesh = [entry.address for entry in sidecar.destinations if entry.accepts_mtls(port)]
-    name = str(port or "any")
-    if mesh:
-        ranges = [host_range(address) for address in sorted(mesh, key=lambda address: (address.version, address))]
-        to_mesh = tcp_proxy(CLUSTER_OUTBOUND_MTLS, f"{LISTENER_OUTBOUND}_mtls")
-        for suffix, alpn, filters in (
-            ("http_mtls", _INSPECTED_HTTP, [_offer_alpn(ALPN_MESH_HTTP[1]), to_mesh]),
-            ("mtls", (), [to_mesh]),
-        ):
-            chain = _filter_chain(f"{name}_{suffix}", filters, port=port, alpn=alpn)
-            assert chain.filter_chain_match is not None
-            chain.filter_chain_match.prefix_ranges = ranges
-            yield chain
-    in_the_clear = tcp_proxy(CLUSTER_OUTBOUND_PLAINTEXT, f"{LISTENER_OUTBOUND}_plaintext")
-    yield _filter_chain(f"{name}_plaintext", [in_the_clear], port=port)
-
-
 def _offer_alpn(protocol: str) -> Filter:
     """Tell the peer's sidecar in the TLS hello that HTTP follows: it cannot look before it has chosen a chain."""
     value = FilterStateValue(
@@ -213,10 +208,9 @@ def _offer_alpn(protocol: str) -> Filter:
     return Filter(name="envoy.filters.network.set_filter_state", typed_config=Any.pack(config))
 
 
-def _blackhole(port: int) -> FilterChain:
-    """Whoever dials the listener's own port was not redirected: forwarding would come back here for ever."""
-    name = f"{port}_blackhole"
-    return _filter_chain(name, [tcp_proxy(CLUSTER_BLACKHOLE, CLUSTER_BLACKHOLE)], port=port)
+def _to_nowhere() -> Filter:
+    """Whoever dials a listener's own port was not redirected: forwarding would come back here for ever."""
+    return tcp_proxy(CLUSTER_BLACKHOLE, CLUSTER_BLACKHOLE)
 
 
 def _filter_chain(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address
-
 from envoy_data_plane.envoy.config.core.v3 import (
     Address,
     AggregatedConfigSource,
     ApiVersion,
-    CidrRange,
     ConfigSource,
     Pipe,
     SocketAddress,
@@ -29,7 +26,6 @@ from envoy_data_plane.envoy.extensions.transport_sockets.tls.v3 import (
 from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
-from meshbridge.identity.model import IpAddress
 from meshbridge.xds.names import SECRET_CERTIFICATE, SECRET_ROOT_CA
 
 
@@ -44,11 +40,6 @@ def socket_address(address: str, port: int) -> Address:
 
 def pipe_address(path: str) -> Address:
     return Address(pipe=Pipe(path=path))
-
-
-def host_range(address: IpAddress) -> CidrRange:
-    """The range that holds just ``address``."""
-    return CidrRange(address_prefix=str(address), prefix_len=32 if isinstance(address, IPv4Address) else 128)
 
 
 def downstream_tls(trust_domains: tuple[str, ...], alpn: tuple[str, ...]) -> TransportSocket:

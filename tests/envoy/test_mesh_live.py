@@ -295,6 +295,22 @@ def test_policy_that_cannot_be_read_denies_and_is_named(mesh: Mesh) -> None:
         until(lambda: mesh.post()[0] == 200, "allowed again")
 
 
+def test_new_mesh_pod_changes_every_outbound_listener_and_drains_none(mesh: Mesh) -> None:
+    updated = mesh.client.stat("listener_manager.listener_in_place_updated")
+    extra = manifest(mesh.client, "extra")
+    extra["metadata"] |= {"name": "extra", "uid": "uid-extra"}
+    extra["status"] |= {"podIP": "10.99.0.77", "podIPs": [{"ip": "10.99.0.77"}]}
+    path = mesh.manifests / "extra.yaml"
+    try:
+        path.write_text(yaml.safe_dump(extra))
+        until(lambda: mesh.client.stat("listener_manager.listener_in_place_updated") > updated, "updated in place")
+        assert mesh.client.stat("listener_manager.total_filter_chains_draining") == 0
+        assert mesh.client.stat("listener_manager.lds.update_rejected") == 0
+        assert mesh.post()[0] == 200
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def test_metrics_count_verdicts_by_policy(mesh: Mesh) -> None:
     mesh.post()
     with urllib.request.urlopen(f"http://127.0.0.1:{mesh.metrics_port}/metrics", timeout=5) as answer:

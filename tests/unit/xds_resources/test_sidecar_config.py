@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 from ipaddress import ip_address
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from envoy.config.listener.v3 import listener_pb2
 from envoy_data_plane.envoy.config.listener.v3 import Listener
+from google.protobuf.json_format import MessageToDict
 
 from meshbridge.identity.model import ProxyClass, Workload
 from meshbridge.policy.capture import AppProtocol
@@ -22,6 +25,21 @@ from meshbridge.xds.listeners import inbound_listener, outbound_listener
 from meshbridge.xds.resources import sidecar_resources
 from meshbridge.xds.sidecar import MtlsDestination, Sidecar
 from meshbridge.xds.snapshot import CLUSTER, LISTENER
+
+for module in (
+    "filters.http.ext_authz.v3.ext_authz_pb2",
+    "filters.http.jwt_authn.v3.config_pb2",
+    "filters.http.router.v3.router_pb2",
+    "filters.listener.http_inspector.v3.http_inspector_pb2",
+    "filters.listener.original_dst.v3.original_dst_pb2",
+    "filters.listener.tls_inspector.v3.tls_inspector_pb2",
+    "filters.network.ext_authz.v3.ext_authz_pb2",
+    "filters.network.http_connection_manager.v3.http_connection_manager_pb2",
+    "filters.network.set_filter_state.v3.set_filter_state_pb2",
+    "filters.network.tcp_proxy.v3.tcp_proxy_pb2",
+    "transport_sockets.tls.v3.tls_pb2",
+):
+    importlib.import_module(f"envoy.extensions.{module}")  # so that Any is shown as what it holds
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "xds"
 ORIGIN = Origin("PeerAuthentication", "finance", "strict")
@@ -68,7 +86,7 @@ SIDECARS = {
 
 def agrees(name: str, actual: Any) -> bool:
     path = GOLDEN / f"{name}.json"
-    text = json.dumps(actual, indent=1) + "\n"
+    text = json.dumps(actual, indent=1, sort_keys=True) + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
     return text == path.read_text()
@@ -77,8 +95,9 @@ def agrees(name: str, actual: Any) -> bool:
 @pytest.mark.parametrize("name", SIDECARS)
 def test_listeners_are_the_reviewed_ones(name: str) -> None:
     sidecar = SIDECARS[name]
-    assert agrees(f"{name}-inbound", inbound_listener(sidecar).to_dict())
-    assert agrees(f"{name}-outbound", outbound_listener(sidecar).to_dict())
+    for listener in (inbound_listener(sidecar), outbound_listener(sidecar)):
+        # Read back by the other library: what is reviewed are the bytes that are sent.
+        assert agrees(f"{name}-{listener.name}", MessageToDict(listener_pb2.Listener.FromString(bytes(listener))))
 
 
 def test_clusters_are_the_reviewed_ones() -> None:
@@ -138,26 +157,6 @@ def test_every_http_chain_asks_us_and_every_tcp_chain_too() -> None:
         judged = text.count("ext_authz.v3.ExtAuthz")
         assert judged == len(listener.filter_chains) - 1  # all but the black hole
         assert text.count('"failureModeAllow": true') == 0
-
-
-def test_uncaptured_ports_of_a_peer_get_plaintext() -> None:
-    listener = outbound_listener(SIDECARS["strict-http-jwt"])
-    names = {chain.name for chain in listener.filter_chains}
-    for port in (15008, 15020, 15021, 15090):
-        assert f"{port}_plaintext" in names
-        assert f"{port}_mtls" not in names
-    assert {"any_mtls", "any_http_mtls", "any_plaintext", "80_mtls"} <= names
-
-
-def test_a_service_address_gets_mtls_on_its_own_ports_only() -> None:
-    listener = outbound_listener(SIDECARS["strict-http-jwt"])
-    ranges = {
-        chain.name: {r.address_prefix for r in match.prefix_ranges}
-        for chain in listener.filter_chains
-        if (match := chain.filter_chain_match) is not None
-    }
-    assert ranges["80_mtls"] == {"10.1.0.6", "fd00::6", "10.96.0.10"}
-    assert ranges["any_mtls"] == {"10.1.0.6", "fd00::6"}
 
 
 def test_listeners_bind_only_the_families_of_the_pod() -> None:
