@@ -43,7 +43,9 @@ _VERDICTS: Final = {
     Verdict.DENY: int(abi.PolicyVerdict.POLICY_DENY),
     Verdict.NEEDS_L7: int(abi.PolicyVerdict.POLICY_NEEDS_L7),
 }
+_DENY: Final = _VERDICTS[Verdict.DENY]
 _ANY_IDENTITY: Final = int(abi.ReservedIdentity.IDENTITY_ANY)
+_HOST: Final = int(abi.ReservedIdentity.IDENTITY_HOST)
 
 
 class EntryKey(NamedTuple):
@@ -200,10 +202,13 @@ def differing(one: PackedSet, other: PackedSet, identities: Iterable[int]) -> se
     return {identity for identity in identities if left.get(identity) != right.get(identity)}
 
 
-def overlay(base: PackedSet, answers: Mapping[int, tuple[PackedSet, int]]) -> PackedSet:
+def overlay(base: PackedSet, answers: Mapping[int, tuple[PackedSet, int]], *, admits_host: bool = False) -> PackedSet:
     """``base``, except that peer ``i`` is answered as ``answers[i] = (set, j)`` answers ``j``.
 
     What the base says of any peer stays below: precedences are renumbered, the overlaid ones above all others.
+
+    Args:
+        admits_host: the node's own processes pass where no entry matches, as the kernel lets them in by itself.
     """
     grouped = base.by_identity()
     for identity in answers:
@@ -224,7 +229,10 @@ def overlay(base: PackedSet, answers: Mapping[int, tuple[PackedSet, int]]) -> Pa
     for identity, (entries, layers) in merged.items():
         for layer, default in enumerate(layers):
             key = EntryKey(identity, 0, 0, abi.POLICY_PREFIX_ANY, layer)
-            result[key] = EntryValue(floor, default.rule_id, default.verdict, default.flags, default.deny_reason)
+            verdict = default.verdict
+            if admits_host and answers[identity][1] == _HOST and layer == Layer.NETWORK and verdict == _DENY:
+                verdict = _VERDICTS[Verdict.ALLOW]
+            result[key] = EntryValue(floor, default.rule_id, verdict, default.flags, default.deny_reason)
         for key, value in entries.items():
             result[key._replace(identity=identity)] = value._replace(precedence=floor + 1 + upper[value.precedence])
     return _packed(result, base.layers())

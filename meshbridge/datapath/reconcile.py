@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from meshbridge import abi
 from meshbridge.datapath.ipcache import EVERYTHING, WORLD, Identities, Ipcache, moves
 from meshbridge.datapath.policysets import SET_ID, PackedSet, differing, layout, overlay, read_sets
 from meshbridge.datapath.tables import Item, Table, TableName
-from meshbridge.identity.model import IpAddress
+from meshbridge.identity.model import IpAddress, IpFamily
 
 READY: Final = int(abi.EndpointFlags.ENDPOINT_F_READY)
 NO_SETS: Final = (0, 0, 0, 0)
@@ -172,6 +172,18 @@ def _with_aliases(ipcache: Ipcache, aliases: Mapping[int, int]) -> Ipcache:
     return Ipcache({key: renamed(value) for key, value in ipcache.exact.items()}, prefixes)
 
 
+class _Change(NamedTuple):
+    """One set of an endpoint, before and after; ``admits_host`` as in ``overlay``."""
+
+    before: int
+    after: int
+    admits_host: bool
+
+
+def _admits_host(record: EndpointRecord, slot: int) -> bool:
+    return slot < len(IpFamily) and not record.flags & abi.EndpointFlags.ENDPOINT_F_NO_LOCALHOST
+
+
 class _Planner:
     """One plan in the making: the records as they will be so far, and the steps that got them there."""
 
@@ -253,26 +265,32 @@ class _Planner:
         """
         leaving = {before for before, _ in self._moves}
         taken = {after for _, after in self._moves}
-        stale: dict[tuple[int, int], set[int]] = {}
+        stale: dict[_Change, set[int]] = {}
         for ifindex, record in target.items():
-            for pair in zip(self._observed.endpoints[ifindex].sets, record.sets, strict=True):
-                if pair not in stale:
-                    stale[pair] = differing(self._sets[pair[0]], self._sets[pair[1]], leaving)
+            for change in self._changes(ifindex, record):
+                if change not in stale:
+                    stale[change] = differing(self._sets[change.before], self._sets[change.after], leaving)
         conflicts = sorted(set[int]().union(*stale.values()) & taken)
         aliases = dict(zip(conflicts, self._free_aliases(), strict=False))
-        bridges: dict[tuple[int, int], int] = {}
-        for pair, identities in stale.items():
-            old, new = self._sets[pair[0]], self._sets[pair[1]]
+        bridges: dict[_Change, int] = {}
+        for change, identities in stale.items():
+            old, new = self._sets[change.before], self._sets[change.after]
             answers = {identity: (old, identity) for identity in identities}
             answers |= {alias: (new, identity) for identity, alias in aliases.items()}
-            bridges[pair] = self._set_id(overlay(new, answers)) if answers else pair[1]
+            bridge = overlay(new, answers, admits_host=change.admits_host) if answers else new
+            bridges[change] = self._set_id(bridge)
         return {
-            ifindex: replace(
-                record,
-                sets=tuple(bridges[p] for p in zip(self._observed.endpoints[ifindex].sets, record.sets, strict=True)),
-            )
+            ifindex: replace(record, sets=tuple(bridges[change] for change in self._changes(ifindex, record)))
             for ifindex, record in target.items()
         }, aliases
+
+    def _changes(self, ifindex: int, record: EndpointRecord) -> list[_Change]:
+        """What becomes of each of a staying endpoint's sets."""
+        before = self._observed.endpoints[ifindex].sets
+        return [
+            _Change(old, new, _admits_host(record, slot))
+            for slot, (old, new) in enumerate(zip(before, record.sets, strict=True))
+        ]
 
     def _free_aliases(self) -> Iterator[int]:
         ipcache = self._observed.ipcache
@@ -379,8 +397,14 @@ class _Planner:
             record = self._endpoints.get(ifindex)
             if record is not None and record.ready and endpoint.sets is not None:
                 sets = tuple(
-                    self._set_id(overlay(packed, {alias: (packed, identity) for identity, alias in aliases.items()}))
-                    for packed in endpoint.sets
+                    self._set_id(
+                        overlay(
+                            packed,
+                            {alias: (packed, identity) for identity, alias in aliases.items()},
+                            admits_host=_admits_host(record, slot),
+                        )
+                    )
+                    for slot, packed in enumerate(endpoint.sets)
                 )
                 records[ifindex] = replace(record, sets=sets)
         self._flip(records)

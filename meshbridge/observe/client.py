@@ -15,15 +15,12 @@ import grpc
 
 from meshbridge.errors import MeshBridgeError
 from meshbridge.observe.flow import Flow
-from meshbridge.observe.messages import decode_flow
+from meshbridge.observe.messages import HISTORY_KEY, decode_flow
 from meshbridge.protos import observer_pb2 as pb
 from meshbridge.protos.observer_pb2_grpc import ObserverStub
 
 RUN_DIRECTORY = Path("/run/meshbridge")
 SOCKET_NAME = "agent.sock"
-HISTORY_KEY = "meshbridge-history"
-"""Initial metadata of GetFlows: how many of the records that follow are of the past."""
-
 CALL_TIMEOUT_S = 5.0
 RECONNECT_S = 0.5
 REORDER_S = 0.15  # events of several agents reach us within this; older ones are printed

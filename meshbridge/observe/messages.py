@@ -19,6 +19,9 @@ from meshbridge.observe.reasons import drop_reason
 from meshbridge.policy.model import Direction, Layer, Origin
 from meshbridge.protos import observer_pb2 as pb
 
+HISTORY_KEY = "meshbridge-history"
+"""Initial metadata of GetFlows: how many of the records that follow are of the past."""
+
 NO_UID = 0xFFFFFFFF
 _REPLY = {False: 0, True: 1, None: 2}
 _LAYERS = {"network": Layer.NETWORK, "mesh": Layer.MESH}

@@ -86,7 +86,7 @@ class Moment:
     def __init__(self, tables: Mapping[TableName, Mapping[bytes, bytes]]) -> None:
         self.tables = tables
         self._identities: dict[tuple[IPv4Address, bool], int] = {}
-        self._answers: dict[tuple[int, int, int], bool] = {}
+        self._answers: dict[tuple[int, int, int, bool], bool] = {}
         self._endpoints = {
             abi.EndpointKey.from_buffer_copy(key).ifindex: abi.EndpointValue.from_buffer_copy(value)
             for key, value in tables[TableName.ENDPOINTS].items()
@@ -116,28 +116,39 @@ class Moment:
         value = abi.IpcacheValue.from_buffer_copy(raw)
         return int(value.forwarded_identity or value.identity) if forwarded else int(value.identity)
 
-    def passes(self, set_id: int | None, identity: int, port: int) -> bool:
+    def passes(self, set_id: int | None, identity: int, packet: Packet) -> bool:
         if set_id is None:
             return False
-        key = (set_id, identity, port)
+        admits_host = identity == NODE and packet.slot < 2 and not packet.forwarded
+        key = (set_id, identity, packet.port, admits_host)
         if key not in self._answers:
             self._answers[key] = self._judge(*key)
         return self._answers[key]
 
-    def _judge(self, set_id: int, identity: int, port: int) -> bool:
+    def _judge(self, set_id: int, identity: int, port: int, admits_host: bool) -> bool:
         defaults = self.tables[TableName.POLICY_SETS].get(bytes(abi.PolicySetKey(set_id=set_id)))
         if defaults is None:
             return False
         layers = abi.PolicySetValue.from_buffer_copy(defaults).layers
         policy = self.tables[TableName.POLICY]
-        return all(layer_passes(set_id, layer, layers[layer], identity, port, policy) for layer in (0, 1))
+        return all(
+            layer_passes(set_id, layer, layers[layer], identity, port, policy, admits_host=admits_host and layer == 0)
+            for layer in (0, 1)
+        )
 
     def verdict(self, packet: Packet) -> bool:
-        return self.passes(self.set_of(packet), self.identity_of(packet), packet.port)
+        return self.passes(self.set_of(packet), self.identity_of(packet), packet)
 
 
 def layer_passes(
-    set_id: int, layer: int, default: abi.PolicyLayerDefault, identity: int, port: int, policy: Mapping[bytes, bytes]
+    set_id: int,
+    layer: int,
+    default: abi.PolicyLayerDefault,
+    identity: int,
+    port: int,
+    policy: Mapping[bytes, bytes],
+    *,
+    admits_host: bool = False,
 ) -> bool:
     best: tuple[int, int, bool] | None = None
     verdict = default.verdict
@@ -159,6 +170,8 @@ def layer_passes(
                 rank = (entry.precedence, -1 if prefix == 17 else prefix, who != 0)
                 if best is None or rank > best:
                     best, verdict = rank, entry.verdict
+    if best is None and admits_host:
+        return True
     return verdict in (abi.PolicyVerdict.POLICY_ALLOW, abi.PolicyVerdict.POLICY_NEEDS_L7)
 
 
@@ -184,7 +197,11 @@ def policy_maps(draw: st.DrawFn) -> PolicyMap:
 
 
 SETS = policy_maps().map(lambda policy: pack_map(policy, RULES))
-HOLDERS = st.builds(Identities, st.sampled_from(IDENTITIES), st.sampled_from((0, *IDENTITIES)))
+OTHERS = tuple(identity for identity in IDENTITIES if identity != NODE)
+HOLDERS = st.one_of(
+    st.builds(Identities, st.sampled_from(OTHERS), st.sampled_from((0, *OTHERS))),
+    st.builds(Identities, st.just(NODE), st.sampled_from(OTHERS)),  # forwarded, it is never the node itself
+)
 CACHES = st.builds(
     Ipcache,
     st.dictionaries(st.sampled_from(ADDRESSES).map(ipcache_key), HOLDERS, max_size=4),
@@ -213,7 +230,7 @@ TRANSITIONS = st.lists(SETS, min_size=1, max_size=3).flatmap(lambda pool: st.tup
 PACKETS = [
     Packet(ifindex, slot, peer, forwarded, port)
     for ifindex in (7, 8)
-    for slot in (0, 1)
+    for slot in (0, 2)  # ingress and egress
     for peer in (*ADDRESSES, IPv4Address("10.9.9.9"), IPv4Address("192.0.2.1"))
     for forwarded in (False, True)
     for port in PORTS
@@ -268,7 +285,7 @@ def assert_no_packet_is_misjudged(tables: Tables, result: Plan, expected: Mappin
             for first in {second, second // 2, max(0, second - 1), 0}:
                 for third in {second, len(run) - 1}:
                     for packet, passes in expected.items():
-                        seen = run[third].passes(run[first].set_of(packet), moment.identity_of(packet), packet.port)
+                        seen = run[third].passes(run[first].set_of(packet), moment.identity_of(packet), packet)
                         assert seen is passes, (packet, first, second, third, len(run))
 
 

@@ -1,0 +1,230 @@
+"""The node agent: the controller's revisions into the kernel, the kernel's events to whoever asks.
+
+The event loop talks (controller, Unix socket, events); one worker thread decides and writes. Killing the process at any
+point leaves enforcement as it is, and the next one takes over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import structlog
+
+from meshbridge import __version__
+from meshbridge.agent.enforcer import Enforcer
+from meshbridge.agent.metrics import serve_metrics
+from meshbridge.agent.names import Names
+from meshbridge.agent.node import EndpointError, Node, Published
+from meshbridge.agent.observer import ObserverService, start_observer, stop_observer
+from meshbridge.agent.ring import FlowRing
+from meshbridge.datapath.attach import AttachMode
+from meshbridge.datapath.events import EventReader
+from meshbridge.datapath.links import NetworkWatch
+from meshbridge.datapath.maps import MapSizes
+from meshbridge.errors import MeshBridgeError
+from meshbridge.observe.tables import READY
+from meshbridge.protos import observer_pb2 as pb
+from meshbridge.xds.client import ControllerClient
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+RETRY_S: Final = 1.0
+SETTLE_S: Final = 0.05  # a burst of changes to links and routes is looked at once
+EVENTS_PER_TURN: Final = 512
+MAX_WAIT_S: Final = 60.0
+MAX_INTERFACES: Final = 16
+MAX_TOKEN_BYTES: Final = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """What the command line says. ``metrics`` is a loopback address and port, empty for none."""
+
+    node: str
+    controller: str
+    token_file: Path
+    pin_dir: Path
+    socket: Path
+    metrics: str = ""
+    attach: AttachMode | None = None
+    sizes: MapSizes | None = None
+
+
+class Agent:
+    """One running agent. ``run`` returns when it is cancelled; what it programmed stays."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self._settings = settings
+        self._names = Names(settings.node)
+        self._ring = FlowRing(settings.node)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="node")
+        self._client = ControllerClient(settings.controller, settings.node, self._token)
+        self._started = time.monotonic()
+        self._changed = asyncio.Event()
+        self._retry = asyncio.Event()
+        self._enforcer: Enforcer
+        self._node: Node
+        self.published = Published()
+
+    async def run(self) -> None:
+        """Take over the node and keep it as the controller says, until cancelled.
+
+        Raises:
+            MeshBridgeError: the datapath, the socket or the metrics address cannot be used.
+        """
+        loop = asyncio.get_running_loop()
+        watch = NetworkWatch()  # before the first look, so that no change falls between the two
+        try:
+            await self._in_worker(lambda: self._start(loop))
+            server = await start_observer(ObserverService(self, self._ring), self._settings.socket)
+            if self._settings.metrics:
+                serve_metrics(self, self._settings.metrics, resident_bytes)
+            log.info("agent.started", node=self._settings.node, duration_ms=self._uptime_ms())
+            reader = self._enforcer.reader()
+            loop.add_reader(reader.fileno(), self._read_events, reader)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._follow_controller(), name="follow-controller")
+                    tasks.create_task(self._follow_network(loop, watch), name="follow-network")
+                    tasks.create_task(self._try_again(), name="try-again")
+            finally:
+                loop.remove_reader(reader.fileno())
+                await stop_observer(server)
+                reader.close()
+        finally:
+            watch.close()
+            self._worker.shutdown(wait=True)
+            log.info("agent.stopped", node=self._settings.node)
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        def publish(published: Published) -> None:
+            loop.call_soon_threadsafe(self._take_published, published)
+
+        self._enforcer = Enforcer(self._settings.pin_dir, self._settings.attach, self._settings.sizes)
+        self._node = Node(self._settings.node, self._enforcer, self._names, publish)
+        self._node.start()
+
+    def _take_published(self, published: Published) -> None:
+        self.published = published
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if self._node.failed:
+            self._retry.set()
+
+    async def _in_worker(self, act: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, act)
+
+    async def _follow_controller(self) -> None:
+        async for update in self._client.updates():
+            await self._in_worker(lambda update=update: self._node.take(update))  # type: ignore[misc]
+
+    async def _follow_network(self, loop: asyncio.AbstractEventLoop, watch: NetworkWatch) -> None:
+        told = asyncio.Event()
+        loop.add_reader(watch.fileno(), told.set)
+        try:
+            while True:
+                await told.wait()
+                await asyncio.sleep(SETTLE_S)
+                watch.drain()
+                told.clear()
+                try:
+                    await self._in_worker(self._node.look_at_network)
+                except MeshBridgeError as error:
+                    log.error("network.not_read", reason=str(error))
+                    await asyncio.sleep(RETRY_S)
+                    told.set()
+        finally:
+            loop.remove_reader(watch.fileno())
+
+    async def _try_again(self) -> None:
+        while True:
+            await self._retry.wait()
+            await asyncio.sleep(RETRY_S)
+            self._retry.clear()
+            await self._in_worker(self._node.step)
+
+    def _read_events(self, reader: EventReader) -> None:
+        for event in reader.read(EVENTS_PER_TURN):
+            for flow in self._names.flows(event):
+                self._ring.add(flow)
+
+    def _token(self) -> str:
+        with self._settings.token_file.open("rb") as file:
+            return file.read(MAX_TOKEN_BYTES).decode("ascii", "ignore").strip()  # the controller refuses what is none
+
+    def _uptime_ms(self) -> int:
+        return round((time.monotonic() - self._started) * 1e3)
+
+    # What the Observer service and the metrics ask
+
+    @property
+    def connected(self) -> bool:
+        return self._client.connected
+
+    @property
+    def revision_received(self) -> int:
+        return self._client.revision_received
+
+    def counters(self) -> dict[tuple[int, int], tuple[int, int]]:
+        return self._enforcer.counters()
+
+    def events_lost(self) -> int:
+        return self._ring.lost + self._enforcer.lost_events()
+
+    def endpoints(self) -> tuple[pb.EndpointState, ...]:
+        return self.published.endpoints
+
+    def status(self) -> pb.Status:
+        published = self.published
+        return pb.Status(
+            node=self._settings.node,
+            version=__version__,
+            revision_programmed=published.revision,
+            revision_received=self.revision_received,
+            controller_connected=self.connected,
+            endpoints_ready=len([state for state in published.endpoints if state.state == READY]),
+            endpoints_total=len(published.endpoints),
+            identities=published.identities,
+            addresses=published.addresses,
+            policies=published.policies,
+            events_lost=self.events_lost(),
+            problems=published.problems,
+            attach_mode=self._enforcer.mode.value,
+            memory_resident_bytes=resident_bytes(),
+            uptime_s=time.monotonic() - self._started,
+        )
+
+    async def add_endpoint(self, request: pb.AddEndpointRequest) -> pb.AddEndpointResponse:
+        pod = f"{request.namespace}/{request.pod}"
+        if not request.uid or not 1 <= len(request.interfaces) <= MAX_INTERFACES:
+            raise EndpointError(
+                f"uid {request.uid!r}, {len(request.interfaces)} interfaces", where=f"AddEndpoint of pod {pod!r}",
+                fix=f"give the pod's UID and 1 to {MAX_INTERFACES} interfaces",
+            )  # fmt: skip
+        hooked = await self._in_worker(lambda: self._node.add_endpoint(pod, request.uid, list(request.interfaces)))
+        ready = request.uid in self.published.ready
+        if request.wait_ready:
+            ready = await self._wait_ready(request.uid, min(max(request.timeout_s, 0.0), MAX_WAIT_S))
+        return pb.AddEndpointResponse(endpoint_id=hooked[0].id, ready=ready)
+
+    async def _wait_ready(self, uid: str, timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while uid not in self.published.ready:
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+def resident_bytes() -> int:
+    """The memory this process holds, as the kernel counts it."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096

@@ -1,0 +1,101 @@
+"""Which interface belongs to which pod, under which numbers: values and decisions, no system calls.
+
+An interface gets a new incarnation whenever it, or the pod behind it, is not surely the one known before; so no flow,
+policy or address of an earlier pod is ever inherited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from meshbridge.agent.view import LocalPod
+from meshbridge.datapath.links import Link, NodeNetwork
+from meshbridge.identity.model import IpAddress
+
+UNKNOWN_POD: Final = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooked:
+    """An interface under our programs. ``uid`` is empty for one found after a restart and not yet claimed by a pod."""
+
+    ifindex: int
+    name: str
+    id: int
+    incarnation: int
+    uid: str = UNKNOWN_POD
+    mac: bytes | None = None
+
+
+@dataclass(slots=True)
+class Endpoints:
+    """The interfaces of this node's pods.
+
+    Args:
+        highest_id: the highest endpoint number ever seen; numbers go up, so that events name one pod only.
+        highest_incarnation: likewise; the clock at start keeps it above those of agents before.
+    """
+
+    highest_id: int = 0
+    highest_incarnation: int = 0
+    hooked: dict[int, Hooked] = field(default_factory=dict)
+
+    def take(self, link: Link, uid: str, mac: bytes | None) -> Hooked:
+        """The interface is the pod's from now on; the same again when it was already."""
+        known = self.hooked.get(link.ifindex)
+        if known is not None and known.uid == uid and known.name == link.name:
+            self.hooked[link.ifindex] = replace(known, mac=mac or known.mac)
+            return self.hooked[link.ifindex]
+        self.highest_id += 1
+        self.highest_incarnation += 1
+        found = Hooked(link.ifindex, link.name, self.highest_id, self.highest_incarnation, uid, mac)
+        self.hooked[link.ifindex] = found
+        return found
+
+    def resume(self, ifindex: int, uid: str, mac: bytes | None) -> None:
+        """An interface that outlived the agent before belongs to this pod, as it did: its flows stay."""
+        self.hooked[ifindex] = replace(self.hooked[ifindex], uid=uid, mac=mac)
+
+    def release(self, ifindexes: Iterable[int]) -> None:
+        """These interfaces are gone, or their pods are."""
+        for ifindex in ifindexes:
+            self.hooked.pop(ifindex, None)
+
+    def of_pod(self, uid: str) -> list[Hooked]:
+        return [hooked for hooked in self.hooked.values() if hooked.uid == uid]
+
+    def unclaimed(self) -> dict[int, Hooked]:
+        """Interfaces found after a restart that no pod has claimed yet."""
+        return {ifindex: hooked for ifindex, hooked in self.hooked.items() if hooked.uid == UNKNOWN_POD}
+
+
+def find_interfaces(
+    pods: Mapping[str, LocalPod],
+    endpoints: Endpoints,
+    network: NodeNetwork,
+    pinned_addresses: Mapping[int, frozenset[IpAddress]],
+) -> Iterator[tuple[str, Link, bool]]:
+    """(pod UID, interface, whether it is resumed) for every pod that has none yet.
+
+    An interface that was hooked before a restart and carried one of the pod's addresses is the pod's still: hooks die
+    with their device, and a device serves one pod. Else the route to one of its addresses shows the interface.
+    """
+    unclaimed = endpoints.unclaimed()
+    claimed: set[int] = set()
+    for uid, pod in sorted(pods.items()):
+        if not pod.is_hooked or endpoints.of_pod(uid):
+            continue
+        addresses = pod.workload.addresses
+        for ifindex in sorted(unclaimed.keys() - claimed):
+            link = network.links.get(ifindex)
+            if link is not None and not pinned_addresses.get(ifindex, frozenset()).isdisjoint(addresses):
+                claimed.add(ifindex)
+                yield uid, link, True
+        for ifindex in sorted({network.pod_routes[address] for address in addresses if address in network.pod_routes}):
+            link = network.links.get(ifindex)
+            taken = ifindex in claimed or (ifindex in endpoints.hooked and ifindex not in unclaimed)
+            if link is not None and not taken:
+                claimed.add(ifindex)
+                yield uid, link, False

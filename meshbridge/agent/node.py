@@ -1,0 +1,331 @@
+"""The node's state and the one step that brings the kernel to it.
+
+Everything here blocks and belongs to one worker thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from meshbridge import abi
+from meshbridge.agent.compilation import Compilation
+from meshbridge.agent.endpoints import UNKNOWN_POD, Endpoints, Hooked, find_interfaces
+from meshbridge.agent.enforcer import Enforcer
+from meshbridge.agent.names import Names, labels_of
+from meshbridge.agent.view import Changes, LocalPod, NodeView
+from meshbridge.datapath.ipcache import Identities, Ipcache, ipcache_key, ipcache_prefix
+from meshbridge.datapath.links import NodeNetwork, pod_mac, read_network
+from meshbridge.datapath.policysets import RuleIds
+from meshbridge.datapath.reconcile import DesiredEndpoint, DesiredState
+from meshbridge.errors import MeshBridgeError
+from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer
+from meshbridge.identity.numbering import Numbering, number_peers
+from meshbridge.observe.messages import rule_messages
+from meshbridge.policy.model import Direction
+from meshbridge.policy.policyset import PolicySet
+from meshbridge.protos import observer_pb2 as pb
+from meshbridge.xds.client import Update
+
+log = structlog.get_logger()
+
+_INIT: Final = int(abi.ReservedIdentity.IDENTITY_INIT)
+_EVERYTHING: Final = Changes(pods=True, holders=True, policies=True)
+_KEPT_ENTITIES: Final = frozenset({Entity.KUBE_APISERVER})
+
+
+class EndpointError(MeshBridgeError):
+    """A pod's interface cannot be hooked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """How long the parts of the last step took."""
+
+    compile_s: float = 0.0
+    enforced_s: float = 0.0
+    apply_s: float = 0.0
+    compiled: int = 0
+    writes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What the last step left behind, for everybody who asks."""
+
+    revision: int = 0
+    endpoints: tuple[pb.EndpointState, ...] = ()
+    ready: frozenset[str] = frozenset()
+    problems: tuple[str, ...] = ()
+    identities: int = 0
+    addresses: int = 0
+    policies: int = 0
+    durations: Durations = Durations()
+
+
+@dataclass(slots=True)
+class Node:
+    """One node: what is wanted of it, what it has, and the step from one to the other."""
+
+    name: str
+    enforcer: Enforcer
+    names: Names
+    publish: Callable[[Published], None]
+    published: Published = Published()
+    _view: NodeView = field(default_factory=NodeView)
+    _endpoints: Endpoints = field(default_factory=Endpoints)
+    _network: NodeNetwork = field(default_factory=lambda: NodeNetwork({}, frozenset(), {}))
+    _policies: PolicySet = field(default_factory=PolicySet)
+    _numbering: Numbering = field(default_factory=lambda: Numbering({}, {}, {}, 0))
+    _ipcache: Ipcache = field(default_factory=lambda: Ipcache({}, {}))
+    _compilation: Compilation = field(default_factory=lambda: Compilation(RuleIds()))
+    _networks: frozenset[IpNetwork] = frozenset()
+    _informed: bool = False
+    _pending: Changes = _EVERYTHING
+    _fault: str = ""
+
+    def start(self) -> None:
+        """Take over what an earlier agent left: nothing changes until the first revision is there."""
+        observed = self.enforcer.observed
+        self._network = read_network()
+        self.names.rules = RuleIds(observed.highest_rule_id())
+        self._compilation = Compilation(self.names.rules)
+        self._endpoints = Endpoints(
+            highest_id=max((record.id for record in observed.endpoints.values()), default=0),
+            highest_incarnation=max(self.enforcer.highest_incarnation(), int(time.time())),
+        )
+        for ifindex, record in observed.endpoints.items():
+            link = self._network.links.get(ifindex)
+            if link is not None and ifindex in self.enforcer.resumed:
+                hooked = Hooked(ifindex, link.name, record.id, record.incarnation)
+                self._endpoints.hooked[ifindex] = hooked
+        log.info("datapath.taken_over", interfaces=len(self._endpoints.hooked), attach_mode=self.enforcer.mode.value)
+
+    def take(self, update: Update) -> None:
+        """Act on a whole revision."""
+        changes = self._view.apply(update)
+        self._pending = _merged(self._pending, changes)
+        if self._view.unusable:
+            log.error("revision.unusable", revision=update.revision, reasons=sorted(self._view.unusable.values())[:3])
+        else:
+            self._informed = True
+        self.step()
+
+    def look_at_network(self) -> None:
+        """Act on addresses, links and routes as they are now."""
+        network = read_network()
+        if network.addresses != self._network.addresses:
+            self._pending = _merged(self._pending, Changes(pods=False, holders=True, policies=False))
+        self._network = network
+        self.step()
+
+    def add_endpoint(self, pod: str, uid: str, interfaces: Iterable[str]) -> list[Hooked]:
+        """The pod's interfaces are hooked, and drop everything until its policy is known.
+
+        Raises:
+            EndpointError: an interface does not exist, or cannot be hooked.
+        """
+        self._network = read_network()
+        found = []
+        for name in interfaces:
+            link = self._network.by_name(name)
+            if link is None:
+                raise EndpointError(
+                    f"no interface {name!r} in the agent's network namespace", where=f"pod {pod}",
+                    fix="name the host side of the pod's veth",
+                )  # fmt: skip
+            if link.ifindex in self._endpoints.hooked and link.ifindex not in self.enforcer.attached():
+                self._endpoints.release([link.ifindex])  # the number of an interface that is gone
+            hooked = self._endpoints.take(link, uid, pod_mac(link))
+            self.enforcer.attach(hooked.ifindex, hooked.incarnation)
+            found.append(hooked)
+            log.info("endpoint.hooked", pod=pod, uid=uid, interface=name, endpoint=hooked.id)
+        self.step()
+        return found
+
+    def step(self) -> None:
+        """Bring the kernel to what is wanted, and publish how that went."""
+        if not self._informed or self._view.unusable:
+            self._publish(self.published.durations)
+            return
+        durations = self.published.durations
+        try:
+            durations = self._enforce()
+            self._fault = ""
+        except Exception as error:  # one object that trips us must not end the agent: it would, again and again
+            self._fault = f"the kernel does not hold what revision {self._view.revision} asks for: {error}"
+            log.exception("revision.not_applied", revision=self._view.revision)
+        self._publish(durations)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last step has to be tried again."""
+        return bool(self._fault)
+
+    def _enforce(self) -> Durations:
+        started = time.perf_counter()
+        fresh = self._match_interfaces()
+        pods = {uid: pod for uid, pod in self._view.pods.items() if pod.is_hooked}
+        self._number_peers()
+        compiled = self._compilation.update(pods, self._policies, self._numbering.identities)
+        compiled_s = time.perf_counter() - started
+        applied = self.enforcer.apply(DesiredState(self._desired_endpoints(pods), self._ipcache))
+        for hooked in fresh:
+            self.enforcer.attach(hooked.ifindex, hooked.incarnation)
+        self.enforcer.sweep()
+        self._pending = Changes(pods=False, holders=False, policies=False)
+        if applied.writes:
+            log.info(
+                "policy.applied", revision=self._view.revision, endpoints=len(self._endpoints.hooked),
+                compiled=compiled, writes=applied.writes, compile_ms=round(compiled_s * 1e3, 1),
+                duration_ms=round(applied.duration_s * 1e3, 1),
+            )  # fmt: skip
+        return Durations(compiled_s, compiled_s + applied.enforced_s, applied.duration_s, compiled, applied.writes)
+
+    def _match_interfaces(self) -> list[Hooked]:
+        """Drop interfaces that are gone, find those of pods without one; those still to be hooked are returned."""
+        attached = self.enforcer.attached()
+        self._endpoints.release(self._endpoints.hooked.keys() - attached)
+        pinned = self.enforcer.addresses_of_interfaces() if self._endpoints.unclaimed() else {}
+        fresh = []
+        for uid, link, resumed in list(find_interfaces(self._view.pods, self._endpoints, self._network, pinned)):
+            if resumed:
+                self._endpoints.resume(link.ifindex, uid, pod_mac(link))
+            else:
+                fresh.append(self._endpoints.take(link, uid, pod_mac(link)))
+        return fresh
+
+    def _number_peers(self) -> None:
+        """Bring policies, identities and the ipcache up to date with what changed since the last step."""
+        if self._pending.policies:
+            self._policies = self._view.policy_set()
+        networks = self._policies.referenced_networks() if self._pending.policies else self._networks
+        if not self._pending.holders and networks == self._networks:
+            return
+        first = not self._numbering.identities
+        self._numbering = number_peers(
+            self._holders(),
+            networks,
+            known=self._numbering.identities,
+            observed=self.enforcer.identities_of_addresses() if first else None,
+            highest=max(self._numbering.highest, self.enforcer.highest_identity() if first else 0),
+        )
+        self._networks = networks
+        self._ipcache = Ipcache(
+            {
+                ipcache_key(address): Identities(held.identity, held.forwarded)
+                for address, held in self._numbering.addresses.items()
+            },
+            {ipcache_prefix(network): Identities(number) for network, number in self._numbering.networks.items()},
+        )
+        self.names.holders, self.names.identities = self._view.holders, self._numbering.identities
+
+    def _holders(self) -> dict[IpAddress, Peer]:
+        """Who holds each address: the node's own are ``host`` here, whatever they are called elsewhere."""
+        holders = {address: holder.peer for address, holder in self._view.holders.items()}
+        for address in self._network.addresses:
+            told = holders.get(address)
+            entities = told.entities & _KEPT_ENTITIES if told else frozenset()
+            holders[address] = Peer(entities=entities | {Entity.HOST})
+        return holders
+
+    def _desired_endpoints(self, pods: Mapping[str, LocalPod]) -> dict[int, DesiredEndpoint]:
+        return {
+            hooked.ifindex: self._desired_endpoint(hooked, pods.get(hooked.uid))
+            for hooked in self._endpoints.hooked.values()
+        }
+
+    def _desired_endpoint(self, hooked: Hooked, pod: LocalPod | None) -> DesiredEndpoint:
+        if pod is None:
+            return DesiredEndpoint(hooked.ifindex, hooked.id, hooked.incarnation, _INIT)
+        addresses = pod.workload.addresses
+        held = self._numbering.addresses.get(addresses[0]) if addresses else None
+        return DesiredEndpoint(
+            ifindex=hooked.ifindex,
+            id=hooked.id,
+            incarnation=hooked.incarnation,
+            identity=held.identity if held else _INIT,
+            sets=self._compilation.compiled[pod.workload.uid].sets,
+            addresses=frozenset((*addresses, *pod.extra_addresses)),
+            flags=int(abi.EndpointFlags.ENDPOINT_F_MAC) if hooked.mac else 0,
+            mac=hooked.mac or bytes(6),
+        )
+
+    # What is told
+
+    def _publish(self, durations: Durations) -> None:
+        states = tuple(self._states())
+        applied = self._informed and not self._view.unusable and not self._fault
+        self.published = Published(
+            revision=self._view.revision if applied else self.published.revision,
+            endpoints=states,
+            ready=frozenset(state.uid for state in states if state.state == "ready") if applied else frozenset(),
+            problems=tuple(self._problems(states)),
+            identities=len(self._numbering.identities),
+            addresses=len(self._numbering.addresses),
+            policies=len(self._view.policies),
+            durations=durations,
+        )
+        self.publish(self.published)
+
+    def _problems(self, states: Iterable[pb.EndpointState]) -> list[str]:
+        found = dict.fromkeys(sorted(self._view.problems.values()))
+        found |= dict.fromkeys(str(refusal) for refusal in self._policies.refusals)
+        found |= dict.fromkeys(f"not understood, so no revision is acted on: {t}" for t in self._view.unusable.values())
+        found |= dict.fromkeys(f"pod {s.namespace}/{s.pod}: {s.message}" for s in states if s.message)
+        return [*([self._fault] if self._fault else []), *found]
+
+    def _states(self) -> Iterable[pb.EndpointState]:
+        for hooked in sorted(self._endpoints.hooked.values(), key=lambda h: h.id):
+            yield self._state(hooked)
+        for uid, pod in sorted(self._view.pods.items()):
+            if self._informed and pod.is_hooked and not self._endpoints.of_pod(uid):
+                state = self._pod_state(pod)
+                state.state = "not-hooked"
+                state.message = (
+                    "no interface of it was found, so nothing is enforced on it: its CNI plugin did not announce it "
+                    "and no route leads to its address"
+                )
+                yield state
+
+    def _state(self, hooked: Hooked) -> pb.EndpointState:
+        pod = self._view.pods.get(hooked.uid)
+        state = self._pod_state(pod) if pod else pb.EndpointState(uid=hooked.uid, identity=_INIT)
+        state.id, state.interface, state.attach_mode = hooked.id, hooked.name, self.enforcer.mode.value
+        compiled = self._compilation.compiled.get(hooked.uid)
+        if pod is None or not pod.is_hooked:
+            waiting = hooked.uid != UNKNOWN_POD and pod is None
+            state.state = "waiting-for-policy" if waiting or not self._informed else "disconnected"
+        elif compiled is None:
+            state.state = "waiting-for-policy"
+        elif compiled.sets is None:
+            state.state, state.message = "not-ready", compiled.fault
+        else:
+            state.state = "ready"
+            for direction, enforced, policies in (
+                (Direction.INGRESS, "ingress_enforced", state.ingress_policies),
+                (Direction.EGRESS, "egress_enforced", state.egress_policies),
+            ):
+                setattr(state, enforced, bool(compiled.isolating[direction]))
+                policies.extend(rule_messages(compiled.isolating[direction]))
+        return state
+
+    def _pod_state(self, pod: LocalPod) -> pb.EndpointState:
+        workload = pod.workload
+        held = self._numbering.addresses.get(workload.addresses[0]) if workload.addresses else None
+        return pb.EndpointState(
+            namespace=workload.namespace,
+            pod=workload.name,
+            uid=workload.uid,
+            identity=held.identity if held else _INIT,
+            labels=labels_of(workload.peer()),
+            addresses=[address.packed for address in workload.addresses],
+        )
+
+
+def _merged(one: Changes, other: Changes) -> Changes:
+    return Changes(one.pods or other.pods, one.holders or other.holders, one.policies or other.policies)

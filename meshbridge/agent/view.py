@@ -1,0 +1,147 @@
+"""The node as the controller describes it: its pods, who holds which address, and the policies, parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
+from sys import intern
+from typing import Any
+
+from google.protobuf.message import Message
+
+from meshbridge.errors import MeshBridgeError
+from meshbridge.identity.model import IpAddress, Peer, Workload
+from meshbridge.identity.numbering import class_of
+from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
+from meshbridge.policy.parse import Parsed, parse
+from meshbridge.policy.policyset import PolicySet
+from meshbridge.xds import snapshot as xds
+from meshbridge.xds.client import Update
+from meshbridge.xds.messages import MessageError, address_of, document_of, holder_of, mesh_of, workload_of
+
+GONE_PHASES = frozenset({"Succeeded", "Failed"})
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPod:
+    """A pod of this node, and the source addresses it may use besides its own."""
+
+    workload: Workload
+    extra_addresses: tuple[IpAddress, ...] = ()
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether it has interfaces of its own that carry its addresses."""
+        return not self.workload.host_network and self.workload.phase not in GONE_PHASES
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds an address; ``name`` is the pod's, empty for anything else."""
+
+    peer: Peer
+    name: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What an update touched."""
+
+    pods: bool
+    holders: bool
+    policies: bool
+
+
+@dataclass(slots=True)
+class NodeView:
+    """The newest state received. ``unusable`` not empty: some resource means nothing here, so nothing is acted on.
+
+    Peers that are equal are the same object, and documents are kept parsed only: ten thousand addresses and a thousand
+    policies have to fit into an agent of 60 MB.
+    """
+
+    revision: int = 0
+    pods: dict[str, LocalPod] = field(default_factory=dict)
+    holders: dict[IpAddress, Holder] = field(default_factory=dict)
+    policies: dict[str, Parsed] = field(default_factory=dict)
+    mesh: MeshSettings = DEFAULT_MESH
+    problems: dict[str, str] = field(default_factory=dict)
+    unusable: dict[tuple[str, str], str] = field(default_factory=dict)
+    _peers: dict[tuple[object, ...], Peer] = field(default_factory=dict)
+
+    def apply(self, update: Update) -> Changes:
+        """Take in all that changed up to a whole revision."""
+        for type_url, names in update.removed.items():
+            for name in names:
+                self.unusable.pop((type_url, name), None)
+                self._remove(type_url, name)
+        for type_url, messages in update.changed.items():
+            for name, message in messages.items():
+                self.unusable.pop((type_url, name), None)
+                try:
+                    self._put(type_url, name, message)
+                except MeshBridgeError as error:
+                    self.unusable[type_url, name] = str(error)
+        self.revision = update.revision
+        if len(self._peers) > 2 * len(self.holders) + 1024:
+            self._peers = {class_of(holder.peer): holder.peer for holder in self.holders.values()}
+        touched = {
+            type_url
+            for type_url in (*update.changed, *update.removed)
+            if _has(update.changed, update.removed, type_url)
+        }
+        return Changes(
+            pods=xds.ENDPOINT in touched,
+            holders=xds.ADDRESS in touched,
+            policies=not touched.isdisjoint({xds.POLICY, xds.MESH}),
+        )
+
+    def policy_set(self) -> PolicySet:
+        """All policies as one value."""
+        return PolicySet.of_parsed(self.policies.values(), self.mesh)
+
+    def _put(self, type_url: str, name: str, message: Any) -> None:
+        if type_url == xds.ENDPOINT:
+            extra = tuple(address_of(packed, f"Endpoint {name}") for packed in message.extra_addresses)
+            self.pods[name] = LocalPod(workload_of(message), extra)
+        elif type_url == xds.ADDRESS:
+            held = holder_of(message)
+            if str(held.address) != name:
+                raise MessageError(f"it is about {held.address}", where=f"Address {name!r}")
+            self.holders[held.address] = Holder(self._shared(held.peer), held.name, intern(held.node))
+        elif type_url == xds.POLICY:
+            self.policies[name] = _without_text(parse(document_of(message)))
+        elif type_url == xds.MESH:
+            self.mesh = mesh_of(message)
+        elif type_url == xds.PROBLEM:
+            self.problems[name] = message.text
+
+    def _remove(self, type_url: str, name: str) -> None:
+        if type_url == xds.ENDPOINT:
+            self.pods.pop(name, None)
+        elif type_url == xds.ADDRESS:
+            with suppress(ValueError):  # such a name was never taken in
+                self.holders.pop(ip_address(name), None)
+        elif type_url == xds.POLICY:
+            self.policies.pop(name, None)
+        elif type_url == xds.MESH:
+            self.mesh = DEFAULT_MESH
+        elif type_url == xds.PROBLEM:
+            self.problems.pop(name, None)
+
+    def _shared(self, peer: Peer) -> Peer:
+        return self._peers.setdefault(class_of(peer), peer)
+
+
+def _has(changed: Mapping[str, Mapping[str, Message]], removed: Mapping[str, frozenset[str]], type_url: str) -> bool:
+    return bool(changed.get(type_url) or removed.get(type_url))
+
+
+def _without_text(parsed: Parsed) -> Parsed:
+    """What is enforced does not need the object's text; what is refused or remarked on keeps its lines."""
+    if parsed.refusals or parsed.notices:
+        return parsed
+    return replace(parsed, document=replace(parsed.document, data={}, source=replace(parsed.document.source, lines={})))

@@ -1,0 +1,107 @@
+"""``meshbridge agent``: enforce policy on one node until told to stop; what is programmed stays."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import re
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+from meshbridge.errors import MeshBridgeError, SettingsError
+
+_NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+_BPFFS = Path("/sys/fs/bpf/meshbridge")
+_RUN = Path("/run/meshbridge")
+
+
+@click.command(name="agent", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--node", required=True, metavar="NAME", help="This node's name, as in its token.")
+@click.option("--controller", metavar="ADDRESS", help="Where the controller listens: unix:PATH.")
+@click.option(
+    "--token-file", type=click.Path(path_type=Path), help="File with the node's token; read at each connection."
+)
+@click.option(
+    "--bpffs", type=click.Path(path_type=Path), default=_BPFFS, show_default=True, help="Where nodes are pinned."
+)
+@click.option(
+    "--socket", type=click.Path(path_type=Path), help="The agent's own socket.  [/run/meshbridge/NODE/agent.sock]"
+)
+@click.option("--metrics", metavar="ADDRESS", default="", help="Serve /metrics on this loopback address and port.")
+@click.option("--attach", type=click.Choice(["tcx", "clsact", "auto"]), default="auto", show_default=True)
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
+)
+@click.option("--cleanup", is_flag=True, help="Take the programs off all interfaces, unpin everything, and end.")
+def command(
+    node: str,
+    controller: str | None,
+    token_file: Path | None,
+    bpffs: Path,
+    socket: Path | None,
+    metrics: str,
+    attach: str,
+    log_level: str,
+    cleanup: bool,
+) -> None:
+    """Enforce policy on this node. SIGTERM and SIGINT end the process and leave enforcement in place.
+
+    \b
+    Examples:
+      meshbridge agent --node node-a --controller unix:/run/meshbridge/controller.sock --token-file /etc/mb/token
+      meshbridge agent --node node-a --cleanup      stop enforcing: uninstall
+    \b
+    Exit codes: 0 stopped, 1 the datapath, socket or controller address cannot be used, 2 an option cannot be used.
+    """
+    # structlog would load rich for tracebacks on a terminal; a service that lives for months does without its 7 MB.
+    if not sys.stderr.isatty():
+        sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+    from meshbridge import log
+    from meshbridge.datapath.attach import AttachMode
+
+    log.configure(log_level)
+    if not _NODE.fullmatch(node):
+        raise SettingsError(
+            f"{node!r} is no node name", where="--node", fix="use lower-case letters, digits, '-' and '.'"
+        )
+    mode = None if attach == "auto" else AttachMode(attach)
+    if cleanup:
+        from meshbridge.agent.enforcer import remove_everything
+
+        count = remove_everything(bpffs / node, mode)
+        click.echo(f"node {node}: {count} interfaces released, nothing is enforced any more")
+        return
+    if controller is None or token_file is None:
+        raise click.UsageError("--controller and --token-file are needed (or --cleanup)")
+    from meshbridge.agent.agent import Agent, AgentSettings
+
+    settings = AgentSettings(
+        node=node,
+        controller=controller,
+        token_file=token_file,
+        pin_dir=bpffs / node,
+        socket=socket or _RUN / node / "agent.sock",
+        metrics=metrics,
+        attach=mode,
+    )
+    asyncio.run(_run(Agent(settings)))
+
+
+async def _run(agent: object) -> None:
+    from meshbridge.agent.agent import Agent
+
+    assert isinstance(agent, Agent)
+    loop = asyncio.get_running_loop()
+    running = asyncio.ensure_future(agent.run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, running.cancel)
+    gc.freeze()  # modules stay for good; no collection needs to walk them
+    with contextlib.suppress(asyncio.CancelledError):
+        try:
+            await running
+        except* MeshBridgeError as group:
+            raise group.exceptions[0] from None
