@@ -101,7 +101,7 @@ def _sections(bench: Workbench, lanes: Mapping[str, Lane], client: str, title: s
         bench.tell(f"{client}: {variant}")
         return run_wrk(bench, lanes[variant]) if client == _LOADED else run_client(bench, lanes[variant], client)
 
-    samples = collect(list(lanes), bench.repeats, measure_once)
+    samples = collect(list(lanes), bench.pick(9, 2) if client == _LOADED else bench.repeats, measure_once)
     return [
         Section(client, title, COLUMNS, rows(samples, BASELINE)),
         cpu_section(f"{client}-cpu", f"CPU time of one: {title}", samples, _CPU_NOTES),

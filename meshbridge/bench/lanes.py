@@ -22,7 +22,7 @@ COLUMNS = (
     Column("p50_us", "p50 µs", ",.1f"),
     Column("p99_us", "p99 µs", ",.1f"),
     Column("p50_ratio", "p50 ×", ".3f"),
-    Column("p50_rounds", "in the rounds"),
+    Column("p50_rounds", "half of rounds"),
     Column("p99_ratio", "p99 ×", ".2f"),
     Column("per_second", "per second", ",.0f"),
     Column("cpu_us", "CPU µs each", ",.1f"),

@@ -68,7 +68,7 @@ def measure(bench: Workbench) -> list[Section]:
             for name, size in sizes.items():
                 bench.tell(f"program: {name}")
                 kernelstate.program(datapath.maps, size)
-                costs[name].append(_measure_once(datapath, empty, size, bench.pick(20_000, 5_000), seed=number))
+                costs[name].append(_measure_once(datapath, empty, size, bench.pick(10_000, 5_000), seed=number))
     baseline = next(iter(sizes))
     rows = [_row(name, found, costs[baseline]) for name, found in costs.items()]
     by_name = {row["variant"]: row for row in rows}

@@ -31,7 +31,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """The median of the repeats' ratios to the baseline of the same round, and the lowest and highest of them."""
+    """The median of the rounds' ratios to the baseline of the same round; half of them are in ``low``..``high``."""
 
     median: float
     low: float
@@ -68,7 +68,7 @@ def collect(
 def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> Ratio:
     """Compare two variants round by round; both sequences are in the order of the rounds."""
     ratios = [value / base for value, base in zip(values, baseline, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+    return Ratio(statistics.median(ratios), percentile(ratios, 25), percentile(ratios, 75))
 
 
 def medians(samples: Mapping[Variant, Sequence[Sample]], of: Callable[[Sample], float]) -> dict[Variant, float]:

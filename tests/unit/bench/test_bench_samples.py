@@ -50,6 +50,12 @@ def test_ratio_is_of_the_same_round_so_that_drift_cancels() -> None:
     assert (ratio.low, ratio.median, ratio.high) == pytest.approx((1.1, 1.1, 1.1))
 
 
+def test_one_disturbed_round_moves_neither_the_ratio_nor_its_range() -> None:
+    values = [1.1, 1.1, 1.1, 1.1, 9.0, 1.1, 1.1, 1.1]
+    ratio = paired_ratio(values, [1.0] * 8)
+    assert (ratio.low, ratio.median, ratio.high) == pytest.approx((1.1, 1.1, 1.1))
+
+
 def test_ratio_needs_as_many_rounds_on_both_sides() -> None:
     with pytest.raises(ValueError, match="longer"):
         paired_ratio([1.0], [1.0, 2.0])
