@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import Final
 
-from meshbridge.bypass.rules import Base, Hook, Rule, RuleSet, parse_rule, port_range
+from meshbridge.bypass.iptables import parse_rule
+from meshbridge.bypass.rules import Base, Hook, Rule, RuleSet, port_range
 from meshbridge.identity.model import IpFamily, IpNetwork
 
 LOOPBACK: Final = {IpFamily.IPV4: "127.0.0.1/32", IpFamily.IPV6: "::1/128"}

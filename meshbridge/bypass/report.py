@@ -18,15 +18,19 @@ from meshbridge.bypass.isolation import Isolation, isolations
 from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, IntSet, networks, union
 from meshbridge.bypass.state import CaptureState, Route, Span
 from meshbridge.identity.model import IpAddress, IpFamily, ProxyClass, Workload
-from meshbridge.policy.baseline import Guard
-from meshbridge.policy.capture import ISTIO_PORTS, PortClass
-from meshbridge.policy.lowering import guard_of
+from meshbridge.policy.baseline import Flow, Guard, mesh_verdict
+from meshbridge.policy.capture import ISTIO_PORTS, AppProtocol, Capture, PortClass
+from meshbridge.policy.compile import Compiler
+from meshbridge.policy.evaluate import evaluate
+from meshbridge.policy.lowering import guard_of, own_principal
 from meshbridge.policy.mesh import Attribute
-from meshbridge.policy.model import Direction, Verdict
+from meshbridge.policy.model import Direction, EndpointPolicy, Verdict
 from meshbridge.policy.policyset import PolicySet
 
 MAX_SINGLE_PORTS = 16
 MAX_RANGES = 8
+_FIRST_IDENTITY = 256
+_TCP = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +207,12 @@ def _refusing_destinations(workload: Workload, span: Span, inventory: Inventory)
 
 
 def half_bypasses(inventory: Inventory) -> list[HalfBypass]:
-    """Every server port where a client's side and the server's do not agree, with the clients that will meet it."""
+    """Every server port where a client's side and the server's do not agree, with the clients that will meet it.
+
+    Clients that a policy keeps away from the port anyway are left out.
+    """
     found = []
+    admits = _Admission(inventory)
     for server in inventory.workloads:
         if server.proxy is not ProxyClass.SIDECAR or server.host_network:
             continue
@@ -220,6 +228,8 @@ def half_bypasses(inventory: Inventory) -> list[HalfBypass]:
                 for client in inventory.workloads:
                     if client.key == server.key or client.proxy is not ProxyClass.SIDECAR:
                         continue
+                    if not admits.may_connect(client, server, guard, port):
+                        continue
                     sends = client_captures(inventory, client, vips, dialled)
                     outcome = delivery(Side(True, sends), Side(True, captured), mode)
                     if outcome.half:
@@ -228,6 +238,33 @@ def half_bypasses(inventory: Inventory) -> list[HalfBypass]:
                     HalfBypass(server.key, port, via, tuple(clients), outcome) for outcome, clients in meets.items()
                 ]
     return sorted(found, key=lambda h: (h.delivery.outcome is not Delivered.BROKEN, h.server, h.port, h.via, h.clients))
+
+
+class _Admission:
+    """Whether any policy leaves a connection open, as far as it can be known before it is made."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self._inventory = inventory
+        self._peers = {w.key: inventory.peer(w) for w in inventory.workloads}
+        self._numbers = {key: _FIRST_IDENTITY + position for position, key in enumerate(self._peers)}
+        self._compiler = Compiler({self._numbers[key]: peer for key, peer in self._peers.items()})
+        self._compiled: dict[str, EndpointPolicy] = {}
+
+    def may_connect(self, client: Workload, server: Workload, guard: Guard, port: int) -> bool:
+        peer = self._peers[client.key]
+        flow = Flow(peer.networks & guard.networks, port, own_principal(peer))
+        if mesh_verdict(guard, flow, AppProtocol.AUTO).verdict is Verdict.DENY:
+            return False
+        ends = ((server, client, Direction.INGRESS), (client, server, Direction.EGRESS))
+        return any(all(self._network(*end, family, port) for end in ends) for family in IpFamily)
+
+    def _network(self, endpoint: Workload, peer: Workload, direction: Direction, family: IpFamily, port: int) -> bool:
+        policy = self._compiled.get(endpoint.key)
+        if policy is None:
+            policy = self._compiler.endpoint(endpoint, self._inventory.policies, Capture.none())
+            self._compiled[endpoint.key] = policy
+        decision = evaluate(policy.map(direction, family), self._numbers[peer.key], _TCP, port)
+        return decision.network.verdict is not Verdict.DENY
 
 
 def _families(workload: Workload) -> list[IpFamily]:

@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
+from meshbridge.bypass.iptables import parse_iptables_save
 from meshbridge.bypass.nft import parse_nft_json
-from meshbridge.bypass.rules import MAX_TEXT_BYTES, RuleSet, SeenRules, parse_iptables_save
+from meshbridge.bypass.rules import MAX_TEXT_BYTES, RuleSet, SeenRules
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import IpFamily
 

@@ -12,8 +12,9 @@ from meshbridge.bypass.annotations import MeshDefaults
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.findings import FindingCode
 from meshbridge.bypass.initargs import parse_init_args
+from meshbridge.bypass.iptables import parse_iptables_save
 from meshbridge.bypass.redirect_config import restore_text
-from meshbridge.bypass.rules import SeenRules, parse_iptables_save
+from meshbridge.bypass.rules import SeenRules
 from meshbridge.bypass.state import CaptureState, RouteKind, Span, Truth
 from meshbridge.identity.model import ContainerPort, IpFamily, ProxyClass, ProxyContainer, Workload
 from meshbridge.policy.capture import PortClass

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from iptables_interpreter import Packet, outcome
 
+from meshbridge.bypass.iptables import parse_iptables_save
 from meshbridge.bypass.redirect_config import RedirectConfig, istio_rules, restore_text
-from meshbridge.bypass.rules import Hook, RuleSet, parse_iptables_save
+from meshbridge.bypass.rules import Hook, RuleSet
 from meshbridge.bypass.sets import Box
 from meshbridge.bypass.walk import Outcome, Region, regions
 from meshbridge.identity.model import IpFamily
