@@ -22,6 +22,7 @@ from meshbridge.demo.processes import Command, ProcessId, start
 # Loopback of the node the process runs on.
 CONTROLLER_METRICS = "127.0.0.1:9401"
 AUTHZ_METRICS = "127.0.0.1:9402"
+AGENT_METRICS = "127.0.0.1:9403"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def _controller() -> Command:
 
 def _agent(node: NodeLayout) -> Command:
     argv = [meshbridge(), "agent", "--node", node.name, "--controller", f"unix:{CONTROLLER_SOCKET}"]
-    argv += ["--token-file", str(credentials.write_node_token(node.name))]
+    argv += ["--token-file", str(credentials.write_node_token(node.name)), "--metrics", AGENT_METRICS]
     return Command(argv, node.netns, LOGS / f"agent-{node.name}.log")
 
 

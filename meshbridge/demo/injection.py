@@ -12,6 +12,8 @@ from meshbridge.demo import istio_init
 INJECT = "sidecar.istio.io/inject"
 STATUS = "sidecar.istio.io/status"
 PROBE_PORT = 15020
+# The mesh's proxyMetadata: without it istio-init writes no IPv6 rules for a pod whose first address is IPv4.
+DUAL_STACK = {"name": "ISTIO_DUAL_STACK", "value": "true"}
 _FALSE = ("0", "f", "F", "false", "FALSE", "False")
 
 
@@ -43,12 +45,14 @@ def inject(pod: Mapping[str, Any], namespace_labels: Mapping[str, str]) -> dict[
     name = f"{metadata.get('namespace', '')}/{metadata.get('name', '')}"
     arguments = istio_init.render({key: str(value) for key, value in annotations.items()}, name)
     if annotations.get(istio_init.MODE_ANNOTATION) != "NONE":
-        spec.setdefault("initContainers", []).append({"name": "istio-init", "args": list(arguments)})
+        init = {"name": "istio-init", "args": list(arguments), "env": [DUAL_STACK]}
+        spec.setdefault("initContainers", []).append(init)
     probes = _rewrite_probes(spec)
     ports = [{"name": "http-envoy-prom", "containerPort": 15090, "protocol": "TCP"}]
-    proxy = {"name": "istio-proxy", "securityContext": {"runAsUser": 1337, "runAsGroup": 1337}, "ports": ports}
+    user = {"runAsUser": 1337, "runAsGroup": 1337}
+    proxy = {"name": "istio-proxy", "securityContext": user, "ports": ports, "env": [DUAL_STACK]}
     if probes:
-        proxy["env"] = [{"name": "ISTIO_KUBE_APP_PROBERS", "value": json.dumps(probes, sort_keys=True)}]
+        proxy["env"] += [{"name": "ISTIO_KUBE_APP_PROBERS", "value": json.dumps(probes, sort_keys=True)}]
     spec["containers"] = [container for container in spec["containers"] if container.get("name") != "istio-proxy"] + [
         proxy
     ]

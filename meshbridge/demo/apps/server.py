@@ -1,8 +1,8 @@
 """The sample service: answers HTTP, and counts what really reached it.
 
-``POST /api/v1/process`` and ``GET`` on any path answer 200 with JSON. What arrived is counted per connection, from the
-first byte, so that "no payload byte" is something to read and not to believe: the counters are on 127.0.0.1:8081, in
-the pod only.
+Any request on any path is answered with 200 and JSON. What arrives is counted from the first byte, so that "no payload
+byte" is something to read and not to believe: the counters are on 127.0.0.1:8081, in the pod only. Health is on a port
+of its own, 8082, so that probes do not count.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from socketserver import TCPServer
 from typing import Any
 
 COUNTERS_PORT = 8081
+HEALTH_PORT = 8082
 MARK_HEADER = "x-demo-mark"
 
 
@@ -84,9 +85,8 @@ class Application(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         body_bytes = len(self.rfile.read(int(self.headers.get("content-length") or 0)))
-        if self.path != "/healthz":
-            COUNTERS.add("requests")
-            COUNTERS.add(f"requests:{self.headers.get(MARK_HEADER, 'unmarked')}")
+        COUNTERS.add("requests")
+        COUNTERS.add(f"requests:{self.headers.get(MARK_HEADER, 'unmarked')}")
         answer = {
             "service": os.environ.get("SERVICE_NAME", "service"),
             "method": self.command,
@@ -124,6 +124,16 @@ class CountersHandler(BaseHTTPRequestHandler):
         """Nobody reads a log of the counters."""
 
 
+class HealthHandler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Probes are not logged."""
+
+
 class DualStackServer(ThreadingHTTPServer):
     address_family = socket.AF_INET6
     daemon_threads = True
@@ -144,7 +154,9 @@ class LoopbackServer(ThreadingHTTPServer):
 def main() -> None:
     """Serve until ended; PORT names the port, SERVICE_NAME what it calls itself."""
     counters = LoopbackServer(("127.0.0.1", COUNTERS_PORT), CountersHandler)
-    threading.Thread(target=counters.serve_forever, daemon=True).start()
+    health = DualStackServer(("::", HEALTH_PORT), HealthHandler)
+    for server in (counters, health):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
     DualStackServer(("::", int(os.environ.get("PORT", "8080"))), Application).serve_forever()
 
 

@@ -78,7 +78,8 @@ def test_probes_are_rewritten_to_the_sidecars_agent_and_named_ports_resolved() -
         "path": "/app-health/app/readyz",
         "port": 15020,
     }
-    (variable,) = final["spec"]["containers"][1]["env"]
+    dual_stack, variable = final["spec"]["containers"][1]["env"]
+    assert dual_stack["name"] == "ISTIO_DUAL_STACK"
     assert json.loads(variable["value"]) == {"/app-health/app/readyz": {"path": "/ok", "port": 8080}}
 
 
