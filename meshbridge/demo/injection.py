@@ -50,9 +50,10 @@ def inject(pod: Mapping[str, Any], namespace_labels: Mapping[str, str]) -> dict[
     probes = _rewrite_probes(spec)
     ports = [{"name": "http-envoy-prom", "containerPort": 15090, "protocol": "TCP"}]
     user = {"runAsUser": 1337, "runAsGroup": 1337}
-    proxy = {"name": "istio-proxy", "securityContext": user, "ports": ports, "env": [DUAL_STACK]}
+    env = [DUAL_STACK]
     if probes:
-        proxy["env"] += [{"name": "ISTIO_KUBE_APP_PROBERS", "value": json.dumps(probes, sort_keys=True)}]
+        env += [{"name": "ISTIO_KUBE_APP_PROBERS", "value": json.dumps(probes, sort_keys=True)}]
+    proxy = {"name": "istio-proxy", "securityContext": user, "ports": ports, "env": env}
     spec["containers"] = [container for container in spec["containers"] if container.get("name") != "istio-proxy"] + [
         proxy
     ]

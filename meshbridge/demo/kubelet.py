@@ -206,14 +206,13 @@ def report(existing: Mapping[str, PodRecord], desired: Mapping[str, DesiredPod],
     status: dict[str, dict[str, Any]] = {}
     for key in sorted({*desired, *existing}):
         record = existing.get(key)
-        current = record is not None and key in desired and record.digest == desired[key].digest
         status[key] = {
-            "wanted": key in desired,
-            "ready": bool(record and current and record.ready),
+            "digest": record.digest if record else "",
+            "ready": bool(record and record.ready),
             "message": record.message if record else "",
         }
     for key, reason in refused.items():
-        status[key] = {"wanted": True, "ready": False, "message": reason, "refused": True}
+        status[key] = {"digest": "", "ready": False, "message": reason, "refused": True}
     text = json.dumps(status, indent=1).encode()
     if not KUBELET_STATUS.exists() or KUBELET_STATUS.read_bytes() != text:
         store.write(KUBELET_STATUS, text)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,41 +173,37 @@ def pod_states() -> dict[str, dict[str, object]]:
 
 
 def wait_pods(say: Say, timeout_s: float = _PODS_TIMEOUT_S) -> None:
-    """Every wanted pod is ready and every other is gone; each is told as it becomes so.
+    """Every wanted pod is ready and every other is gone; those that were not so before are told as it happens.
 
     Raises:
         DemoError: A pod that is refused, or not ready in time, with the reason.
     """
-    told: set[str] = set()
+    # The kubelet may not have read the newest manifests yet: what is wanted is computed here as well.
+    desired, refused = desired_pods(STORE.objects(), tuple(NODES))
+    if refused:
+        raise DemoError("; ".join(f"pod {key}: {reason}" for key, reason in refused.items()), where="manifests")
+    wanted = {key: pod.digest for key, pod in desired.items()}
+    waiting = _unsettled({*wanted, *pod_states()}, wanted)
 
     def settled() -> bool:
-        # The kubelet may not have read the newest manifests yet, so what is wanted is computed here as well.
-        wanted = set(_wanted_pods())
-        states = pod_states()
-        for key in sorted(wanted - told):
-            if states.get(key, {}).get("ready"):
-                told.add(key)
-                record = records.load_pods().get(key)
-                if record:
-                    say(f"  pod {key} ready on {record.node} ({record.ipv4}, {record.ipv6})")
-        refused = [key for key in wanted if states.get(key, {}).get("refused")]
-        return bool(refused) or (wanted <= told and set(states) == wanted)
+        unsettled = _unsettled(waiting, wanted)
+        for key in sorted(waiting - unsettled):
+            record = records.load_pods().get(key)
+            say(f"  pod {key} ready on {record.node} ({record.ipv4}, {record.ipv6})" if record else f"  pod {key} gone")
+        waiting.intersection_update(unsettled)
+        return not waiting
 
     def reasons() -> str:
         states = pod_states()
-        return "; ".join(
-            f"{key}: {states.get(key, {}).get('message') or 'no report'}" for key in sorted(set(_wanted_pods()) - told)
-        )
+        return "; ".join(f"{key}: {states.get(key, {}).get('message') or 'no report'}" for key in sorted(waiting))
 
     wait_for(settled, timeout_s, "all pods to be ready", detail=reasons)
-    bad = {key: state["message"] for key, state in pod_states().items() if state.get("refused")}
-    if bad:
-        raise DemoError("; ".join(f"pod {key}: {reason}" for key, reason in bad.items()), where="manifests")
 
 
-def _wanted_pods() -> list[str]:
-    desired, refused = desired_pods(STORE.objects(), tuple(NODES))
-    return [*desired, *refused]
+def _unsettled(keys: set[str], wanted: Mapping[str, str]) -> set[str]:
+    """Those pods of ``keys`` that are wanted and not ready with their digest, or not wanted and still there."""
+    ready = {key: state["digest"] for key, state in pod_states().items() if state["ready"]}
+    return {key for key in keys if (ready.get(key) != wanted[key] if key in wanted else key in pod_states())}
 
 
 def find_pod(name: str) -> PodRecord:

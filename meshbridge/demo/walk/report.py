@@ -36,16 +36,16 @@ class Report:
     def begin(self, letter: str, title: str, about: str) -> None:
         """From here on checks belong to step ``letter``."""
         self.step = letter
-        self.console.print(f"\n[bold]Step {letter}. {escape(title)}[/bold]")
-        self.console.print(escape(about), style="dim", highlight=False)
+        self.console.print(f"\n[bold]Step {letter}. {escape(title)}[/bold]", highlight=False, soft_wrap=True)
+        self.console.print(escape(about), style="dim", highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Something a person should know while waiting."""
-        self.console.print(f"  {escape(text)}", style="dim", highlight=False)
+        self.console.print(f"  {escape(text)}", style="dim", highlight=False, soft_wrap=True)
 
     def quote(self, command: str, lines: list[str]) -> None:
         """A command a person could have typed, and what it printed."""
-        self.console.print(f"  $ {escape(command)}", style="cyan", highlight=False)
+        self.console.print(f"  $ {escape(command)}", style="cyan", highlight=False, soft_wrap=True)
         for line in lines:
             self.console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
 
