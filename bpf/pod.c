@@ -68,7 +68,7 @@ static __always_inline int check_arp(struct __sk_buff *skb, const struct endpoin
 	__be32 sender_v4, target_v4;
 	bool request;
 
-	if (bpf_skb_load_bytes(skb, ETH_HLEN, &arp, sizeof(arp)))
+	if (read_bytes(skb, ETH_HLEN, &arp))
 		return -DROP_INVALID_PACKET;
 	request = arp.operation == bpf_htons(1);
 	if (arp.hardware != bpf_htons(1) || arp.protocol != bpf_htons(ETH_P_IP) || arp.hardware_bytes != 6 ||
@@ -271,7 +271,7 @@ static __always_inline void judge_layer(struct decision *decision, const struct 
 
 		if (!(fallback->prefixes >> prefix & 1))
 			continue;
-#pragma clang loop unroll(disable)
+#pragma unroll
 		for (__u32 any = 0; any <= 1; any++) {
 			struct policy_key key __attribute__((aligned(8))) = {
 			    .set_id = decision->set_id,
@@ -460,14 +460,13 @@ static __always_inline int find_flow(const struct endpoint_value *endpoint, cons
 static __always_inline int choose_opener(const struct packet *packet, const struct verdict *verdict)
 {
 	bool own_client = is_client_port(packet->flow.source_port);
-	bool other_client = is_client_port(packet->flow.destination_port);
-	bool both = verdict->own_allowed && verdict->other_allowed;
-	bool own = verdict->own_allowed && (both || own_client) && !answers_connection(packet);
-	bool other = verdict->other_allowed && (both || other_client);
+	bool answers = answers_connection(packet);
 
-	if (other && (!own || (other_client && !own_client)))
-		return 2;
-	return own;
+	if (!verdict->own_allowed)
+		return 0;
+	if (!verdict->other_allowed)
+		return own_client && !answers;
+	return answers || (!own_client && is_client_port(packet->flow.destination_port)) ? 2 : 1;
 }
 
 /* conclude - act on what policy says: renew, drop or open a flow.
@@ -545,9 +544,10 @@ static __always_inline int conclude(struct __sk_buff *skb, const struct endpoint
  * that is denied now stays as it is, so that every further packet is judged again and none can pass for a new flow.
  *
  * TCP without an entry and without a SYN (the entry was lost, or the connection is older than this program) does not say
- * who opened it. It passes when policy allows the flow both ways, or one way whose opener used a port of a client: a
- * server's port is not one, so a connection that was cut does not come back as one its server would have opened.
- * Nothing else passes as a reply without an entry.
+ * who opened it. It passes when policy allows the flow in the packet's own direction, and either the other way too, or the
+ * packet comes from a client's port: so a connection that ingress denies does not come back as one its server opened.
+ * Nothing passes as a reply without an entry: whoever may send chooses the ports, and with them the flow it claims to
+ * answer. The side that may open the flow brings it back with its next packet.
  *
  * For an ICMP error @packet holds what it quotes: it passes where that would, and leaves every entry as it is.
  *
@@ -653,16 +653,17 @@ static __always_inline void show_outer(struct __sk_buff *skb, struct packet *pac
 static __always_inline int receive(struct __sk_buff *skb, struct endpoint_value *endpoint, struct packet *packet,
                                    struct verdict *verdict, __u8 direction, __u64 now)
 {
-	struct ethhdr ethernet;
+	struct ethhdr *ethernet = &packet->buffer.ethernet;
+
 	bool own_source;
 	int code;
 
 	packet->family = FAMILY_NONE;
 	packet->flow.direction = direction;
-	if (bpf_skb_load_bytes(skb, 0, &ethernet, sizeof(ethernet)))
+	if (read_bytes(skb, 0, ethernet))
 		return -DROP_INVALID_PACKET;
-	packet->ethertype = ethernet.h_proto;
-	packet->group = ethernet.h_dest[0] & 1;
+	packet->ethertype = ethernet->h_proto;
+	packet->group = ethernet->h_dest[0] & 1;
 	if (!endpoint || !(endpoint->flags & ENDPOINT_F_READY))
 		return -DROP_ENDPOINT_NOT_READY;
 

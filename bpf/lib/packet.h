@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only
  *
- * Reading one packet. Every byte is fetched with bpf_skb_load_bytes, so that headers beyond the linear part of a
- * socket buffer are read like any others; a byte that is not there drops the packet.
+ * Reading one packet. Headers beyond the linear part of a socket buffer are read like any others; a byte that is not
+ * there drops the packet.
  */
 #ifndef MESHBRIDGE_PACKET_H
 #define MESHBRIDGE_PACKET_H
@@ -39,7 +39,54 @@ enum fragment_part {
 /* Where a family is not known yet, or the packet is not IP. */
 #define FAMILY_NONE 255
 
+struct ipv6_fragment {
+	__u8 next;
+	__u8 reserved;
+	__be16 offset_and_more;
+	__be32 id;
+};
+
+struct ipv6_extension {
+	__u8 next;
+	__u8 length;
+	__u8 type;          /* routing header */
+	__u8 segments_left; /* routing header */
+};
+
+/* The first eight bytes of any transport header we read. */
+struct transport_head {
+	union {
+		struct {
+			__be16 source_port;
+			__be16 destination_port;
+		};
+		__u8 icmp[4]; /* type, code, checksum */
+	};
+	__be16 third; /* UDP: length; ICMP echo: identifier */
+	__be16 fourth;
+};
+
+struct tcp_flags {
+	__u8 offset; /* upper half: header length in words */
+	__u8 flags;
+};
+
+/* Headers on their way into struct packet. In memory, not on the stack: whichever way the bytes came in, they look the
+ * same to the verifier from there on. */
+union header_buffer {
+	struct ethhdr ethernet;
+	struct iphdr v4;
+	struct ipv6hdr v6;
+	struct ipv6_fragment fragment;
+	struct ipv6_extension extension;
+	struct {
+		struct transport_head head;
+		struct tcp_flags offset_and_flags;
+	} transport;
+};
+
 struct packet {
+
 	struct conntrack_key flow; /* the packet's own tuple and the direction it travels in */
 	__u32 transport;           /* offset of the transport header, from the Ethernet header on */
 	__u32 end;                 /* offset behind the last byte that belongs to the IP packet */
@@ -60,8 +107,27 @@ struct packet {
 	__u8 outer_icmp_type;
 	__u8 outer_icmp_code;
 	__u8 group; /* addressed to a group by Ethernet */
+	union header_buffer buffer;
 
 } __attribute__((aligned(8)));
+
+/* read_bytes - fetch *@to from the packet: directly where it is linear, else by the helper, which is 20 ns dearer.
+ *
+ * Return: 0, or not 0 when the packet ends before.
+ */
+#define LINEAR_READ_MAX 512
+#define read_bytes(skb, offset, to)                                                                                    \
+	({                                                                                                             \
+		__u32 read_at = (offset);                                                                              \
+		typeof(to) read_from = (void *)(long)(skb)->data + (read_at & (LINEAR_READ_MAX - 1));                  \
+		int read_failed = 0;                                                                                   \
+                                                                                                                       \
+		if (read_at < LINEAR_READ_MAX && (void *)(read_from + 1) <= (void *)(long)(skb)->data_end)             \
+			*(to) = *read_from;                                                                            \
+		else                                                                                                   \
+			read_failed = bpf_skb_load_bytes(skb, read_at, to, sizeof(*(to)));                             \
+		read_failed;                                                                                           \
+	})
 
 static __always_inline bool is_v4_mapped(const __u8 *address)
 {
@@ -153,23 +219,23 @@ static __always_inline int check_source_route(struct __sk_buff *skb, __u32 offse
  */
 static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *packet, __u32 offset, __u32 limit)
 {
-	struct iphdr header;
+	struct iphdr *header = &packet->buffer.v4;
 	__u32 header_bytes, total;
 	__u16 fragment;
 
-	if (offset + sizeof(header) > limit || bpf_skb_load_bytes(skb, offset, &header, sizeof(header)))
+	if (offset + sizeof(*header) > limit || read_bytes(skb, offset, header))
 		return -DROP_INVALID_PACKET;
 	packet->family = FAMILY_IPV4;
-	map_v4(packet->flow.source, header.saddr);
-	map_v4(packet->flow.destination, header.daddr);
-	packet->flow.protocol = header.protocol;
-	packet->hop_limit = header.ttl;
-	header_bytes = header.ihl * 4;
-	total = bpf_ntohs(header.tot_len);
+	map_v4(packet->flow.source, header->saddr);
+	map_v4(packet->flow.destination, header->daddr);
+	packet->flow.protocol = header->protocol;
+	packet->hop_limit = header->ttl;
+	header_bytes = header->ihl * 4;
+	total = bpf_ntohs(header->tot_len);
 	/* A packet larger than 64 KB, joined by the kernel for one trip (BIG TCP), says 0; nobody can send one. */
-	if (!packet->quoted && !total && header.protocol == IPPROTO_TCP && skb->gso_size)
+	if (!packet->quoted && !total && header->protocol == IPPROTO_TCP && skb->gso_size)
 		total = limit - offset;
-	if (header.version != 4 || header.ihl < 5 || total < header_bytes)
+	if (header->version != 4 || header->ihl < 5 || total < header_bytes)
 		return -DROP_INVALID_PACKET;
 	if (offset + total <= limit)
 		limit = offset + total;
@@ -179,16 +245,16 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 	packet->end = limit;
 	if (packet->transport > limit)
 		return -DROP_INVALID_PACKET;
-	if (header.ihl > 5 && !packet->quoted) {
-		int code = check_source_route(skb, offset + sizeof(header), header_bytes - sizeof(header));
+	if (header->ihl > 5 && !packet->quoted) {
+		int code = check_source_route(skb, offset + sizeof(*header), header_bytes - sizeof(*header));
 
 		if (code)
 			return code;
 	}
-	fragment = bpf_ntohs(header.frag_off);
+	fragment = bpf_ntohs(header->frag_off);
 	packet->fragment_offset = fragment & IPV4_FRAGMENT_OFFSET;
-	packet->fragment_id = header.id;
-	packet->fragment_protocol = header.protocol;
+	packet->fragment_id = header->id;
+	packet->fragment_protocol = header->protocol;
 	packet->fragment_start = packet->transport;
 	if (packet->fragment_offset)
 		packet->fragment = FRAGMENT_LATER;
@@ -197,39 +263,25 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, struct packet *pack
 	return 0;
 }
 
-struct ipv6_fragment {
-	__u8 next;
-	__u8 reserved;
-	__be16 offset_and_more;
-	__be32 id;
-};
-
-struct ipv6_extension {
-	__u8 next;
-	__u8 length;
-	__u8 type;          /* routing header */
-	__u8 segments_left; /* routing header */
-};
-
 /* parse_ipv6 - as parse_ipv4; follows extension headers to the transport header. */
 static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *packet, __u32 offset, __u32 limit)
 {
-	struct ipv6hdr header;
-	__u32 at = offset + sizeof(header), payload;
+	struct ipv6hdr *header = &packet->buffer.v6;
+	__u32 at = offset + sizeof(*header), payload;
 	__u8 next;
 
-	if (at > limit || bpf_skb_load_bytes(skb, offset, &header, sizeof(header)))
+	if (at > limit || read_bytes(skb, offset, header))
 		return -DROP_INVALID_PACKET;
 	packet->family = FAMILY_IPV6;
-	__builtin_memcpy(packet->flow.source, &header.saddr, 16);
-	__builtin_memcpy(packet->flow.destination, &header.daddr, 16);
-	next = header.nexthdr;
+	__builtin_memcpy(packet->flow.source, &header->saddr, 16);
+	__builtin_memcpy(packet->flow.destination, &header->daddr, 16);
+	next = header->nexthdr;
 	packet->flow.protocol = next;
-	packet->hop_limit = header.hop_limit;
+	packet->hop_limit = header->hop_limit;
 	/* In our keys a v4-mapped address is an IPv4 one; on the wire it has no business. */
-	if (header.version != 6 || is_v4_mapped(packet->flow.source) || is_v4_mapped(packet->flow.destination))
+	if (header->version != 6 || is_v4_mapped(packet->flow.source) || is_v4_mapped(packet->flow.destination))
 		return -DROP_INVALID_PACKET;
-	payload = bpf_ntohs(header.payload_len);
+	payload = bpf_ntohs(header->payload_len);
 	if (!packet->quoted && !payload && next == IPPROTO_HOPOPTS && skb->gso_size) /* BIG TCP, as above */
 		payload = limit - at;
 	if (at + payload <= limit)
@@ -239,7 +291,7 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 	packet->end = limit;
 
 	for (int count = 0; count <= MAX_EXTENSION_HEADERS; count++) {
-		struct ipv6_extension extension;
+		struct ipv6_extension *extension = &packet->buffer.extension;
 
 		if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_FRAGMENT &&
 		    next != IPPROTO_DSTOPTS && next != IPPROTO_AH) {
@@ -254,20 +306,20 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 		if (count == MAX_EXTENSION_HEADERS || (next == IPPROTO_HOPOPTS && count))
 			return -DROP_IPV6_EXTENSION;
 		if (next == IPPROTO_FRAGMENT) {
-			struct ipv6_fragment fragment;
+			struct ipv6_fragment *fragment = &packet->buffer.fragment;
 			__u16 bits;
 
-			if (at + sizeof(fragment) > limit || bpf_skb_load_bytes(skb, at, &fragment, sizeof(fragment)))
+			if (at + sizeof(*fragment) > limit || read_bytes(skb, at, fragment))
 				return -DROP_INVALID_PACKET;
 			if (packet->fragment_start)
 				return -DROP_IPV6_EXTENSION;
-			at += sizeof(fragment);
-			bits = bpf_ntohs(fragment.offset_and_more);
+			at += sizeof(*fragment);
+			bits = bpf_ntohs(fragment->offset_and_more);
 			packet->fragment_offset = bits >> 3;
-			packet->fragment_id = fragment.id;
-			packet->fragment_protocol = fragment.next;
+			packet->fragment_id = fragment->id;
+			packet->fragment_protocol = fragment->next;
 			packet->fragment_start = at;
-			next = fragment.next;
+			next = fragment->next;
 			packet->flow.protocol = next;
 			packet->transport = at;
 			if (packet->fragment_offset) {
@@ -278,13 +330,13 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, struct packet *pack
 				packet->fragment = FRAGMENT_FIRST;
 			continue;
 		}
-		if (at + sizeof(extension) > limit || bpf_skb_load_bytes(skb, at, &extension, sizeof(extension)))
+		if (at + sizeof(*extension) > limit || read_bytes(skb, at, extension))
 			return -DROP_INVALID_PACKET;
 		/* With segments left the destination address is only the next stop. */
-		if (next == IPPROTO_ROUTING && extension.segments_left)
+		if (next == IPPROTO_ROUTING && extension->segments_left)
 			return -DROP_IPV6_EXTENSION;
-		at += next == IPPROTO_AH ? (extension.length + 2) * 4 : (extension.length + 1) * 8;
-		next = extension.next;
+		at += next == IPPROTO_AH ? (extension->length + 2) * 4 : (extension->length + 1) * 8;
+		next = extension->next;
 		if (at > limit)
 			return packet->fragment == FRAGMENT_FIRST ? -DROP_FRAG_TINY : -DROP_INVALID_PACKET;
 	}
@@ -320,7 +372,8 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 {
 	__u32 available = packet->end - packet->transport, needed;
 	__u8 protocol = packet->flow.protocol;
-	__u8 head[8] __attribute__((aligned(8)));
+	struct transport_head *head = &packet->buffer.transport.head;
+	struct tcp_flags *offset_and_flags = &packet->buffer.transport.offset_and_flags;
 
 	switch (protocol) {
 	case IPPROTO_TCP:
@@ -342,31 +395,29 @@ static __always_inline int parse_transport(struct __sk_buff *skb, struct packet 
 		return 0;
 	}
 	packet->transport_bytes = needed;
-	if (available < (packet->quoted ? sizeof(head) : needed))
+	if (available < (packet->quoted ? sizeof(*head) : needed))
 		return packet->fragment == FRAGMENT_FIRST ? -DROP_FRAG_TINY : -DROP_INVALID_PACKET;
-	if (bpf_skb_load_bytes(skb, packet->transport, head, sizeof(head)))
+	if (read_bytes(skb, packet->transport, head))
 		return -DROP_INVALID_PACKET;
 	if (protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6) {
-		packet->icmp_type = head[0];
-		packet->icmp_code = head[1];
-		classify_icmp(packet, *(__be16 *)&head[4]);
+		packet->icmp_type = head->icmp[0];
+		packet->icmp_code = head->icmp[1];
+		classify_icmp(packet, head->third);
 		return 0;
 	}
-	packet->flow.source_port = *(__be16 *)&head[0];
-	packet->flow.destination_port = *(__be16 *)&head[2];
+	packet->flow.source_port = head->source_port;
+	packet->flow.destination_port = head->destination_port;
 	if (packet->quoted)
 		return 0;
 	if (protocol == IPPROTO_TCP) {
-		__u8 offset_and_flags[2];
-
-		if (bpf_skb_load_bytes(skb, packet->transport + 12, offset_and_flags, 2))
+		if (read_bytes(skb, packet->transport + 12, offset_and_flags))
 			return -DROP_INVALID_PACKET;
-		packet->tcp_flags = offset_and_flags[1];
-		needed = (offset_and_flags[0] >> 4) * 4;
+		packet->tcp_flags = offset_and_flags->flags;
+		needed = (offset_and_flags->offset >> 4) * 4;
 		if (needed < TCP_HEADER_BYTES || (needed > available && packet->fragment == FRAGMENT_NONE))
 			return -DROP_INVALID_PACKET;
 	} else if (protocol == IPPROTO_UDP && packet->fragment == FRAGMENT_NONE) {
-		needed = bpf_ntohs(*(__be16 *)&head[4]);
+		needed = bpf_ntohs(head->third);
 		if (needed < UDP_HEADER_BYTES || needed > available)
 			return -DROP_INVALID_PACKET;
 	}

@@ -42,7 +42,8 @@ ICMP, TCP, UDP, ICMP6, SCTP = 1, 6, 17, 58, 132
 PASSED, DROPPED = -1, 2  # TC_ACT_UNSPEC, TC_ACT_SHOT
 
 SMALL = MapSizes(endpoints=64, endpoint_addresses=256, ipcache=65536, ipcache_cidr=4096, policy=262144,
-                 policy_sets=1024, conntrack=64, conntrack_per_endpoint=4096, fragments=1024, events=1 << 20)  # fmt: skip
+                 policy_sets=1024, conntrack=64, conntrack_per_endpoint=4096, fragments=1024,
+                 events=1 << 20)  # fmt: skip
 
 
 class SkBuff(ctypes.Structure):
@@ -51,7 +52,8 @@ class SkBuff(ctypes.Structure):
     _fields_ = [("len", ctypes.c_uint32), ("pkt_type", ctypes.c_uint32), ("mark", ctypes.c_uint32),
                 ("queue_mapping", ctypes.c_uint32), ("protocol", ctypes.c_uint32), ("vlan_present", ctypes.c_uint32),
                 ("vlan_tci", ctypes.c_uint32), ("vlan_proto", ctypes.c_uint32), ("priority", ctypes.c_uint32),
-                ("ingress_ifindex", ctypes.c_uint32), ("ifindex", ctypes.c_uint32), ("rest", ctypes.c_uint32 * 37)]  # fmt: skip
+                ("ingress_ifindex", ctypes.c_uint32), ("ifindex", ctypes.c_uint32),
+                ("rest", ctypes.c_uint32 * 37)]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of a policy set: entries ``(identity, protocol, port, prefix) → PolicyValue`` and what holds without."""
+    """One layer of a policy set: ``(identity, protocol, port, prefix) → PolicyValue``, and what holds without."""
 
     entries: Mapping[tuple[int, int, int, int], abi.PolicyValue] = field(default_factory=dict)
     default: int = int(abi.PolicyVerdict.POLICY_ALLOW)
@@ -104,6 +106,7 @@ class Harness:
         self._reader = EventReader(datapath.maps.events_fd)
         self._incarnations = itertools.count(1)
         self._context = SkBuff()
+        self._keys: dict[int, list[abi.PolicyKey]] = {}
 
     @classmethod
     def open(cls, *, interfaces: int = 2, sizes: MapSizes = SMALL, replaced: Mapping[str, int] | None = None,
@@ -168,7 +171,7 @@ class Harness:
 
     def policy_set(self, set_id: int, network: Layer = ALLOW_ALL, mesh: Layer = ALLOW_ALL) -> None:
         """Write a whole set; entries a set of that number had before are removed first."""
-        self.maps.policy.delete_many([key for key in self.maps.policy.keys() if key.set_id == set_id])
+        self.maps.policy.delete_many(self._keys.pop(set_id, []))
         value = abi.PolicySetValue()
         rows: list[tuple[abi.PolicyKey, abi.PolicyValue]] = []
         for number, layer in enumerate((network, mesh)):
@@ -180,6 +183,7 @@ class Harness:
                 rows.append((abi.PolicyKey(set_id=set_id, identity=identity, port=port, protocol=protocol,
                                            prefix=prefix, layer=number), content))  # fmt: skip
         self.maps.policy.put_many(rows)
+        self._keys[set_id] = [key for key, _ in rows]
         self.maps.policy_sets.put(abi.PolicySetKey(set_id=set_id), value)
 
     def peer(self, address: IpAddress | str, identity: int, *, forwarded: int = 0) -> None:
@@ -200,7 +204,7 @@ class Harness:
         """Make every flow of an incarnation look as if its last packet was that much longer ago."""
         with self.maps.conntrack.flows(incarnation) as table:
             for key, value in table.snapshot().items():
-                value.seen_ns = max(value.seen_ns - int(seconds * 1e9), 0)
+                value.seen_ns = (value.seen_ns - int(seconds * 1e9)) % 2**64  # the clock may be younger than that
                 table.put(key, value)
 
     def clear(self) -> None:
@@ -210,7 +214,9 @@ class Harness:
             table.clear()
         for incarnation in self.maps.conntrack.incarnations():
             self.maps.conntrack.remove(incarnation)
-        self._reader.read()
+        self._keys.clear()
+        while self._reader.read():
+            pass
 
     # --- packets -----------------------------------------------------------------------------------------------
 
@@ -425,6 +431,7 @@ def mac_option(kind: int, mac: bytes) -> bytes:
 
 
 def frames(packet: bytes) -> Iterator[bytes]:
-    """The frame cut after each of its bytes, from an Ethernet header on (a test run takes nothing shorter)."""
-    for size in range(14, len(packet)):
+    """The frame cut after each of its bytes; a test run takes no IP frame shorter than an IP header."""
+    smallest = {b"\x08\x00": 34, b"\x86\xdd": 54}.get(packet[12:14], 15)
+    for size in range(smallest, len(packet)):
         yield packet[:size]
