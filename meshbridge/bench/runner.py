@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -59,6 +60,9 @@ def run(names: Iterable[str], *, quick: bool, tell: Callable[[str], None]) -> Re
                 sections += PARTS[name].measure(Workbench(stack, folder, core, quick, tell))
             except MeshBridgeError as error:
                 failures.append(Failure(name, str(error)))
+            except Exception as error:  # a fault of the bench itself must not cost the figures of the other parts
+                traceback.print_exc()
+                failures.append(Failure(name, f"{type(error).__name__}: {error}"))
     return Report(machine, quick, sections, failures, round(time.monotonic() - started, 1))
 
 

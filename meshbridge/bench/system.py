@@ -24,6 +24,7 @@ from meshbridge.protos import observer_pb2, observer_pb2_grpc
 from meshbridge.xds.auth import load_or_create_key, mint_token, node_caller
 
 RUN = Path("/run/meshbridge")
+ENDPOINT_TIMEOUT_S = 60  # a controller that reads ten thousand pods first takes its time
 _POLL_S = 0.005
 _TOKEN_LIFETIME = timedelta(hours=2)
 
@@ -70,14 +71,14 @@ class System:
         """The agent enforces the pod's policy on the interface; what a CNI plugin would ask for."""
         request = observer_pb2.AddEndpointRequest(
             namespace=cluster.NAMESPACE, pod=place.name, uid=place.uid, interfaces=[interface],
-            netns=str(netns.path), wait_ready=wait_ready, timeout_s=20,
+            netns=str(netns.path), wait_ready=wait_ready, timeout_s=ENDPOINT_TIMEOUT_S,
         )  # fmt: skip
         with self._channel() as channel:
             try:
-                answer = _stub(channel).AddEndpoint(request, timeout=22, wait_for_ready=True)
+                answer = _stub(channel).AddEndpoint(request, timeout=ENDPOINT_TIMEOUT_S + 2, wait_for_ready=True)
             except grpc.RpcError as error:
                 self.agent.check()
-                raise BenchError(f"the agent does not take pod {place.name}: {error}", where="agent") from error
+                raise BenchError(f"does not take pod {place.name}: {error.details()}", where="agent") from error
         if wait_ready and not answer.ready:
             raise BenchError(f"pod {place.name} got no policy; {self.agent.last_lines()}", where="agent")
 
@@ -91,7 +92,7 @@ class System:
         assert isinstance(answer, observer_pb2.Status)
         return answer
 
-    def wait_programmed(self, endpoints: int, policies: int, timeout_s: float = 120) -> observer_pb2.Status:
+    def wait_programmed(self, endpoints: int, policies: int, timeout_s: float = 180) -> observer_pb2.Status:
         """Every endpoint is ready, and everything received is in the kernel."""
         found: list[observer_pb2.Status] = []
 
