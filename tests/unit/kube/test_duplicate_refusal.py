@@ -30,7 +30,7 @@ def policies(directory: Path, first: str, second: str) -> PolicySet:
     (directory / "a.yaml").write_text(first)
     (directory / "b.yaml").write_text(second)
     manifests = Manifests([directory])
-    manifests.refresh(0, 1e12)
+    manifests.refresh(0, 1e12, manifests.listing())
     return PolicySet.of(document for documents in manifests.documents.values() for document in documents)
 
 

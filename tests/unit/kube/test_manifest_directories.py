@@ -31,7 +31,7 @@ class Reader:
         self.now_s = 100.0
 
     def read(self, closed: list[Path] | None = None) -> Changes:
-        return self.manifests.refresh(self.now_s, 1e12, closed)
+        return self.manifests.refresh(self.now_s, 1e12, self.manifests.listing() if closed is None else closed)
 
     def labels(self) -> list[str]:
         return [d.data["metadata"]["labels"]["v"] for d in self.manifests.documents.get(NAMESPACE, ())]
@@ -181,10 +181,12 @@ def test_a_file_found_by_listing_is_left_alone_while_it_may_be_written_to(tmp_pa
     reader.read()
     path.write_text("")  # somebody truncated it and is about to write
     written_s = path.stat().st_mtime
-    changes = reader.manifests.refresh(reader.now_s, written_s + YOUTH_S / 2)
+    changes = reader.manifests.refresh(reader.now_s, written_s + YOUTH_S / 2, reader.manifests.listing())
     assert (changes.documents, changes.look_again_s) == ({}, YOUTH_S)
     assert reader.labels() == ["1"]
-    assert reader.manifests.refresh(reader.now_s, written_s + 2 * YOUTH_S).documents == {NAMESPACE: ()}
+    assert reader.manifests.refresh(reader.now_s, written_s + 2 * YOUTH_S, reader.manifests.listing()).documents == {
+        NAMESPACE: ()
+    }
 
 
 def unreadable_link(directory: Path) -> None:
@@ -254,3 +256,15 @@ def test_a_directory_that_vanishes_keeps_what_was_read_from_it(tmp_path: Path) -
     (tmp_path / "elsewhere").rename(directory)
     reader.read()
     assert (reader.labels(), reader.reasons()) == (["1"], [])
+
+
+def test_a_listing_says_nothing_of_files_known_better(tmp_path: Path, reader: Reader) -> None:
+    listing = reader.manifests.listing()
+    path = tmp_path / "a.yaml"
+    path.write_text(namespace("1"))
+    reader.read([path])
+    listing.skip = {str(path)}
+    reader.manifests.refresh(reader.now_s, 1e12, listing)
+    reader.now_s += 1
+    reader.read([])
+    assert reader.labels() == ["1"]
