@@ -279,6 +279,27 @@ class Asked:
     claims: dict[str, Any] | None = field(default=None, hash=False)
 
 
+ASKED = [
+    Asked(http, principal, method, path, header, claims)
+    for http in (True, False)
+    for principal in (
+        "",
+        "cluster.local/ns/shop/sa/default",
+        "cluster.local/ns/pay/sa/robot",
+        "cluster.local/ns/x/sa/x",
+    )
+    for method in (("GET", "POST") if http else ("",))
+    for path in (("/", "/a/b") if http else ("",))
+    for header in ((None, "ann", "bob") if http else (None,))
+    for claims in (
+        (None, {"iss": "iss", "sub": "ann", "scope": "read"}, {"iss": "x", "sub": "bob", "scope": "write"})
+        if http
+        else (None,)
+    )
+]
+"""What a source may ask, as far as the generated policies can tell it apart."""
+
+
 def mesh_allows(
     objects: list[dict[str, Any]], flow: Flow, asked: Asked, own_addresses: tuple[Address, ...] = ()
 ) -> bool:

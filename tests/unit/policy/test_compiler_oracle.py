@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import EGRESS, INGRESS, Asked, Flow, Holder, mesh_allows, network_allows
+from oracle import ASKED, EGRESS, INGRESS, Asked, Flow, Holder, mesh_allows, network_allows
 from policygen import PORTS, outsiders, random_pods, random_policies
 
 from meshbridge.identity.model import ContainerPort, Entity, IpAddress, IpFamily, Peer, ProxyClass, Workload
@@ -97,26 +97,6 @@ def test_network_policies_mean_what_the_texts_say(seed: int) -> None:
         policy_map = policy.map(DIRECTIONS[flow.direction], IpFamily.of(flow.endpoint.address))
         passes = verdict_at(policy_map, numbering, flow) is not Verdict.DENY
         assert passes is network_allows(objects, flow), (flow, objects)
-
-
-ASKED = [
-    Asked(http, principal, method, path, header, claims)
-    for http in (True, False)
-    for principal in (
-        "",
-        "cluster.local/ns/shop/sa/default",
-        "cluster.local/ns/pay/sa/robot",
-        "cluster.local/ns/x/sa/x",
-    )
-    for method in (("GET", "POST") if http else ("",))
-    for path in (("/", "/a/b") if http else ("",))
-    for header in ((None, "ann", "bob") if http else (None,))
-    for claims in (
-        (None, {"iss": "iss", "sub": "ann", "scope": "read"}, {"iss": "x", "sub": "bob", "scope": "write"})
-        if http
-        else (None,)
-    )
-]
 
 
 def answers(objects: list[dict[str, Any]], flow: Flow, protocol: AppProtocol) -> set[bool]:
