@@ -99,7 +99,7 @@ class Harness:
     The namespace is entered by the calling thread only for the moment of a run that needs its interfaces.
     """
 
-    def __init__(self, datapath: Datapath, pin_dir: Path, interfaces: tuple[int, ...], namespace: _Namespace) -> None:
+    def __init__(self, datapath: Datapath, pin_dir: Path, interfaces: tuple[int, ...], namespace: Namespace) -> None:
         self.datapath, self.maps, self.interfaces = datapath, datapath.maps, interfaces
         self._pin_dir, self._namespace = pin_dir, namespace
         self._programs = {FROM_POD: datapath.from_pod, TO_POD: datapath.to_pod}
@@ -113,13 +113,13 @@ class Harness:
              cache: Path = CACHE) -> Self:  # fmt: skip
         """Load the programs onto fresh maps. ``replaced`` puts other maps in the place of named ones (descriptors)."""
         pin_dir = PIN_ROOT / f"mbdp-{os.getpid()}-{threading.get_ident()}-{next(_serial)}"
-        namespace = _Namespace(interfaces)
+        namespace, ifindexes = _veths(interfaces)
         try:
             compiled = compiler.compile_programs(cache)
             maps = open_maps(pin_dir, compiled.maps, sizes)
             descriptors = {**maps.descriptors, **(replaced or {})}
             programs = [load_program(compiled, name, descriptors) for name in HOOKS]
-            return cls(Datapath(maps, *programs), pin_dir, namespace.ifindexes, namespace)
+            return cls(Datapath(maps, *programs), pin_dir, ifindexes, namespace)
         except BaseException:
             namespace.close()
             remove_pins(pin_dir)
@@ -259,35 +259,49 @@ class Harness:
         self.maps.event_limiter.put_all(Index(number=0), abi.EventLimiter())
 
 
-class _Namespace:
-    """A network namespace with veths; ``with`` puts the calling thread into it."""
+class Namespace:
+    """A network namespace, gone with ``close``; ``with`` puts the calling thread into it. Commands run inside."""
 
-    def __init__(self, interfaces: int) -> None:
-        # A process holds the namespace open while it is set up; the descriptor keeps it afterwards.
-        names = [f"mbdp{number}" for number in range(interfaces)]
-        script = "; ".join(f"ip link add {name} type veth peer name {name}p" for name in names)
-        holder = subprocess.Popen(["unshare", "--net", "sh", "-ec", f"{script}; echo ready; read _"],
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    def __init__(self, *commands: str) -> None:
+        # A process holds the namespace until a descriptor does.
+        holder = subprocess.Popen(["unshare", "--net", "sh", "-c", "echo; read _"], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE)  # fmt: skip
         try:
             assert holder.stdout is not None
-            if holder.stdout.readline() != b"ready\n":
-                raise RuntimeError("cannot make a network namespace with veths")
-            self._fd = os.open(f"/proc/{holder.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            holder.stdout.readline()
+            self.fd = os.open(f"/proc/{holder.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             holder.communicate(b"\n")
-        self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        with self:
-            self.ifindexes = tuple(socket.if_nametoindex(name) for name in names)
+        self._homes: list[int] = []
+        self.command(*commands)
 
-    def __enter__(self) -> None:
-        _setns(self._fd)
+    def command(self, *commands: str) -> None:
+        """Run shell commands in the namespace, bpffs in sight."""
+        with self:
+            for line in commands:
+                subprocess.run(line, shell=True, check=True)
+
+    def __enter__(self) -> Self:
+        self._homes.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        _setns(self.fd)
+        return self
 
     def __exit__(self, *_: object) -> None:
-        _setns(self._home)
+        home = self._homes.pop()
+        _setns(home)
+        os.close(home)
 
     def close(self) -> None:
-        os.close(self._fd)
-        os.close(self._home)
+        """Let go of it; without sockets or processes in it, it is gone."""
+        os.close(self.fd)
+
+
+def _veths(count: int) -> tuple[Namespace, tuple[int, ...]]:
+    """A namespace with veths that carry nothing, and their numbers."""
+    names = [f"mbdp{number}" for number in range(count)]
+    namespace = Namespace(*(f"ip link add {name} type veth peer name {name}p" for name in names))
+    with namespace:
+        return namespace, tuple(socket.if_nametoindex(name) for name in names)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
