@@ -59,7 +59,7 @@ def matches_identity(
     uri = principal if principal.startswith(_SCHEME) else _SCHEME + principal
     match attribute:
         case Attribute.PRINCIPALS:
-            return any(_matches_principal(form, uri) for form in _principal_forms(pattern, mesh))
+            return any(_matches_principal(form, uri) for form in principal_forms(pattern, mesh))
         case Attribute.NAMESPACES:
             return _namespace(pattern).fullmatch(uri) is not None
         case Attribute.SERVICE_ACCOUNTS:
@@ -67,7 +67,7 @@ def matches_identity(
             return _service_account(namespace or policy_namespace, account).fullmatch(uri) is not None
         case Attribute.TRUST_DOMAINS:
             domain = uri.removeprefix(_SCHEME).partition("/")[0]
-            return any(matches_text(form, domain) for form in _domain_forms(pattern, mesh))
+            return any(matches_text(form, domain) for form in domain_forms(pattern, mesh))
     raise AssertionError(attribute)
 
 
@@ -80,7 +80,7 @@ def _matches_principal(pattern: str, uri: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _principal_forms(pattern: str, mesh: MeshSettings) -> tuple[str, ...]:
+def principal_forms(pattern: str, mesh: MeshSettings) -> tuple[str, ...]:
     """A principal of the mesh's own trust domain under each of its names; any other as written."""
     parts = pattern.split("/")
     if len(parts) != 5 or parts[0].startswith("*"):
@@ -91,7 +91,7 @@ def _principal_forms(pattern: str, mesh: MeshSettings) -> tuple[str, ...]:
     return tuple("/".join([domain, *parts[1:]]) for domain in own)
 
 
-def _domain_forms(pattern: str, mesh: MeshSettings) -> tuple[str, ...]:
+def domain_forms(pattern: str, mesh: MeshSettings) -> tuple[str, ...]:
     own = (mesh.trust_domain, *mesh.trust_domain_aliases)
     return own if pattern == _OURS or pattern in own else (pattern,)
 
