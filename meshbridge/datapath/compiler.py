@@ -84,7 +84,7 @@ def compile_programs(cache: Path = DEFAULT_CACHE, *, source: Path | None = None,
     file = cache / f"{_digest(source, programs, flags)}.json"
     try:
         return _decode(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # not compiled yet, or a file cut short: compiled again and replaced
     text = _run_child(source, programs, flags, header_tree(cache))
     compiled = _decode(json.loads(text))
