@@ -109,15 +109,18 @@ class ControllerClient:
                 if follower.done():
                     follower.result()
                 self._ready.clear()
-                taken, self._whole = self._whole, _Changes()
-                yield Update(
-                    revision=self.revision_received,
-                    changed=taken.changed,
-                    removed={type_url: frozenset(names) for type_url, names in taken.removed.items()},
-                )
+                yield self._take_whole()  # and no longer held here: a first update is megabytes
         finally:
             follower.cancel()
             await asyncio.gather(follower, return_exceptions=True)
+
+    def _take_whole(self) -> Update:
+        taken, self._whole = self._whole, _Changes()
+        return Update(
+            revision=self.revision_received,
+            changed=taken.changed,
+            removed={type_url: frozenset(names) for type_url, names in taken.removed.items()},
+        )
 
     async def _follow(self) -> None:
         backoff_s = BACKOFF_FIRST_S
