@@ -38,11 +38,7 @@ from envoy_data_plane.envoy.config.endpoint.v3 import (
 )
 from envoy_data_plane.envoy.config.listener.v3 import AdditionalAddress, Filter, FilterChain, Listener
 from envoy_data_plane.envoy.config.route.v3 import Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost
-from envoy_data_plane.envoy.extensions.filters.http.router.v3 import Router
-from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
-    HttpConnectionManager,
-    HttpFilter,
-)
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpConnectionManager
 from envoy_data_plane.envoy.extensions.upstreams.http.v3 import (
     HttpProtocolOptions,
     HttpProtocolOptionsExplicitHttpConfig,
@@ -52,6 +48,7 @@ from envoy_data_plane.google.protobuf import Any, Struct
 from meshbridge.identity.model import IpFamily, Workload
 from meshbridge.xds.auth import pod_caller
 from meshbridge.xds.clusters import HTTP_OPTIONS
+from meshbridge.xds.filters import router
 from meshbridge.xds.names import CLUSTER_ADMIN, CLUSTER_AUTHZ, CLUSTER_XDS
 from meshbridge.xds.sidecar import HEALTH_PORT, METRICS_PORT
 from meshbridge.xds.transport import ads_source, pipe_address, socket_address
@@ -159,7 +156,7 @@ def _admin_view(name: str, port: int, path: str, admin_path: str, workload: Work
         route_config=RouteConfiguration(
             name=name, virtual_hosts=[VirtualHost(name=name, domains=["*"], routes=[route])]
         ),
-        http_filters=[HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(Router()))],
+        http_filters=[router()],
     )
     chain = FilterChain(
         filters=[Filter(name="envoy.filters.network.http_connection_manager", typed_config=Any.pack(manager))]

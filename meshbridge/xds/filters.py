@@ -83,7 +83,7 @@ def http_filters(jwt_rules: tuple[JwtRule, ...], *, peer_verified: bool, stat_pr
     manager = HttpConnectionManager(
         stat_prefix=stat_prefix,
         route_config=_all_to_the_pod(),
-        http_filters=[*_jwt_authn(jwt_rules), _http_ext_authz(), _router()],
+        http_filters=[*jwt_authn(jwt_rules), _http_ext_authz(), router()],
         # Istio's path normalization BASE: what is judged is what is forwarded.
         normalize_path=True,
         path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.KEEP_UNCHANGED,
@@ -129,7 +129,8 @@ def tcp_proxy(cluster: str, stat_prefix: str) -> Filter:
     return Filter(name="envoy.filters.network.tcp_proxy", typed_config=Any.pack(proxy))
 
 
-def _jwt_authn(rules: tuple[JwtRule, ...]) -> list[HttpFilter]:
+def jwt_authn(rules: tuple[JwtRule, ...]) -> list[HttpFilter]:
+    """Verify tokens, if anybody asks for them, and leave the claims for who judges behind it."""
     if not rules:
         return []
     providers = {f"origins-{index}": _provider(rule) for index, rule in enumerate(rules)}
@@ -197,7 +198,8 @@ def _authz_service() -> GrpcService:
     return GrpcService(envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=CLUSTER_AUTHZ), timeout=AUTHZ_TIMEOUT)
 
 
-def _router() -> HttpFilter:
+def router() -> HttpFilter:
+    """The last HTTP filter of every chain."""
     return HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(Router()))
 
 

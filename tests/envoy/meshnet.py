@@ -187,10 +187,12 @@ class Authority:
     def root_pem(self) -> bytes:
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
-    def issue(self, namespace: str, account: str) -> tuple[bytes, bytes]:
+    def issue(self, namespace: str, account: str, trust_domain: str = "") -> tuple[bytes, bytes]:
         """A certificate chain and its key, both PEM, for one service account."""
         key = ec.generate_private_key(ec.SECP256R1())
-        uri = x509.UniformResourceIdentifier(f"spiffe://{self.trust_domain}/ns/{namespace}/sa/{account}")
+        uri = x509.UniformResourceIdentifier(
+            f"spiffe://{trust_domain or self.trust_domain}/ns/{namespace}/sa/{account}"
+        )
         certificate = (
             self._builder(x509.Name([]), self._certificate.subject, key.public_key())
             .add_extension(x509.SubjectAlternativeName([uri]), critical=True)
@@ -232,6 +234,7 @@ class AdsServer:
         self.caller = pod_caller(pod.node, pod.namespace, pod.name, pod.service_account, pod.uid)
         self.token = mint_token(self._key, self.caller, now=datetime.now(UTC))
         self.callers: list[Caller] = []
+        self._feeds: list[OnePod] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -239,11 +242,19 @@ class AdsServer:
 
     def open(self, caller: Caller, wake: Callable[[], None]) -> OnePod:
         self.callers.append(caller)
-        types = {
-            type_url: {name: Resource.of(body) for name, body in resources.items()}
-            for type_url, resources in self._resources.items()
-        }
-        return OnePod(Snapshot(types))
+        self._feeds.append(feed := OnePod(_snapshot(self._resources), wake))
+        return feed
+
+    def update(self, resources: Mapping[str, Mapping[str, bytes]]) -> None:
+        """Serve these from now on, to streams that are open too."""
+
+        async def put() -> None:
+            self._resources = resources
+            for feed in self._feeds:
+                feed.snapshot = _snapshot(resources)
+                feed.wake()
+
+        self._call(put())
 
     def stop(self) -> None:
         self._call(self._server.stop(0))
@@ -263,10 +274,17 @@ class OnePod:
     """The feed of the only client."""
 
     snapshot: Snapshot | None
+    wake: Callable[[], None]
     refusal: str = ""
 
     def close(self) -> None:
         pass
+
+
+def _snapshot(resources: Mapping[str, Mapping[str, bytes]]) -> Snapshot:
+    return Snapshot(
+        {type_url: {name: Resource.of(body) for name, body in bodies.items()} for type_url, bodies in resources.items()}
+    )
 
 
 @contextlib.contextmanager
