@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 from meshbridge.identity.model import IpNetwork, Peer, Workload
 from meshbridge.policy.mesh import (
@@ -20,6 +21,21 @@ from meshbridge.policy.mesh import (
 from meshbridge.policy.model import Anything, Direction, Document, Layer, NetworkRule, Notice, Refusal
 from meshbridge.policy.parse import Parsed, parse
 from meshbridge.policy.selectors import CidrPeers, LabelKeys, PeerSelector, label_keys
+
+_Policy = TypeVar("_Policy", AuthorizationPolicy, PeerAuthentication, RequestAuthentication)
+
+
+@dataclass(slots=True)
+class _MeshPolicies:
+    """Those of one namespace."""
+
+    authorization: list[AuthorizationPolicy] = field(default_factory=list)
+    peer_authentication: list[PeerAuthentication] = field(default_factory=list)
+    request_authentication: list[RequestAuthentication] = field(default_factory=list)
+
+
+def _ordered(policies: Iterable[_Policy]) -> tuple[_Policy, ...]:
+    return tuple(sorted(policies, key=lambda policy: policy.origin))
 
 
 @dataclass(frozen=True)
@@ -51,13 +67,9 @@ class PolicySet:
             network=tuple(
                 sorted((r for p in every for r in p.network), key=lambda r: (r.origin, r.direction, repr(r.ports)))
             ),
-            authorization=tuple(sorted((a for p in every for a in p.authorization), key=lambda a: a.origin)),
-            peer_authentication=tuple(
-                sorted((a for p in every for a in p.peer_authentication), key=lambda a: a.origin)
-            ),
-            request_authentication=tuple(
-                sorted((a for p in every for a in p.request_authentication), key=lambda a: a.origin)
-            ),
+            authorization=_ordered(a for p in every for a in p.authorization),
+            peer_authentication=_ordered(a for p in every for a in p.peer_authentication),
+            request_authentication=_ordered(a for p in every for a in p.request_authentication),
             refusals=tuple(sorted((r for p in every for r in p.refusals), key=str)),
             notices=tuple(sorted((n for p in every for n in p.notices), key=str)),
             mesh=mesh,
@@ -68,16 +80,31 @@ class PolicySet:
         if isinstance(workload, Workload) and workload.host_network:
             return PolicySet(mesh=self.mesh)
         peer = workload.peer() if isinstance(workload, Workload) else workload
+        found = [self._by_namespace[peer.namespace]] if peer.namespace in self._by_namespace else []
+        if peer.namespace != self.mesh.root_namespace and self.mesh.root_namespace in self._by_namespace:
+            found.append(self._by_namespace[self.mesh.root_namespace])
         return PolicySet(
             network=self.network_rules(peer),
-            authorization=tuple(p for p in self.authorization if selects(p, peer, self.mesh)),
-            peer_authentication=tuple(
-                p for p in self.peer_authentication if p.namespace in (self.mesh.root_namespace, peer.namespace)
+            authorization=_ordered(p for part in found for p in part.authorization if selects(p, peer, self.mesh)),
+            peer_authentication=_ordered(p for part in found for p in part.peer_authentication),
+            request_authentication=_ordered(
+                p for part in found for p in part.request_authentication if selects(p, peer, self.mesh)
             ),
-            request_authentication=tuple(p for p in self.request_authentication if selects(p, peer, self.mesh)),
-            refusals=tuple(r for r in self.refusals if self._may_select(r, peer)),
+            refusals=tuple(refusal for refusal in self.refusals if self._may_select(refusal, peer)),
             mesh=self.mesh,
         )
+
+    @cached_property
+    def _by_namespace(self) -> dict[str | None, _MeshPolicies]:
+        """The mesh's policies by the namespace they stand in."""
+        found: dict[str | None, _MeshPolicies] = {}
+        for authorization in self.authorization:
+            found.setdefault(authorization.namespace, _MeshPolicies()).authorization.append(authorization)
+        for peers in self.peer_authentication:
+            found.setdefault(peers.namespace, _MeshPolicies()).peer_authentication.append(peers)
+        for requests in self.request_authentication:
+            found.setdefault(requests.namespace, _MeshPolicies()).request_authentication.append(requests)
+        return found
 
     def network_rules(self, peer: Peer) -> tuple[NetworkRule, ...]:
         """The rules of the network family that select ``peer``, in canonical order."""
