@@ -14,7 +14,8 @@ from typing import Final
 from meshbridge.bypass.rules import Action, Hook, Rule, RuleSet
 from meshbridge.bypass.sets import Box
 
-MAX_BOXES: Final = 4096
+MAX_BOXES: Final = 1024
+MAX_STEPS: Final = 50_000  # of comparing a box with a rule or a box: half a second, whatever the rules are
 MAX_DEPTH: Final = 16
 TOO_MANY: Final = "the rules cut the packets into too many pieces"
 
@@ -68,6 +69,8 @@ def regions(rule_sets: Iterable[RuleSet], hook: Hook, packets: Box) -> tuple[Reg
 
 def _combine(left: Sequence[Region], right: Sequence[Region]) -> tuple[Region, ...]:
     merged: list[Region] = []
+    if len(left) * len(right) > MAX_STEPS:
+        return tuple(Region(region.box, Outcome.UNKNOWN, why=TOO_MANY) for region in left)
     for one in left:
         for other in right:
             box = one.box & other.box
@@ -122,6 +125,7 @@ class _Walker:
         self.done: list[Region] = []
         self.accepted: list[_Flow] = []
         self.pieces = 0
+        self.steps = 0
 
     def chain(self, name: str, flows: list[_Flow], depth: int) -> list[_Flow]:
         """Send flows through a chain; what comes out at its end (or by RETURN) is given back."""
@@ -132,6 +136,9 @@ class _Walker:
             if not flows:
                 break
             passed_by: list[_Flow] = []
+            self.steps += len(flows)
+            if self.steps > MAX_STEPS:
+                raise _TooMany
             for flow in flows:
                 matched, rest = self._split(flow, rule)
                 passed_by.extend(rest)

@@ -93,13 +93,13 @@ def check(config: RedirectConfig, family: IpFamily, hook: str, packet: Packet) -
         assert (region.outcome, region.port) == (expected.get(kind, Outcome.PASSED), port)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(CONFIGS, packets(V4))
 def test_regions_agree_with_the_interpreter_on_ipv4(config: RedirectConfig, sent: tuple[str, Packet]) -> None:
     check(config, V4, *sent)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(CONFIGS, packets(V6))
 def test_regions_agree_with_the_interpreter_on_ipv6(config: RedirectConfig, sent: tuple[str, Packet]) -> None:
     check(config, V6, *sent)
@@ -123,7 +123,7 @@ RULE_TEXTS = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(RULE_TEXTS, max_size=6),
     st.lists(RULE_TEXTS.filter(lambda text: not text.endswith(" A")), max_size=4),
