@@ -150,13 +150,15 @@ def _request_of(check: Check, token: Claims | BadToken | None, peer: Peer | None
 
 
 def _answer_of(decision: RequestDecision) -> Answer:
-    policy = ", ".join(sorted({origin.policy for origin in decision.origins})[:MAX_NAMED_POLICIES])
-    rule = "; ".join(str(origin) for origin in decision.origins[:MAX_NAMED_POLICIES])
+    # A default deny comes from every ALLOW policy there is; a few of them tell enough.
+    origins = decision.origins[:MAX_NAMED_POLICIES]
+    policy = ", ".join(dict.fromkeys(origin.policy for origin in origins))
+    rule = "; ".join(str(origin) for origin in origins)
     if decision.allowed:
-        reason = Reason.ALLOWED if decision.origins else Reason.NO_POLICY
+        reason = Reason.ALLOWED if origins else Reason.NO_POLICY
         return Answer(True, reason, decision.reason, policy, rule)
     text = decision.reason
-    for origin in decision.origins:
+    for origin in origins:
         # The file and line are for the log; a client is told the object.
         text = text.replace(str(origin), f"{origin.kind} {origin.policy}")
         if origin.rule == REFUSED_RULE:
