@@ -114,6 +114,7 @@ async def _serve(
     except* _Stopped:
         log.info("controller.draining")
     finally:
+        servicer.drain()
         await server.stop(GRACE_S)
 
 

@@ -242,7 +242,8 @@ class Controller:
             xds.PROBLEM: self._problem_resources,
             **parts,
         }
-        types = {type_url: _same(last.get(type_url), resources) for type_url, resources in types.items()}
+        for type_url in (xds.POLICY, xds.ENDPOINT):
+            types[type_url] = _same(last.get(type_url), types[type_url])
         if last and all(resources is last.get(type_url) for type_url, resources in types.items()):
             return
         number = self._next_revision()

@@ -65,6 +65,12 @@ class DeltaServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ign
 
     def __init__(self, key: bytes, source: SnapshotSource) -> None:
         self._key, self._source = key, source
+        self._streams: set[_Stream] = set()
+
+    def drain(self) -> None:
+        """End every stream; clients keep what they have and come back to whoever listens next."""
+        for stream in self._streams:
+            stream.end(grpc.StatusCode.UNAVAILABLE, "the controller is stopping")
 
     async def DeltaAggregatedResources(
         self, request_iterator: AsyncIterator[DeltaDiscoveryRequest], context: grpc.aio.ServicerContext
@@ -77,6 +83,7 @@ class DeltaServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ign
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         stream = _Stream(caller, context)
         stream.feed = feed = self._source.open(caller, stream.wake)
+        self._streams.add(stream)
         STREAMS.labels(caller.kind).inc()
         log.info("stream.opened", client=str(caller))
         reader = asyncio.create_task(stream.read(request_iterator), name=f"read {caller}")
@@ -87,6 +94,7 @@ class DeltaServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ign
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
             feed.close()
+            self._streams.discard(stream)
             STREAMS.labels(caller.kind).dec()
             log.info("stream.closed", client=str(caller))
 
@@ -110,6 +118,11 @@ class _Stream:
     def wake(self) -> None:
         self._awake.set()
 
+    def end(self, code: grpc.StatusCode, reason: str) -> None:
+        """Have the stream end with that status, as soon as it writes nothing."""
+        self._end = _End(code, reason)
+        self.wake()
+
     async def read(self, requests: AsyncIterator[DeltaDiscoveryRequest]) -> None:
         """Take in requests until the client ends the stream or breaks the protocol."""
         try:
@@ -132,8 +145,9 @@ class _Stream:
             if self.feed.refusal:
                 self._end = _End(grpc.StatusCode.PERMISSION_DENIED, self.feed.refusal)
             if self._end is not None:
-                REFUSED_CALLS.labels(self._end.code.name.lower()).inc()
-                log.warning("stream.refused", client=str(self._caller), reason=self._end.reason)
+                if self._end.code is not grpc.StatusCode.UNAVAILABLE:
+                    REFUSED_CALLS.labels(self._end.code.name.lower()).inc()
+                    log.warning("stream.refused", client=str(self._caller), reason=self._end.reason)
                 await self._context.abort(self._end.code, self._end.reason)
             if reader.done():
                 return

@@ -9,7 +9,7 @@ Spec: xDS protocol, "Incremental xDS"; envoy.service.discovery.v3.DeltaDiscovery
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -127,38 +127,33 @@ class _Subscription:
     answered: bool = False
     settled: Resources | None = None  # the resources that nothing was left to send of
 
-    def wanted(self, resources: Resources) -> Iterator[tuple[str, str]]:
-        """Each name the client should know of, with its version or ABSENT."""
+    def outdated(self, resources: Resources) -> list[str]:
+        """The names whose version, or absence, the client does not know yet and has not refused."""
+        held, refused = self.held, self.refused
         if self.wildcard:
-            for name, resource in resources.items():
-                yield name, resource.version
-            for name, version in self.held.items():
-                if name not in resources and version != ABSENT and name not in self.names:
-                    yield name, ABSENT
-        for name in self.names:
-            resource_or_none = resources.get(name)
-            if resource_or_none is None:
-                yield name, ABSENT
-            elif not self.wildcard:
-                yield name, resource_or_none.version
+            names = [name for name, resource in resources.items() if held.get(name) != resource.version]
+            names += [name for name, version in held.items() if name not in resources and version != ABSENT]
+            explicit = [name for name in self.names if name not in resources and name not in held]
+        else:
+            names, explicit = [], list(self.names)
+        names += [name for name in explicit if held.get(name) != _version(resources, name)]
+        return [name for name in names if refused.get(name) != _version(resources, name)] if refused else names
 
     def pending(self, resources: Resources, part: _Part) -> list[str]:
         """The names to send, in order of name, those to be sent alone first."""
         if self.settled is resources:
             return []
-        everything = [
-            (name, version)
-            for name, version in self.wanted(resources)
-            if self.held.get(name) != version and self.refused.get(name) != version
-        ]
-        if not everything:
+        names = self.outdated(resources)
+        if not names:
             self.settled = resources
-        names = [
-            name
-            for name, version in everything
-            if part is _Part.BOTH or (version == ABSENT) is (part is _Part.REMOVALS)
-        ]
+        if part is not _Part.BOTH:
+            names = [name for name in names if (name not in resources) is (part is _Part.REMOVALS)]
         return sorted(names, key=lambda name: (name not in self.alone, name))
+
+
+def _version(resources: Resources, name: str) -> str:
+    resource = resources.get(name)
+    return ABSENT if resource is None else resource.version
 
 
 class DeltaSession:
