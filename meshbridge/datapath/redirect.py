@@ -18,7 +18,7 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
@@ -30,9 +30,12 @@ from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import IpFamily
 
 TOOL_TIMEOUT_S: Final = 3.0
+NAMESPACE_DIRECTORIES: Final = (Path("/run/netns"), Path("/run/docker/netns"))
 _CLONE_NEWNET: Final = 0x40000000
 _NS_GET_NSTYPE: Final = 0xB703
-_NETLINK_NETFILTER: Final = 12
+_NETLINK_ROUTE, _NETLINK_NETFILTER = 0, 12
+_RTM_NEWNSID, _RTM_GETNSID = 88, 90
+_NETNSA_NSID, _NETNSA_FD = 1, 3
 _NFT_MSG_GETGEN: Final = (10 << 8) | 16
 _NLM_F_REQUEST: Final = 1
 _NFTA_GEN_ID: Final = 1
@@ -225,12 +228,68 @@ def generation() -> int | None:
             answer = netlink.recv(4096)
     except OSError:
         return None
-    position = 20
+    numbers = [value for key, value in _attributes(answer, 20) if key == _NFTA_GEN_ID and len(value) == 4]
+    return int(struct.unpack(">I", numbers[0])[0]) if numbers else None
+
+
+def find_namespaces(wanted: Collection[int], directories: Iterable[Path] = NAMESPACE_DIRECTORIES) -> dict[int, str]:
+    """The network namespaces with these numbers, as ``Link.peer_netns`` names them, by a path to each.
+
+    Names given to namespaces are looked at first, then those of processes; numbers that nobody holds a path of are
+    missing in the answer.
+
+    Spec: rtnetlink, RTM_GETNSID.
+    """
+    found: dict[int, str] = {}
+    looked_at: set[int] = set()
+    for path in _namespace_paths(directories):
+        if len(found) == len(wanted):
+            break
+        with contextlib.suppress(OSError, NamespaceError):
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                inode = os.fstat(handle).st_ino
+                if inode in looked_at or fcntl.ioctl(handle, _NS_GET_NSTYPE) != _CLONE_NEWNET:
+                    continue
+                looked_at.add(inode)
+                number = _namespace_number(handle)
+            finally:
+                os.close(handle)
+            if number in wanted:
+                found[number] = path
+    return found
+
+
+def _namespace_paths(directories: Iterable[Path]) -> Iterator[str]:
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            yield from sorted(str(entry) for entry in directory.iterdir())
+    with contextlib.suppress(OSError):
+        for entry in os.scandir("/proc"):
+            if entry.name.isdigit():
+                yield f"/proc/{entry.name}/ns/net"
+
+
+def _namespace_number(handle: int) -> int:
+    """The number a namespace has in the calling thread's; -1 when it has none."""
+    attribute = struct.pack("=HHI", 8, _NETNSA_FD, handle)
+    body = struct.pack("=Bxxx", socket.AF_UNSPEC) + attribute
+    header = struct.pack("=IHHII", 16 + len(body), _RTM_GETNSID, _NLM_F_REQUEST, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_ROUTE) as netlink:
+        netlink.settimeout(1.0)
+        netlink.send(header + body)
+        answer = netlink.recv(4096)
+    kind = struct.unpack_from("=H", answer, 4)[0] if len(answer) >= 20 else 0
+    if kind != _RTM_NEWNSID:
+        return -1
+    numbers = [value for key, value in _attributes(answer, 20) if key == _NETNSA_NSID and len(value) == 4]
+    return int(struct.unpack("=i", numbers[0])[0]) if numbers else -1
+
+
+def _attributes(answer: bytes, position: int) -> Iterator[tuple[int, bytes]]:
     while position + 4 <= len(answer):
         length, kind = struct.unpack_from("=HH", answer, position)
-        if length < 4:
-            break
-        if kind & 0x3FFF == _NFTA_GEN_ID and length >= 8 and position + 8 <= len(answer):
-            return int(struct.unpack_from(">I", answer, position + 4)[0])
+        if length < 4 or position + length > len(answer):
+            return
+        yield kind & 0x3FFF, answer[position + 4 : position + length]
         position += (length + 3) & ~3
-    return None

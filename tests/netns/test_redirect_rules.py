@@ -23,7 +23,8 @@ from meshbridge.bypass.findings import FindingCode
 from meshbridge.bypass.initargs import parse_init_args
 from meshbridge.bypass.redirect_config import istio_rules, restore_text
 from meshbridge.bypass.state import CaptureState
-from meshbridge.datapath.redirect import NamespaceError, RedirectReader, generation, in_namespace
+from meshbridge.datapath.links import read_network
+from meshbridge.datapath.redirect import NamespaceError, RedirectReader, find_namespaces, generation, in_namespace
 from meshbridge.identity.model import IpFamily, ProxyClass, Workload
 from meshbridge.policy.capture import PortClass
 from meshbridge.policy.model import Direction
@@ -423,3 +424,24 @@ def test_rules_as_the_tools_print_them_are_those_that_were_written(pair: None, c
         for name, chain in written.chains.items():
             plain = [replace(rule, text="", origin="") for rule in chain]
             assert [replace(rule, text="", origin="") for rule in rules.chains[name]] == plain
+
+
+def test_the_namespace_behind_a_veth_is_found_by_its_number(pair: None) -> None:
+    links = in_namespace(str(NETNS / PEER), read_network).links.values()
+    (number,) = {link.peer_netns for link in links if link.name == "eth0"}
+    assert number is not None
+    assert in_namespace(str(NETNS / PEER), lambda: find_namespaces({number})) == {number: str(NETNS / POD)}
+    assert in_namespace(str(NETNS / PEER), lambda: find_namespaces({number + 1000})) == {}
+
+
+def test_a_namespace_without_a_name_is_found_through_a_process_in_it(pair: None, tmp_path: Path) -> None:
+    with subprocess.Popen(["nsenter", f"--net={NETNS / POD}", "sleep", "60"]) as process:
+        try:
+            links = in_namespace(str(NETNS / PEER), read_network).links.values()
+            (number,) = {link.peer_netns for link in links if link.name == "eth0"}
+            assert number is not None
+            found = in_namespace(str(NETNS / PEER), lambda: find_namespaces({number}, [tmp_path]))
+            assert found[number].startswith("/proc/")
+            assert RedirectReader().read(found[number]).problems == ()
+        finally:
+            process.kill()
