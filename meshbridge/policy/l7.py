@@ -130,11 +130,18 @@ class RequestJudge:
             network if any(rule.http for rule in network) else (),
             tuple(rule for policy in selected.request_authentication for rule in policy.rules),
             {action: _RuleIndex(rules) for action, rules in by_action.items()},
-            tuple(p.origin for p in guard.policies if p.action is Action.ALLOW and not p.dry_run),
+            (
+                *(p.origin for p in guard.policies if p.action is Action.ALLOW and not p.dry_run),
+                *(refusal.origin for refusal in guard.refusals if not refusal.may_deny),
+            ),
         )
 
     def decide(self, request: Request) -> RequestDecision:
-        """ALLOW or DENY. Any refused mesh object that may select the workload denies: nobody knows what it says."""
+        """ALLOW or DENY.
+
+        A refused mesh object that may select the workload denies, since nobody knows what it says; one that only allows
+        counts as a policy that allows nothing.
+        """
         reported = tuple(indexed.rule.origin for indexed in self._matching(Action.AUDIT, request))
         denied = self._denied(request)
         if denied is not None:
@@ -150,10 +157,11 @@ class RequestJudge:
         return RequestDecision(Verdict.ALLOW, reason, origins, reported)
 
     def _denied(self, request: Request) -> _Denial | None:
-        if self.guard.refusals:
-            return _Denial(f"refused policy: {self.guard.refusals[0]}", tuple(r.origin for r in self.guard.refusals))
+        refusals = [refusal for refusal in self.guard.refusals if refusal.may_deny]
+        if refusals:
+            return _Denial(f"refused policy: {refusals[0]}", tuple(refusal.origin for refusal in refusals))
         mode, origin = self.guard.mtls.at(request.port)
-        if mode is MtlsMode.STRICT and request.principal is None:
+        if mode is MtlsMode.STRICT and not request.principal:
             return _Denial("mTLS is STRICT and the connection is plaintext", (origin,) if origin else ())
         for indexed in self._matching(Action.CUSTOM, request):
             if indexed.policy.provider not in (OUR_PROVIDER, *self.guard.mesh.asked_providers):

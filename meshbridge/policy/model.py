@@ -206,7 +206,8 @@ class Notice:
 class Refusal:
     """An object that is not understood, and what therefore holds: see DESIGN, property 4.
 
-    ``selectors`` are the endpoints it may select and ``directions`` what it names; ``layer`` is its family.
+    ``selectors`` are the endpoints it may select and ``directions`` what it names; ``layer`` is its family. An object
+    that says of itself that it only allows cannot deny what another one allows: then ``may_deny`` is false.
     """
 
     document: Document
@@ -216,6 +217,7 @@ class Refusal:
     layer: Layer = Layer.NETWORK
     selectors: tuple[Selector, ...] = ()
     directions: frozenset[Direction] = frozenset(Direction)
+    may_deny: bool = True
 
     @property
     def origin(self) -> Origin:

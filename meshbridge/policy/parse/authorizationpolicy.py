@@ -90,7 +90,7 @@ def parse_authorization_policy(document: Document) -> Parsed:
             Reader(None, "spec.rules").refuse(f"{action} without rules never matches", "write a rule")
         rules = tuple(_rule(item, document, action) for item in written)
     except Invalid as error:
-        return refused_mesh(document, error, _reach(document, selector))
+        return refused_mesh(document, error, _reach(document, selector), may_deny=not _only_allows(document))
     if targeted:
         return Parsed(document)
     policy = AuthorizationPolicy(
@@ -105,6 +105,12 @@ def parse_authorization_policy(document: Document) -> Parsed:
     )
     notices = contradiction_notices(document, [("spec.selector", selector)])
     return Parsed(document, authorization=(policy,), notices=notices)
+
+
+def _only_allows(document: Document) -> bool:
+    """Whether a refused policy says of itself, readably, that its action is ALLOW."""
+    spec = document.data.get("spec")
+    return isinstance(spec, dict) and spec.get("action", "ALLOW") == "ALLOW"
 
 
 def _reach(document: Document, read: Selector) -> Selector:

@@ -73,9 +73,19 @@ def refused_network(document: Document, error: Invalid, reaches: Iterable[Reach]
     return Parsed(document, network=tuple(rules), refusals=(refusal,))
 
 
-def refused_mesh(document: Document, error: Invalid, selector: Selector) -> Parsed:
-    """A refused mesh object is NEEDS_L7 for what it may select: Envoy judges captured ports, excluded ones close."""
-    refusal = Refusal(document, error.reason, error.path, error.fix, Layer.MESH, (selector,))
+def refused_mesh(document: Document, error: Invalid, selector: Selector, *, may_deny: bool = True) -> Parsed:
+    """A refused mesh object is NEEDS_L7 for what it may select: Envoy judges captured ports, excluded ones close.
+
+    One that is attached to a gateway or a Service selects no sidecar, whatever else is wrong with it.
+    """
+    spec = document.data.get("spec")
+    targeted = (
+        isinstance(spec, dict) and "selector" not in spec and bool(spec.get("targetRef") or spec.get("targetRefs"))
+    )
+    selectors = () if targeted else (selector,)
+    refusal = Refusal(
+        document, error.reason, error.path, error.fix, Layer.MESH, selectors, frozenset(Direction), may_deny
+    )
     return Parsed(document, refusals=(refusal,))
 
 

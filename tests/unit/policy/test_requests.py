@@ -163,10 +163,29 @@ def test_a_custom_provider_nobody_asks_denies_and_ours_does_not() -> None:
     assert decide_request(API, policies(of("opa"), asked), BASE).allowed
 
 
-def test_a_refused_mesh_policy_denies() -> None:
-    decision = decide_request(API, policies(authorization("ALLOW", "[{nonsense: 1}]")), BASE)
+@pytest.mark.parametrize("action", ["DENY", "AUDIT", "CUSTOM", "NONSENSE"])
+def test_a_refused_mesh_policy_denies_whatever_others_allow(action: str) -> None:
+    text = authorization(action, "[{nonsense: 1}]") + authorization("ALLOW", "[{}]", "q")
+    decision = decide_request(API, policies(text), BASE)
     assert not decision.allowed
-    assert "nonsense" in decision.reason
+    assert "refused policy" in decision.reason
+
+
+def test_a_refused_policy_that_only_allows_allows_nothing_and_forbids_nothing() -> None:
+    refused = authorization("ALLOW", "[{nonsense: 1}]")
+    decision = decide_request(API, policies(refused), BASE)
+    assert not decision.allowed
+    assert [origin.rule for origin in decision.origins] == ["refused"]
+    assert decide_request(API, policies(refused + authorization("ALLOW", "[{}]", "q")), BASE).allowed
+
+
+def test_a_refused_policy_for_a_gateway_concerns_no_sidecar() -> None:
+    text = authorization("DENY", "[{nonsense: 1}]").replace(
+        "selector: {matchLabels: {app: api}}", "targetRefs: [{name: g}]"
+    )
+    found = policies(text)
+    assert found.refusals
+    assert decide_request(API, found, BASE).allowed
 
 
 def test_strict_refuses_plaintext() -> None:
