@@ -9,6 +9,7 @@ import os
 import secrets
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -113,8 +114,18 @@ def workload(name: str, account: str, v4: IPv4Address, v6: IPv6Address, namespac
 
 
 @contextlib.contextmanager
+def shared_directory() -> Iterator[Path]:
+    """A directory that Envoy's user may enter; pytest's own are closed again by every other run of pytest."""
+    with tempfile.TemporaryDirectory(prefix="meshbridge-test-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        yield directory
+
+
+@contextlib.contextmanager
 def pod_pair(prefix: str) -> Iterator[tuple[Pod, Pod]]:
-    """Two pods joined by a veth pair; both namespaces are gone afterwards."""
+    """Two pods joined by a veth pair; both namespaces are gone afterwards, and no other test run has their names."""
+    prefix = f"{prefix}-{os.getpid()}"
     server = Pod(
         f"{prefix}-srv",
         workload("server", "server", ip4 := IPv4Address("10.99.0.1"), ip6 := IPv6Address("fd99::1")),

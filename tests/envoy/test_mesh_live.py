@@ -25,7 +25,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from envoy.service.auth.v3.external_auth_pb2 import CheckResponse
-from meshnet import Pod, envoy_process, pod_pair, tcp_server
+from meshnet import Pod, envoy_process, pod_pair, shared_directory, tcp_server
 from test_sidecar_live import echo_app, http_app
 
 from meshbridge.xds.auth import load_or_create_key, mint_token, node_caller, pod_caller
@@ -149,10 +149,13 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = 20) -> No
 
 
 @pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    directory = tmp_path_factory.mktemp("mbenv-mesh")
-    for parent in (directory, *directory.parents[:3]):
-        parent.chmod(0o755)
+def directory() -> Iterator[Path]:
+    with shared_directory() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def mesh(directory: Path) -> Iterator[Mesh]:
     manifests, state = directory / "manifests", directory / "state"
     manifests.mkdir()
     state.mkdir(mode=0o700)

@@ -20,7 +20,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from envoy.service.auth.v3 import external_auth_pb2, external_auth_pb2_grpc
 from google.rpc import status_pb2
-from meshnet import AdsServer, Authority, Pod, pod_pair, sidecar_envoy, tcp_server
+from meshnet import AdsServer, Authority, Pod, pod_pair, shared_directory, sidecar_envoy, tcp_server
 
 from meshbridge.policy.capture import AppProtocol
 from meshbridge.policy.mesh import EffectiveMtls, JwtRule, MtlsMode
@@ -109,10 +109,13 @@ class Mesh:
 
 
 @pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
-    directory = tmp_path_factory.mktemp("mbenv")
-    for parent in (directory, *directory.parents[:3]):
-        parent.chmod(0o755)
+def directory() -> Iterator[Path]:
+    with shared_directory() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def mesh(directory: Path) -> Iterator[Mesh]:
     judge = Judge(directory / "authz.sock")
     authority = Authority()
     public = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(JWT_KEY.public_key()))
@@ -306,6 +309,13 @@ def test_denied_request_is_403(mesh: Mesh) -> None:
 def test_path_is_normalised_before_it_is_judged(mesh: Mesh) -> None:
     mesh.client.curl("--path-as-is", f"http://{mesh.server.v4}:{HTTP}/public/../admin/./x?a=1")
     assert mesh.judge.questions[0].attributes.request.http.path == "/admin/x?a=1"
+
+
+def test_http2_without_tls_of_its_own_is_judged_as_http(mesh: Mesh) -> None:
+    mesh.judge.allow = lambda request: False
+    for port in (HTTP, AUTO):
+        assert mesh.get(port, "--http2-prior-knowledge")[0] == 403
+    assert [question.attributes.request.http.protocol for question in mesh.judge.questions] == ["HTTP/2", "HTTP/2"]
 
 
 def test_dead_judge_is_503_that_says_so(mesh: Mesh) -> None:
