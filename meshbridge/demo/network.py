@@ -20,8 +20,6 @@ _NODE_SYSCTLS = {
     "net.ipv6.conf.default.accept_ra": "0",
 }
 _POD_SYSCTLS = {
-    # no tail loss probes: a segment sent again then says that one was lost, not that this machine was busy
-    "net.ipv4.tcp_early_retrans": "0",
     "net.ipv6.conf.all.disable_ipv6": "0",
     "net.ipv6.conf.default.accept_dad": "0",
     "net.ipv6.conf.default.accept_ra": "0",

@@ -23,6 +23,7 @@ def run(report: Report, keep: bool, report_file: Path | None) -> int:
 
     Without ``keep`` the mesh is taken down again, whatever happened; that nothing is left is a check as well.
     """
+    report.say("Each line below: PASS or FAIL, what is expected: what was seen (how that was measured)")
     if lifecycle.remains():
         report.say("a mesh is up, or remains of one: taking it down, to begin from nothing")
         lifecycle.down(report.say)
@@ -33,6 +34,9 @@ def run(report: Report, keep: bool, report_file: Path | None) -> int:
             for step in STEPS:
                 report.begin(step.LETTER, step.TITLE, step.ABOUT)
                 _guarded(report, "the step runs to its end", partial(step.run, walk), quiet=True)
+    except KeyboardInterrupt:
+        report.check("the walk is made to its end", False, "interrupted", "SIGINT")
+        raise
     finally:
         if keep:
             report.say("the mesh stays up, as asked; `meshbridge demo down` removes it")

@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import ip_address
 from types import TracebackType
 from typing import Self
@@ -14,32 +14,37 @@ from typing import Self
 from meshbridge.demo.netns import make_socket
 
 _ETH_P_ALL = 3
+_SO_RCVBUFFORCE = 33
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _OUTGOING = 4
 
 
 @dataclass(slots=True)
 class Sniffer:
-    """Packets that arrive on ``interface`` in ``netns`` from one of ``sources``, and the TCP payload in them.
+    """TCP packets on ``interface`` in ``netns`` that come in (or with ``outgoing`` go out), and the payload in them.
 
-    ``lost`` counts packets that the socket had no room for: a count of zero is worth something only when that is zero.
+    ``lost`` counts packets that the socket had no room for: counts are worth something only when it is zero.
     """
 
     netns: str
     interface: str
     sources: Iterable[str]
+    destinations: Iterable[str] = ()
     port: int | None = None
+    outgoing: bool = False
     packets: int = 0
     payload_bytes: int = 0
     lost: int = 0
     _socket: socket.socket | None = None
     _thread: threading.Thread | None = None
-    _wanted: set[bytes] = field(default_factory=set)
+    _wanted_sources: frozenset[bytes] = frozenset()
+    _wanted_destinations: frozenset[bytes] = frozenset()
 
     def __enter__(self) -> Self:
-        self._wanted = {ip_address(source).packed for source in self.sources}
+        self._wanted_sources = frozenset(ip_address(address).packed for address in self.sources)
+        self._wanted_destinations = frozenset(ip_address(address).packed for address in self.destinations)
         self._socket = make_socket(self.netns, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 16 << 20)
         self._socket.settimeout(0.1)
         self._socket.bind((self.interface, _ETH_P_ALL))
         self._thread = threading.Thread(target=self._count, name=f"sniff-{self.interface}")
@@ -68,20 +73,26 @@ class Sniffer:
                 if self._stop:
                     return
                 continue
-            if address[2] != _OUTGOING and packet:
+            if (address[2] == _OUTGOING) == self.outgoing and packet:
                 self._look(packet)
 
     def _look(self, packet: bytes) -> None:
         version = packet[0] >> 4
         if version == 4 and len(packet) >= 20:
-            source, protocol, offset = packet[12:16], packet[9], (packet[0] & 15) * 4
+            source, destination = packet[12:16], packet[16:20]
+            protocol, offset = packet[9], (packet[0] & 15) * 4
             total = int.from_bytes(packet[2:4], "big")
         elif version == 6 and len(packet) >= 40:
-            source, protocol, offset = packet[8:24], packet[6], 40
+            source, destination = packet[8:24], packet[24:40]
+            protocol, offset = packet[6], 40
             total = 40 + int.from_bytes(packet[4:6], "big")
         else:
             return
-        if source not in self._wanted or protocol != socket.IPPROTO_TCP or len(packet) < offset + 20:
+        if source not in self._wanted_sources:
+            return
+        if self._wanted_destinations and destination not in self._wanted_destinations:
+            return
+        if protocol != socket.IPPROTO_TCP or len(packet) < offset + 20:
             return
         if self.port is not None and int.from_bytes(packet[offset + 2 : offset + 4], "big") != self.port:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from meshbridge.demo.walk.context import SERVICE, SERVICE_PORT, Walk, now_ns, rules_text
 from meshbridge.demo.walk.sniffer import Sniffer
 from meshbridge.observe.flow import Flow, FlowKind
+from meshbridge.observe.reasons import drop_reason
 
 LETTER = "a"
 TITLE = "Who may not connect costs no Envoy"
@@ -35,7 +36,7 @@ def _one_family(walk: Walk, family: str) -> None:
     walk.report.say(f"{name}: sending, and waiting for an answer that must not come")
     since, before = now_ns(), walk.arrived()
     with (
-        Sniffer(service.layout.netns, walk.uplink(service.node), [source], SERVICE_PORT) as at_node,
+        Sniffer(service.layout.netns, walk.uplink(service.node), [source], port=SERVICE_PORT) as at_node,
         Sniffer(service.netns, "eth0", [source]) as in_pod,
     ):
         outcome = walk.request(client, walk.url(family), token=walk.token(scope="transactions"), timeout_s=2.0)
@@ -71,4 +72,7 @@ def _says_why(drop: Flow | None) -> bool:
 
 
 def _text(drop: Flow | None) -> str:
-    return f"reason {drop.reason}, {rules_text(drop)}" if drop else "no drop event"
+    if drop is None:
+        return "no drop event"
+    reason = drop_reason(drop.reason)
+    return f"{reason.text} ({reason.number}), {rules_text(drop)}"
