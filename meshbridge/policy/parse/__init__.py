@@ -9,6 +9,7 @@ from meshbridge.policy.model import Document, Notice, Severity
 from meshbridge.policy.parse.authorizationpolicy import parse_authorization_policy
 from meshbridge.policy.parse.ciliumnetworkpolicy import CLUSTERWIDE, parse_cilium_network_policy
 from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount, ServicePort
+from meshbridge.policy.parse.clusternetworkpolicy import CLUSTER_POLICY_KINDS, parse_cluster_network_policy
 from meshbridge.policy.parse.networkpolicy import parse_network_policy
 from meshbridge.policy.parse.parsed import Parsed, refused_by_source
 from meshbridge.policy.parse.peerauthentication import parse_peer_authentication
@@ -19,6 +20,7 @@ POLICY_KINDS: Final[Mapping[tuple[str, str], Callable[[Document], Parsed]]] = {
     ("cilium.io", "CiliumNetworkPolicy"): parse_cilium_network_policy,
     ("cilium.io", CLUSTERWIDE): parse_cilium_network_policy,
     ("networking.k8s.io", "NetworkPolicy"): parse_network_policy,
+    **{("policy.networking.k8s.io", kind): parse_cluster_network_policy for kind in CLUSTER_POLICY_KINDS},
     ("security.istio.io", "AuthorizationPolicy"): parse_authorization_policy,
     ("security.istio.io", "PeerAuthentication"): parse_peer_authentication,
     ("security.istio.io", "RequestAuthentication"): parse_request_authentication,
@@ -30,7 +32,7 @@ CLUSTER_KINDS: Final = frozenset(
     | {("batch" if kind == "Job" else "apps", kind) for kind in TEMPLATE_KINDS}
 )
 
-_GUARDING_GROUPS = frozenset(group for group, _ in POLICY_KINDS) | {"policy.networking.k8s.io"}
+_GUARDING_GROUPS = frozenset(group for group, _ in POLICY_KINDS)
 
 
 def parse(document: Document) -> Parsed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshbridge.identity.model import Entity, IpAddress, Peer
@@ -117,6 +117,7 @@ PEERS = st.sampled_from([pod("a"), pod("b"), pod("a", "pay"), replace(pod("a"), 
 NETWORKS = st.sets(st.sampled_from([ip_network(f"10.0.0.0/{n}") for n in range(24, 32)]))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(ADDRESSES, PEERS), st.dictionaries(ADDRESSES, PEERS), NETWORKS, st.randoms())
 def test_one_number_one_class_after_any_change(
     before: dict[IpAddress, Peer], after: dict[IpAddress, Peer], networks: set[object], rng: object
@@ -135,6 +136,7 @@ def test_one_number_one_class_after_any_change(
         assert found.identities.get(number, peer) == peer
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 2**32 - 1)), st.integers(0, 2**32 - 1), st.integers(0, 32))
 def test_the_index_finds_exactly_the_networks_that_contain_an_address(values: set[int], at: int, length: int) -> None:
     networks = {ip_network((value, length), strict=False) for value in values} | {ip_network((at, 8), strict=False)}

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from policycast import API, LEDGER, WEB, allowed, documents, pod, policies
 
@@ -79,6 +79,7 @@ def mirrored(document: Document, rng: random.Random) -> Document:
     return replace(document, data=shuffle(dict(document.data)))  # type: ignore[arg-type]
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_order_of_objects_and_of_alternatives_never_matters(rng: random.Random) -> None:
     straight = documents(MIXED)
@@ -109,6 +110,7 @@ def test_the_users_files_parse_and_mean_what_they_say() -> None:
     assert [(key.identity, key.port) for key in entries] == [(302, 8080)]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 65535), st.integers(0, 65535))
 def test_prefixes_cover_a_range_exactly(one: int, other: int) -> None:
     first, last = min(one, other), max(one, other)

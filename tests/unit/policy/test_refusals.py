@@ -61,7 +61,7 @@ def test_a_bad_object_is_refused_with_place_reason_and_fix(path: Path) -> None:
 
 
 def test_there_are_cases_of_every_kind() -> None:
-    assert {path.stem.partition("-")[0] for path in CASES} == {"cnp", "ccnp", "np", "ap", "pa", "ra", "pod"}
+    assert {path.stem.partition("-")[0] for path in CASES} == {"cnp", "ccnp", "np", "anp", "ap", "pa", "ra", "pod"}
 
 
 def test_no_refused_network_object_leaves_its_pods_open() -> None:
