@@ -10,13 +10,14 @@ Spec: ISTIO.md §c; DESIGN §2, the table of classes.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 from meshbridge.bypass import annotations as asked
 from meshbridge.bypass.annotations import MeshDefaults
-from meshbridge.bypass.classify import baseline_parts, classified_spans, universe
-from meshbridge.bypass.expected import Expected, expected_redirection, families_with_rules, family_findings
+from meshbridge.bypass.classify import classified_spans, guards, universe
+from meshbridge.bypass.expected import expected_redirection, families_with_rules, family_findings
 from meshbridge.bypass.findings import Finding, FindingCode, Severity
 from meshbridge.bypass.redirect_config import RedirectConfig, istio_rules
 from meshbridge.bypass.rules import Hook, SeenRules
@@ -27,6 +28,7 @@ from meshbridge.identity.model import IpFamily, ProxyClass, Workload
 from meshbridge.policy.capture import PortClass
 from meshbridge.policy.model import Direction
 
+_KEPT: Final = 128
 _AMBIENT_PROBES: Final = {
     IpFamily.IPV4: IntSet.of(0xA9FE077F),  # 169.254.7.127
     IpFamily.IPV6: IntSet.of(0xFD16_9254_7127_1337_FFFF_FFFF_FFFF_FFFF),
@@ -55,17 +57,10 @@ def capture_state(
         return CaptureState(workload.key, Truth.NO_PROXY, spans, spans, (*findings, *_stray_rules(seen)))
     config = expected.config or RedirectConfig()
     families = families_with_rules(workload, config)
-    by_specification = {
-        family: () if expected.config is None or family not in families else (istio_rules(config, family),)
-        for family in IpFamily
-    }
-    intended = tuple(
-        span
-        for family in IpFamily
-        for span in classified_spans(
-            by_specification[family], family, config, _absent_route(expected, family, families)
-        )
+    settings = _Settings(
+        config, tuple(sorted(config.sources.items())), families, None if expected.config else expected.reason
     )
+    intended = _intended(settings)
     findings += family_findings(workload, config, families)
     if seen is None:
         findings.append(
@@ -77,15 +72,43 @@ def capture_state(
         return CaptureState(
             workload.key, expected.truth, _not_seen(intended), intended, tuple(findings), expected.starts
         )
-    spans = tuple(
-        span
-        for family in IpFamily
-        for span in classified_spans(
-            seen.of(family), family, config, Route(RouteKind.RULES_MISSING, "no rule redirects it"), intended
-        )
-    )
+    spans = _followed(settings, seen)
     findings += compare(workload.key, intended, spans, seen)
     return CaptureState(workload.key, Truth.RULES, spans, intended, tuple(findings), expected.starts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """All that spans depend on besides rules that were read; pods of one template share it.
+
+    ``without_rules`` says why nothing redirects at all; None: the settings do.
+    """
+
+    config: RedirectConfig
+    sources: tuple[tuple[str, str], ...]
+    families: frozenset[IpFamily]
+    without_rules: str | None
+
+
+@lru_cache(maxsize=_KEPT)
+def _intended(settings: _Settings) -> tuple[Span, ...]:
+    """What the specification leads to."""
+    spans: list[Span] = []
+    for family in IpFamily:
+        redirects = settings.without_rules is None and family in settings.families
+        rule_sets = (istio_rules(settings.config, family),) if redirects else ()
+        spans += classified_spans(rule_sets, family, settings.config, _absent_route(settings, family))
+    return tuple(spans)
+
+
+@lru_cache(maxsize=_KEPT)
+def _followed(settings: _Settings, seen: SeenRules) -> tuple[Span, ...]:
+    """What the rules in the namespace lead to."""
+    absent, intended = Route(RouteKind.RULES_MISSING, "no rule redirects it"), _intended(settings)
+    spans: list[Span] = []
+    for family in IpFamily:
+        spans += classified_spans(seen.of(family), family, settings.config, absent, intended)
+    return tuple(spans)
 
 
 def _not_seen(intended: tuple[Span, ...]) -> tuple[Span, ...]:
@@ -141,7 +164,7 @@ def _ambient(workload: Workload, seen: SeenRules | None) -> CaptureState:
     intended = []
     for family in IpFamily:
         for direction in Direction:
-            for box, baseline, kind in baseline_parts(universe(direction, family), direction, family, config):
+            for box, baseline, kind in guards(direction, family, config):
                 if direction is Direction.INGRESS and kind is RouteKind.ISTIO_PORT:
                     baseline = PortClass.CAPTURED
                 bypassed = baseline is PortClass.CAPTURED and direction is Direction.INGRESS and without_inbound
@@ -162,14 +185,14 @@ def _ambient(workload: Workload, seen: SeenRules | None) -> CaptureState:
 
 def _probes_apart(span: Span) -> list[Span]:
     """The kubelet's probes, which ambient's own rules let past ztunnel from one link-local source."""
-    probes = replace(span.box, source=span.box.source & _AMBIENT_PROBES[span.family])
-    if span.direction is not Direction.INGRESS or span.port_class is not PortClass.EXCLUDED or not probes:
+    probes = span.box._replace(source=span.box.source & _AMBIENT_PROBES[span.family])
+    if span.direction is not Direction.INGRESS or span.port_class is not PortClass.EXCLUDED or probes.empty:
         return [span]
-    rest = replace(span.box, source=span.box.source - _AMBIENT_PROBES[span.family])
+    rest = span.box._replace(source=span.box.source - _AMBIENT_PROBES[span.family])
     apart = replace(
         span, box=probes, port_class=PortClass.UNGUARDED, route=Route(RouteKind.AMBIENT, "the kubelet's probes")
     )
-    return [apart, replace(span, box=rest)] if rest else [apart]
+    return [apart] if rest.empty else [apart, replace(span, box=rest)]
 
 
 def compare(pod: str, intended: Iterable[Span], spans: Iterable[Span], seen: SeenRules) -> list[Finding]:
@@ -218,16 +241,16 @@ def _differences(left: Iterable[Span], right: Iterable[Span]) -> IntSet:
         if one.port_class is not PortClass.CAPTURED:
             continue
         for other in right:
-            if other.port_class is PortClass.EXCLUDED and (box := one.box & other.box) is not None:
+            if other.port_class is PortClass.EXCLUDED and (box := one.box.both(other.box)) is not None:
                 ports.append(box.port)
     return union(ports)
 
 
-def _absent_route(expected: Expected, family: IpFamily, families: frozenset[IpFamily]) -> Route:
+def _absent_route(settings: _Settings, family: IpFamily) -> Route:
     """Why nothing redirects a flow that no rule mentions."""
-    if expected.config is None:
-        kind = RouteKind.MODE_NONE if "NONE" in expected.reason else RouteKind.RULES_MISSING
-        return Route(kind, expected.reason)
-    if family not in families:
+    if settings.without_rules is not None:
+        kind = RouteKind.MODE_NONE if "NONE" in settings.without_rules else RouteKind.RULES_MISSING
+        return Route(kind, settings.without_rules)
+    if family not in settings.families:
         return Route(RouteKind.IPV6, "the pod's redirect rules are for IPv4 only")
     return Route(RouteKind.RULES_MISSING, "")

@@ -8,7 +8,7 @@ from typing import Final
 
 from meshbridge.bypass.redirect_config import RedirectConfig
 from meshbridge.bypass.rules import Hook, RuleSet
-from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, OWNERS, TCP, Box, IntSet, NameSet, coalesced
+from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, OWNERS, PORTS, PROTOCOLS, TCP, Box, IntSet, NameSet, coalesced
 from meshbridge.bypass.state import LOOPBACK_INTERFACE, Route, RouteKind, Span
 from meshbridge.bypass.walk import Outcome, Region, regions
 from meshbridge.identity.model import IpFamily
@@ -39,7 +39,7 @@ def universe(direction: Direction, family: IpFamily) -> Box:
     everything = Box.everything(family)
     outside = NameSet(frozenset({LOOPBACK_INTERFACE}), inverted=True)
     if direction is Direction.INGRESS:
-        return replace(everything, input=outside, destination=ADDRESSES[family] - LOOPBACK[family])
+        return everything._replace(input=outside, destination=ADDRESSES[family] - LOOPBACK[family])
     return everything
 
 
@@ -58,12 +58,25 @@ def classified_spans(
     rule_sets = tuple(rule_sets)
     for direction, hook in ((Direction.INGRESS, Hook.PREROUTING), (Direction.EGRESS, Hook.OUTPUT)):
         explained = [span for span in intended if span.direction is direction and span.family is family]
+        guarded = guards(direction, family, config)
         spans: list[Span] = []
-        for region in regions(rule_sets, hook, universe(direction, family)):
-            for span in _classified(region, direction, family, config, absent):
-                spans += _explained(span, explained) if explained else [span]
+        for region in _merged(regions(rule_sets, hook, universe(direction, family))):
+            for guard, baseline, kind in guarded:
+                box = region.box.both(guard)
+                if box is not None:
+                    port_class, route, listener = _class_of(region, baseline, kind, direction, config, absent)
+                    span = Span(direction, family, box, port_class, route, listener)
+                    spans += _explained(span, explained) if explained else [span]
         found += coalesced_spans(spans)
     return found
+
+
+def _merged(found: Iterable[Region]) -> list[Region]:
+    """The same regions in fewer pieces."""
+    groups: dict[tuple[Outcome, int, int, str], list[Region]] = {}
+    for region in found:
+        groups.setdefault((region.outcome, region.port, id(region.rule), region.why), []).append(region)
+    return [replace(group[0], box=box) for group in groups.values() for box in coalesced(r.box for r in group)]
 
 
 def coalesced_spans(spans: Iterable[Span]) -> list[Span]:
@@ -74,43 +87,30 @@ def coalesced_spans(spans: Iterable[Span]) -> list[Span]:
     return [replace(group[0], box=box) for group in groups.values() for box in coalesced(span.box for span in group)]
 
 
-def _classified(
-    region: Region, direction: Direction, family: IpFamily, config: RedirectConfig, absent: Route
-) -> list[Span]:
-    """Cut a region by what the baseline says of its flows, and name its route."""
-    spans = []
-    for box, baseline, route in baseline_parts(region.box, direction, family, config):
-        port_class, why, listener = _class_of(region, baseline, route, direction, config, absent)
-        spans.append(Span(direction, family, box, port_class, why, listener))
-    return spans
-
-
-def baseline_parts(
-    box: Box, direction: Direction, family: IpFamily, config: RedirectConfig
-) -> list[tuple[Box, PortClass, RouteKind]]:
-    """What the mesh would guard if the pod had no exclusions."""
-    parts = [(replace(box, protocol=box.protocol - TCP), PortClass.UNGUARDED, RouteKind.NOT_TCP)]
-    tcp = replace(box, protocol=box.protocol & TCP)
+def guards(direction: Direction, family: IpFamily, config: RedirectConfig) -> list[tuple[Box, PortClass, RouteKind]]:
+    """What the mesh would guard if the pod had no exclusions: disjoint boxes that cover the universe."""
+    every = universe(direction, family)
+    tcp = every._replace(protocol=TCP)
+    found = [(every._replace(protocol=PROTOCOLS - TCP), PortClass.UNGUARDED, RouteKind.NOT_TCP)]
     if direction is Direction.INGRESS:
-        parts += [
-            (replace(tcp, port=tcp.port & _TUNNEL), PortClass.TUNNEL, RouteKind.TUNNEL),
-            (replace(tcp, port=tcp.port & _ISTIO_PORTS), PortClass.UNGUARDED, RouteKind.ISTIO_PORT),
-            (replace(tcp, port=tcp.port - _TUNNEL - _ISTIO_PORTS), PortClass.CAPTURED, RouteKind.REDIRECTED),
+        return [
+            *found,
+            (tcp._replace(port=_TUNNEL), PortClass.TUNNEL, RouteKind.TUNNEL),
+            (tcp._replace(port=_ISTIO_PORTS), PortClass.UNGUARDED, RouteKind.ISTIO_PORT),
+            (tcp._replace(port=PORTS - _TUNNEL - _ISTIO_PORTS), PortClass.CAPTURED, RouteKind.REDIRECTED),
         ]
-    else:
-        lo, loopback = NameSet.of(LOOPBACK_INTERFACE), LOOPBACK[family]
-        uids, gids = _numbers(config.uids), _numbers(config.gids)
-        away = replace(tcp, output=tcp.output - lo)
-        sent = replace(away, destination=away.destination - loopback)
-        others = replace(sent, uid=sent.uid - uids)
-        parts += [
-            (replace(tcp, output=tcp.output & lo), PortClass.UNGUARDED, RouteKind.LOOPBACK),
-            (replace(away, destination=away.destination & loopback), PortClass.UNGUARDED, RouteKind.LOOPBACK),
-            (replace(sent, uid=sent.uid & uids), PortClass.UNGUARDED, RouteKind.PROXY_OWNER),
-            (replace(others, gid=others.gid & gids), PortClass.UNGUARDED, RouteKind.PROXY_OWNER),
-            (replace(others, gid=others.gid - gids), PortClass.CAPTURED, RouteKind.REDIRECTED),
-        ]
-    return [part for part in parts if part[0]]
+    lo, uids, gids = NameSet.of(LOOPBACK_INTERFACE), _numbers(config.uids), _numbers(config.gids)
+    away = tcp._replace(output=~lo)
+    sent = away._replace(destination=ADDRESSES[family] - LOOPBACK[family])
+    others = sent._replace(uid=OWNERS - uids)
+    found += [
+        (tcp._replace(output=lo), PortClass.UNGUARDED, RouteKind.LOOPBACK),
+        (away._replace(destination=LOOPBACK[family]), PortClass.UNGUARDED, RouteKind.LOOPBACK),
+        (sent._replace(uid=uids), PortClass.UNGUARDED, RouteKind.PROXY_OWNER),
+        (others._replace(gid=gids), PortClass.UNGUARDED, RouteKind.PROXY_OWNER),
+        (others._replace(gid=OWNERS - gids), PortClass.CAPTURED, RouteKind.REDIRECTED),
+    ]
+    return [part for part in found if not part[0].empty]
 
 
 def _numbers(texts: Iterable[str]) -> IntSet:
@@ -163,7 +163,7 @@ def _explained(span: Span, intended: Iterable[Span]) -> list[Span]:
     """Split a seen span by what was intended: where both agree, the intention explains it better than the rule does."""
     pieces = []
     for other in intended:
-        box = span.box & other.box
+        box = span.box.both(other.box)
         if box is None:
             continue
         same = span.port_class is other.port_class and span.listener == other.listener

@@ -139,7 +139,7 @@ class _Reader:
             self.negated = False
         everything = Box.everything(self.family)
         if self.box is None:  # contradicts itself: matches nothing, so it has no effect
-            empty = replace(everything, port=IntSet())
+            empty = everything._replace(port=IntSet())
             return Rule(empty, Action.CONTINUE, "")
         return Rule(self.box, self.action, "", self.target, self.port, self.mask, self.mark, tuple(self.unknown))
 
@@ -151,7 +151,7 @@ class _Reader:
             return
         whole = getattr(Box.everything(self.family), axis)
         kept = getattr(self.box, axis) & (whole - members if self.negated else members)
-        self.box = replace(self.box, **{axis: kept}) if kept else None
+        self.box = self.box._replace(**{axis: kept}) if kept else None
 
     def never(self) -> None:
         self.box = None

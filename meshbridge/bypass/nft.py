@@ -177,7 +177,7 @@ def _compared(operator: str, bound: Any, whole: IntSet) -> IntSet:
 
 def _narrow(rule: Rule, axis: str, members: IntSet | NameSet, family: IpFamily) -> Rule:
     kept = getattr(rule.match, axis) & members
-    return replace(rule, match=replace(rule.match, **{axis: kept}) if kept else _nothing(family))
+    return replace(rule, match=rule.match._replace(**{axis: kept}) if kept else _nothing(family))
 
 
 def _when(rule: Rule, holds: bool, family: IpFamily) -> Rule:
@@ -185,7 +185,7 @@ def _when(rule: Rule, holds: bool, family: IpFamily) -> Rule:
 
 
 def _nothing(family: IpFamily) -> Box:
-    return replace(Box.everything(family), port=IntSet())
+    return Box.everything(family)._replace(port=IntSet())
 
 
 def _list(value: Any) -> Sequence[Any]:

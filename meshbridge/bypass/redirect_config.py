@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import ip_network
 from typing import Final
 
@@ -133,6 +134,7 @@ def _address_is_loopback(item: str) -> bool:
     return item.startswith("127.") or item.partition("/")[0] == "::1"
 
 
+@lru_cache(maxsize=128)
 def istio_rules(config: RedirectConfig, family: IpFamily) -> RuleSet:
     """The rules istio-iptables writes for one family.
 

@@ -7,10 +7,9 @@ list is decided for all packets at once instead of one look-up per port.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, summarize_address_range
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from meshbridge.identity.model import IpFamily, IpNetwork
 
@@ -140,8 +139,7 @@ TCP: Final = IntSet(((6, 6),))
 UDP: Final = IntSet(((17, 17),))
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """First packets of flows, as one set per property; ``port`` is the destination port, where there is one."""
 
     source: IntSet
@@ -155,47 +153,46 @@ class Box:
 
     @classmethod
     def everything(cls, family: IpFamily) -> Box:
-        return _everything(family)
+        return _EVERYTHING[family]
 
-    def __bool__(self) -> bool:
-        return all(getattr(self, axis) for axis in AXES)
+    @property
+    def empty(self) -> bool:
+        return not all(self)
 
-    def __and__(self, other: Box) -> Box | None:
+    def both(self, other: Box) -> Box | None:
         """The packets in both; None when there are none."""
-        changed: dict[str, Axis] = {}
-        for axis in AXES:
-            mine, theirs = getattr(self, axis), getattr(other, axis)
-            if mine is theirs:
-                continue
-            both = mine & theirs
-            if not both:
+        changed = False
+        axes: list[Any] = []
+        ours: tuple[Any, ...] = self
+        for mine, theirs in zip(ours, other, strict=True):
+            kept = mine if mine is theirs else mine & theirs
+            if not kept:
                 return None
-            if both != mine:
-                changed[axis] = both
-        return replace(self, **changed) if changed else self  # type: ignore[arg-type]
+            if kept is not mine and kept != mine:
+                changed = True
+            axes.append(kept)
+        return Box(*axes) if changed else self
 
-    def __sub__(self, other: Box) -> tuple[Box, ...]:
+    def without(self, other: Box) -> tuple[Box, ...]:
         """The packets of this box that are not in the other, as disjoint boxes."""
-        common = self & other
+        common = self.both(other)
         if common is None:
             return (self,)
+        if common is self:
+            return ()
         rest: list[Box] = []
         remaining = self
-        for axis in AXES:
-            mine, shared = getattr(remaining, axis), getattr(common, axis)
-            left = mine - shared
+        ours: tuple[Any, ...] = self
+        for name, mine, shared in zip(AXES, ours, common, strict=True):
+            left: Any = mine - shared if mine is not shared else None
             if left:
-                rest.append(replace(remaining, **{axis: left}))
-                remaining = replace(remaining, **{axis: shared})
+                rest.append(remaining._replace(**{name: left}))
+                remaining = remaining._replace(**{name: shared})
         return tuple(rest)
 
 
-AXES: Final = tuple(entry.name for entry in fields(Box))
-
-
-@lru_cache
-def _everything(family: IpFamily) -> Box:
-    return Box(ADDRESSES[family], ADDRESSES[family])
+AXES: Final = Box._fields
+_EVERYTHING: Final = {family: Box(every, every) for family, every in ADDRESSES.items()}
 
 
 def coalesced(boxes: Iterable[Box]) -> tuple[Box, ...]:
@@ -210,11 +207,15 @@ def coalesced(boxes: Iterable[Box]) -> tuple[Box, ...]:
 
 
 def _joined_along(axis: str, boxes: Iterable[Box]) -> list[Box]:
+    position = AXES.index(axis)
     alike: dict[tuple[Axis, ...], Box] = {}
     for box in boxes:
-        key = tuple(getattr(box, other) for other in AXES if other != axis)
+        key = (*box[:position], *box[position + 1 :])
         held = alike.get(key)
-        alike[key] = box if held is None else replace(box, **{axis: getattr(held, axis) | getattr(box, axis)})
+        if held is not None:
+            joined: Any = getattr(held, axis) | getattr(box, axis)
+            box = box._replace(**{axis: joined})
+        alike[key] = box
     return list(alike.values())
 
 

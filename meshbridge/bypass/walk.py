@@ -73,7 +73,7 @@ def _combine(left: Sequence[Region], right: Sequence[Region]) -> tuple[Region, .
         return tuple(Region(region.box, Outcome.UNKNOWN, why=TOO_MANY) for region in left)
     for one in left:
         for other in right:
-            box = one.box & other.box
+            box = one.box.both(other.box)
             if box is None:
                 continue
             merged.append(_stronger(box, one, other))
@@ -170,12 +170,12 @@ class _Walker:
         """The part a rule matches, and the rest."""
         if rule.mark is not None and not rule.mark.holds(flow.mark):
             return None, [flow]
-        matched = flow.box & rule.match
+        matched = flow.box.both(rule.match)
         if matched is None:
             return None, [flow]
-        if matched is flow.box or matched == flow.box:
+        if matched is flow.box:
             return flow, []
-        return replace(flow, box=matched), [replace(flow, box=box) for box in flow.box - rule.match]
+        return replace(flow, box=matched), [replace(flow, box=box) for box in flow.box.without(rule.match)]
 
     def _apply(self, flow: _Flow, rule: Rule, passed_by: list[_Flow], returned: list[_Flow]) -> None:
         match rule.action:

@@ -36,7 +36,10 @@ def test_name_sets_agree_with_membership(left: NameSet, right: NameSet, name: st
 
 def boxes() -> st.SearchStrategy[Box]:
     members = st.builds(lambda spans: IntSet.of(*spans), SPANS)
-    return st.builds(Box, source=members, destination=members, port=members, input=NAMES)
+    return st.builds(
+        lambda source, destination, port, name: Box(source, destination, port=port, input=name),
+        members, members, members, NAMES,
+    )  # fmt: skip
 
 
 @given(boxes(), boxes(), st.tuples(*[st.integers(0, LIMIT)] * 3), st.sampled_from(["eth0", "lo", "eth9"]))
@@ -47,10 +50,10 @@ def test_what_a_box_leaves_over_is_disjoint_and_complete(
         source, destination, port = point
         return source in box.source and destination in box.destination and port in box.port and name in box.input
 
-    rest = left - right
-    assert sum(holds(box) for box in rest) == (holds(left) and not holds(right) if left else 0)
+    rest = left.without(right)
+    assert sum(holds(box) for box in rest) == (holds(left) and not holds(right) if not left.empty else 0)
     assert sum(holds(box) for box in coalesced(rest)) == sum(holds(box) for box in rest)
-    common = left & right
+    common = left.both(right)
     assert (common is not None and holds(common)) == (holds(left) and holds(right))
 
 
