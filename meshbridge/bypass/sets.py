@@ -183,8 +183,9 @@ class Box(NamedTuple):
         rest: list[Box] = []
         remaining = self
         ours: tuple[Any, ...] = self
-        for name, mine, shared in zip(AXES, ours, common, strict=True):
-            left: Any = mine - shared if mine is not shared else None
+        theirs: tuple[Any, ...] = common
+        for name, mine, shared in zip(AXES, ours, theirs, strict=True):
+            left = mine - shared if mine is not shared else None
             if left:
                 rest.append(remaining._replace(**{name: left}))
                 remaining = remaining._replace(**{name: shared})
