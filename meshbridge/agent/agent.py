@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
 import structlog
 
 from meshbridge import __version__
+from meshbridge.agent import memory
 from meshbridge.agent.enforcer import Enforcer
 from meshbridge.agent.metrics import serve_metrics
 from meshbridge.agent.names import Names
@@ -84,8 +86,7 @@ class Agent:
         try:
             await self._in_worker(lambda: self._start(loop))
             server = await start_observer(ObserverService(self, self._ring), self._settings.socket)
-            if self._settings.metrics:
-                serve_metrics(self, self._settings.metrics, resident_bytes)
+            metrics = await serve_metrics(self, self._settings.metrics) if self._settings.metrics else None
             log.info("agent.started", node=self._settings.node, duration_ms=self._uptime_ms())
             reader = self._enforcer.reader()
             loop.add_reader(reader.fileno(), self._read_events, reader)
@@ -96,6 +97,8 @@ class Agent:
                     tasks.create_task(self._try_again(), name="try-again")
             finally:
                 loop.remove_reader(reader.fileno())
+                if metrics is not None:
+                    metrics.close()
                 await stop_observer(server)
                 reader.close()
         finally:
@@ -118,12 +121,17 @@ class Agent:
         if self._node.failed:
             self._retry.set()
 
-    async def _in_worker(self, act: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._worker, act)
+    def _in_worker(self, act: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._worker, act)
 
     async def _follow_controller(self) -> None:
         async for update in self._client.updates():
-            await self._in_worker(lambda update=update: self._node.take(update))  # type: ignore[misc]
+            # Nothing here may hold on to an update: the first one is larger than all that is kept of it.
+            taken = self._in_worker(partial(self._node.take, update))
+            del update
+            await taken
+            del taken
+            await self._in_worker(memory.give_back)
 
     async def _follow_network(self, loop: asyncio.AbstractEventLoop, watch: NetworkWatch) -> None:
         told = asyncio.Event()
@@ -197,7 +205,7 @@ class Agent:
             events_lost=self.events_lost(),
             problems=published.problems,
             attach_mode=self._enforcer.mode.value,
-            memory_resident_bytes=resident_bytes(),
+            memory_resident_bytes=memory.resident_bytes(),
             uptime_s=time.monotonic() - self._started,
         )
 
@@ -222,9 +230,3 @@ class Agent:
         except TimeoutError:
             return False
         return True
-
-
-def resident_bytes() -> int:
-    """The memory this process holds, as the kernel counts it."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * 4096

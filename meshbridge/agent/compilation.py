@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 import structlog
@@ -11,15 +12,26 @@ import structlog
 from meshbridge.agent.view import LocalPod
 from meshbridge.bypass.capture import capture_state
 from meshbridge.datapath.policysets import PackedSet, RuleIds, pack_map
-from meshbridge.identity.model import IpFamily, Peer, ProxyClass, Workload
+from meshbridge.identity.model import IpAddress, IpFamily, Peer, ProxyClass, Workload
 from meshbridge.policy.capture import Capture
 from meshbridge.policy.compile import Compiler
-from meshbridge.policy.model import Direction, EndpointPolicy, Judge, Layer, Origin, PolicyMap
+from meshbridge.policy.model import (
+    Anything,
+    Direction,
+    EndpointPolicy,
+    Judge,
+    Layer,
+    NetworkRule,
+    Origin,
+    PolicyMap,
+)
 from meshbridge.policy.policyset import PolicySet
 
 log = structlog.get_logger()
 
 _JUDGES: Final = frozenset(Judge)
+_FAMILIES: Final[Mapping[int, IpAddress]] = {4: IPv4Address("192.0.2.1"), 6: IPv6Address("2001:db8::1")}
+_MAX_CAPTURES: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,30 +50,76 @@ class Compiled:
 class Compilation:
     """The compiled policies of this node's pods.
 
-    A pod is compiled again when the policies that select it, what it is captured for, or the identities changed.
+    A pod is compiled again when it changed, when a policy that selects it did, or when identities did that its policies
+    could tell from others.
     """
 
     rules: RuleIds
     compiled: dict[str, Compiled] = field(default_factory=dict)
-    _inputs: dict[str, tuple[object, ...]] = field(default_factory=dict)
+    _pods: dict[str, Workload] = field(default_factory=dict)
+    _captures: CaptureCache = field(default_factory=lambda: CaptureCache())
     _identities: Mapping[int, Peer] = field(default_factory=dict)
 
-    def update(self, pods: Mapping[str, LocalPod], policies: PolicySet, identities: Mapping[int, Peer]) -> int:
-        """Bring ``compiled`` up to date for these pods, by UID; returns how many had to be compiled."""
-        if identities is not self._identities and identities != self._identities:
-            self._inputs.clear()
-        self._identities = identities
+    def update(
+        self,
+        pods: Mapping[str, LocalPod],
+        policies: PolicySet,
+        identities: Mapping[int, Peer],
+        changed: PolicySet | None = None,
+    ) -> int:
+        """Bring ``compiled`` up to date for these pods, by UID; returns how many had to be compiled.
+
+        Args:
+            changed: the policies that changed, as they were and as they are; None: any may have.
+        """
         for uid in self.compiled.keys() - pods.keys():
-            del self.compiled[uid]
-            self._inputs.pop(uid, None)
-        wanted = {uid: _inputs(pod.workload, policies) for uid, pod in pods.items()}
-        stale = [uid for uid, inputs in wanted.items() if self._inputs.get(uid) != inputs]
+            del self.compiled[uid], self._pods[uid]
+        added = _added(self._identities, identities)
+        self._identities = identities
+        stale = [
+            uid
+            for uid, pod in pods.items()
+            if changed is None
+            or added is None
+            or not _same(self._pods.get(uid), pod.workload)
+            or self.compiled[uid].sets is None
+            or _concerns(changed, pod.workload)
+            or (added and self._tells_apart(policies, pod.workload, added))
+        ]
         if stale:
-            batch = _Batch(Compiler(identities), policies, self.rules)
+            batch = _Batch(Compiler(identities), policies, self.rules, self._captures)
             for uid in stale:
                 self.compiled[uid] = batch.compile(pods[uid].workload)
-                self._inputs[uid] = wanted[uid]
+                self._pods[uid] = pods[uid].workload
         return len(stale)
+
+    def _tells_apart(self, policies: PolicySet, workload: Workload, added: Mapping[int, Peer]) -> bool:
+        """Whether some policy of the pod may pick one of the new peers by what it is."""
+        selecting = policies.selecting(workload)
+        if selecting.authorization or selecting.refusals or self._captures.of(workload).outbound:
+            return True
+        return any(_picks(rule, peer) for rule in selecting.network for peer in added.values())
+
+
+@dataclass(slots=True)
+class CaptureCache:
+    """Captures by what they depend on: the replicas of a Deployment, and all pods without annotations, share one."""
+
+    _known: dict[tuple[object, ...], Capture] = field(default_factory=dict)
+
+    def of(self, workload: Workload) -> Capture:
+        """How the pod's TCP reaches Envoy, as its specification says it will; who judges there."""
+        if workload.proxy is not ProxyClass.SIDECAR:
+            return Capture.none()
+        asked = _anonymous(workload)
+        key = (asked, *(tuple(sorted(m.items())) for m in _mappings_of(asked)))
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= _MAX_CAPTURES:
+                self._known.clear()
+            found = Capture(inbound=capture_state(asked).inbound(intended=True), judges=_JUDGES)
+            self._known[key] = found
+        return found
 
 
 @dataclass(slots=True)
@@ -71,12 +129,13 @@ class _Batch:
     compiler: Compiler
     policies: PolicySet
     rules: RuleIds
+    captures: CaptureCache
     _packed: dict[int, tuple[PolicyMap, PackedSet]] = field(default_factory=dict)
     _by_content: dict[PackedSet, PackedSet] = field(default_factory=dict)
 
     def compile(self, workload: Workload) -> Compiled:
         try:
-            policy = self.compiler.endpoint(workload, self.policies, capture_of(workload))
+            policy = self.compiler.endpoint(workload, self.policies, self.captures.of(workload))
             return Compiled(self._pack(policy), {d: _isolating(policy, d) for d in Direction})
         except Exception as error:  # whatever it is: this pod closes, the others go on, and it is said why
             log.exception("endpoint.not_compiled", pod=workload.key)
@@ -93,29 +152,59 @@ class _Batch:
         return known[1]
 
 
-def capture_of(workload: Workload) -> Capture:
-    """How the pod's TCP reaches Envoy, as its specification says it will; who judges there."""
-    if workload.proxy is not ProxyClass.SIDECAR:
-        return Capture.none()
-    return Capture(inbound=capture_state(workload).inbound(intended=True), judges=_JUDGES)
-
-
-def _inputs(workload: Workload, policies: PolicySet) -> tuple[object, ...]:
-    """Everything the compiled policy of one pod depends on, besides the identities."""
-    selecting = policies.selecting(workload)
-    return (
-        selecting.network,
-        selecting.authorization,
-        selecting.peer_authentication,
-        selecting.request_authentication,
-        selecting.refusals,
-        selecting.mesh,
+def _anonymous(workload: Workload) -> Workload:
+    """The pod as redirection sees it: without its name, and of its labels and addresses only what matters there."""
+    return replace(
         workload,
-        dict(workload.labels),
-        dict(workload.namespace_labels),
-        dict(workload.annotations),
-        workload.ports,
+        namespace="",
+        name="",
+        uid="",
+        node="",
+        addresses=tuple(_FAMILIES[address.version] for address in workload.addresses),
+        labels={key: value for key, value in workload.labels.items() if "istio.io/" in key},
+        namespace_labels={key: value for key, value in workload.namespace_labels.items() if "istio" in key},
+        service_account="",
+        ports=(),
+        probe_ports=(),
     )
+
+
+def _mappings_of(workload: Workload) -> Iterable[Mapping[str, str]]:
+    """The parts of a workload that its hash leaves out."""
+    yield from (workload.labels, workload.namespace_labels, workload.annotations, workload.init_env)
+    if workload.proxy_container is not None:
+        yield workload.proxy_container.env
+
+
+def _same(one: Workload | None, other: Workload) -> bool:
+    return one is other or one == other
+
+
+def _added(before: Mapping[int, Peer], after: Mapping[int, Peer]) -> Mapping[int, Peer] | None:
+    """The identities that came; None when any changed or went."""
+    if before is after:
+        return {}
+    if any(after.get(number) != peer for number, peer in before.items()):
+        return None
+    return {number: peer for number, peer in after.items() if number not in before}
+
+
+def _concerns(changed: PolicySet, workload: Workload) -> bool:
+    selecting = changed.selecting(workload)
+    return bool(
+        selecting.network
+        or selecting.authorization
+        or selecting.peer_authentication
+        or selecting.request_authentication
+        or selecting.refusals
+    )
+
+
+def _picks(rule: NetworkRule, peer: Peer) -> bool:
+    if isinstance(rule.peers, Anything):
+        # Only names of ports are looked up on each peer.
+        return not isinstance(rule.ports, Anything) and any(port.name for port in rule.ports)
+    return any(selector.matches(peer) for selector in rule.peers)
 
 
 def _isolating(policy: EndpointPolicy, direction: Direction) -> tuple[Origin, ...]:

@@ -36,6 +36,9 @@ from meshbridge.identity.numbering import Held
 
 log = structlog.get_logger()
 
+SIZES: Final = MapSizes(events=1 << 19)
+"""Of maps this agent makes. The ring counts twice in its memory; three thousand events are a second of many drops."""
+
 _ADDRESS_OFFSET: Final = abi.EndpointAddressKey.address.offset  # type: ignore[attr-defined]  # a ctypes field
 
 
@@ -52,7 +55,7 @@ class Enforcer:
     """The datapath of one node, taken over from whoever ran it before, without a packet lost or let through."""
 
     def __init__(self, pin_dir: Path, mode: AttachMode | None, sizes: MapSizes | None = None) -> None:
-        self._datapath: Datapath = open_datapath(pin_dir, sizes=sizes or MapSizes())
+        self._datapath: Datapath = open_datapath(pin_dir, sizes=sizes or SIZES)
         self._maps = self._datapath.maps
         self._tables = kernel_tables(self._maps)
         self._attacher = Attacher(pin_dir, from_pod=self._datapath.from_pod, to_pod=self._datapath.to_pod, mode=mode)

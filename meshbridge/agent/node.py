@@ -16,15 +16,14 @@ from meshbridge import abi
 from meshbridge.agent.compilation import Compilation
 from meshbridge.agent.endpoints import UNKNOWN_POD, Endpoints, Hooked, find_interfaces
 from meshbridge.agent.enforcer import Enforcer
+from meshbridge.agent.identities import PeerNumbers
 from meshbridge.agent.names import Names, labels_of
 from meshbridge.agent.view import Changes, LocalPod, NodeView
-from meshbridge.datapath.ipcache import Identities, Ipcache, ipcache_key, ipcache_prefix
 from meshbridge.datapath.links import NodeNetwork, pod_mac, read_network
 from meshbridge.datapath.policysets import RuleIds
 from meshbridge.datapath.reconcile import DesiredEndpoint, DesiredState
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer
-from meshbridge.identity.numbering import Numbering, number_peers
 from meshbridge.observe.messages import rule_messages
 from meshbridge.policy.model import Direction
 from meshbridge.policy.policyset import PolicySet
@@ -34,7 +33,7 @@ from meshbridge.xds.client import Update
 log = structlog.get_logger()
 
 _INIT: Final = int(abi.ReservedIdentity.IDENTITY_INIT)
-_EVERYTHING: Final = Changes(pods=True, holders=True, policies=True)
+_NAMED_PODS: Final = 3
 _KEPT_ENTITIES: Final = frozenset({Entity.KUBE_APISERVER})
 
 
@@ -80,12 +79,10 @@ class Node:
     _endpoints: Endpoints = field(default_factory=Endpoints)
     _network: NodeNetwork = field(default_factory=lambda: NodeNetwork({}, frozenset(), {}))
     _policies: PolicySet = field(default_factory=PolicySet)
-    _numbering: Numbering = field(default_factory=lambda: Numbering({}, {}, {}, 0))
-    _ipcache: Ipcache = field(default_factory=lambda: Ipcache({}, {}))
+    _peers: PeerNumbers = field(default_factory=PeerNumbers)
     _compilation: Compilation = field(default_factory=lambda: Compilation(RuleIds()))
-    _networks: frozenset[IpNetwork] = frozenset()
     _informed: bool = False
-    _pending: Changes = _EVERYTHING
+    _pending: Changes = field(default_factory=lambda: Changes(everything=True))
     _fault: str = ""
 
     def start(self) -> None:
@@ -108,7 +105,7 @@ class Node:
     def take(self, update: Update) -> None:
         """Act on a whole revision."""
         changes = self._view.apply(update)
-        self._pending = _merged(self._pending, changes)
+        self._pending |= changes
         if self._view.unusable:
             log.error("revision.unusable", revision=update.revision, reasons=sorted(self._view.unusable.values())[:3])
         else:
@@ -118,9 +115,7 @@ class Node:
     def look_at_network(self) -> None:
         """Act on addresses, links and routes as they are now."""
         network = read_network()
-        if network.addresses != self._network.addresses:
-            self._pending = _merged(self._pending, Changes(pods=False, holders=True, policies=False))
-        self._network = network
+        self._see(network)
         self.step()
 
     def add_endpoint(self, pod: str, uid: str, interfaces: Iterable[str]) -> list[Hooked]:
@@ -129,7 +124,7 @@ class Node:
         Raises:
             EndpointError: an interface does not exist, or cannot be hooked.
         """
-        self._network = read_network()
+        self._see(read_network())
         found = []
         for name in interfaces:
             link = self._network.by_name(name)
@@ -146,6 +141,11 @@ class Node:
             log.info("endpoint.hooked", pod=pod, uid=uid, interface=name, endpoint=hooked.id)
         self.step()
         return found
+
+    def _see(self, network: NodeNetwork) -> None:
+        changed = network.addresses ^ self._network.addresses
+        self._pending |= Changes(addresses=changed)
+        self._network = network
 
     def step(self) -> None:
         """Bring the kernel to what is wanted, and publish how that went."""
@@ -171,13 +171,14 @@ class Node:
         fresh = self._match_interfaces()
         pods = {uid: pod for uid, pod in self._view.pods.items() if pod.is_hooked}
         self._number_peers()
-        compiled = self._compilation.update(pods, self._policies, self._numbering.identities)
+        touched = None if self._pending.everything else PolicySet.of_parsed(self._pending.policies, self._view.mesh)
+        compiled = self._compilation.update(pods, self._policies, self._peers.identities, touched)
         compiled_s = time.perf_counter() - started
-        applied = self.enforcer.apply(DesiredState(self._desired_endpoints(pods), self._ipcache))
+        applied = self.enforcer.apply(DesiredState(self._desired_endpoints(pods), self._peers.ipcache))
         for hooked in fresh:
             self.enforcer.attach(hooked.ifindex, hooked.incarnation)
         self.enforcer.sweep()
-        self._pending = Changes(pods=False, holders=False, policies=False)
+        self._pending = Changes()
         if applied.writes:
             log.info(
                 "policy.applied", revision=self._view.revision, endpoints=len(self._endpoints.hooked),
@@ -201,37 +202,37 @@ class Node:
 
     def _number_peers(self) -> None:
         """Bring policies, identities and the ipcache up to date with what changed since the last step."""
-        if self._pending.policies:
+        networks = self._peers.networks
+        if self._pending.policies or self._pending.everything:
             self._policies = self._view.policy_set()
-        networks = self._policies.referenced_networks() if self._pending.policies else self._networks
-        if not self._pending.holders and networks == self._networks:
-            return
-        first = not self._numbering.identities
-        self._numbering = number_peers(
-            self._holders(),
-            networks,
-            known=self._numbering.identities,
-            observed=self.enforcer.identities_of_addresses() if first else None,
-            highest=max(self._numbering.highest, self.enforcer.highest_identity() if first else 0),
-        )
-        self._networks = networks
-        self._ipcache = Ipcache(
-            {
-                ipcache_key(address): Identities(held.identity, held.forwarded)
-                for address, held in self._numbering.addresses.items()
-            },
-            {ipcache_prefix(network): Identities(number) for network, number in self._numbering.networks.items()},
-        )
-        self.names.holders, self.names.identities = self._view.holders, self._numbering.identities
+            networks = self._policies.referenced_networks()
+        changed = {address: self._holder(address) for address in self._pending.addresses}
+        current = not self._pending.everything and networks == self._peers.networks
+        if not current or (changed and not self._peers.change(changed)):
+            self._renumber(networks)
+        self.names.holders, self.names.identities = self._view.holders, self._peers.identities
 
-    def _holders(self) -> dict[IpAddress, Peer]:
-        """Who holds each address: the node's own are ``host`` here, whatever they are called elsewhere."""
+    def _renumber(self, networks: frozenset[IpNetwork]) -> None:
+        first = not self._peers.identities
         holders = {address: holder.peer for address, holder in self._view.holders.items()}
-        for address in self._network.addresses:
-            told = holders.get(address)
-            entities = told.entities & _KEPT_ENTITIES if told else frozenset()
-            holders[address] = Peer(entities=entities | {Entity.HOST})
-        return holders
+        self._peers.renumber(
+            holders | {address: self._own_address(address) for address in self._network.addresses},
+            networks,
+            observed=self.enforcer.identities_of_addresses() if first else None,
+            highest=self.enforcer.highest_identity() if first else 0,
+        )
+
+    def _holder(self, address: IpAddress) -> Peer | None:
+        if address in self._network.addresses:
+            return self._own_address(address)
+        told = self._view.holders.get(address)
+        return told.peer if told else None
+
+    def _own_address(self, address: IpAddress) -> Peer:
+        """The node's own addresses are ``host`` here, whatever they are called elsewhere."""
+        told = self._view.holders.get(address)
+        entities = told.peer.entities & _KEPT_ENTITIES if told else frozenset[Entity]()
+        return Peer(entities=entities | {Entity.HOST})
 
     def _desired_endpoints(self, pods: Mapping[str, LocalPod]) -> dict[int, DesiredEndpoint]:
         return {
@@ -243,12 +244,11 @@ class Node:
         if pod is None:
             return DesiredEndpoint(hooked.ifindex, hooked.id, hooked.incarnation, _INIT)
         addresses = pod.workload.addresses
-        held = self._numbering.addresses.get(addresses[0]) if addresses else None
         return DesiredEndpoint(
             ifindex=hooked.ifindex,
             id=hooked.id,
             incarnation=hooked.incarnation,
-            identity=held.identity if held else _INIT,
+            identity=self._identity_of(pod),
             sets=self._compilation.compiled[pod.workload.uid].sets,
             addresses=frozenset((*addresses, *pod.extra_addresses)),
             flags=int(abi.EndpointFlags.ENDPOINT_F_MAC) if hooked.mac else 0,
@@ -265,8 +265,8 @@ class Node:
             endpoints=states,
             ready=frozenset(state.uid for state in states if state.state == "ready") if applied else frozenset(),
             problems=tuple(self._problems(states)),
-            identities=len(self._numbering.identities),
-            addresses=len(self._numbering.addresses),
+            identities=len(self._peers.identities),
+            addresses=len(self._peers.ipcache.exact),
             policies=len(self._view.policies),
             durations=durations,
         )
@@ -276,7 +276,11 @@ class Node:
         found = dict.fromkeys(sorted(self._view.problems.values()))
         found |= dict.fromkeys(str(refusal) for refusal in self._policies.refusals)
         found |= dict.fromkeys(f"not understood, so no revision is acted on: {t}" for t in self._view.unusable.values())
-        found |= dict.fromkeys(f"pod {s.namespace}/{s.pod}: {s.message}" for s in states if s.message)
+        pods: dict[str, list[str]] = {}
+        for state in states:
+            if state.message:
+                pods.setdefault(state.message, []).append(f"{state.namespace}/{state.pod}")
+        found |= dict.fromkeys(f"{_named(names)}: {message}" for message, names in pods.items())
         return [*([self._fault] if self._fault else []), *found]
 
     def _states(self) -> Iterable[pb.EndpointState]:
@@ -314,18 +318,23 @@ class Node:
                 policies.extend(rule_messages(compiled.isolating[direction]))
         return state
 
+    def _identity_of(self, pod: LocalPod) -> int:
+        addresses = pod.workload.addresses
+        return (self._peers.of(addresses[0]) if addresses else None) or _INIT
+
     def _pod_state(self, pod: LocalPod) -> pb.EndpointState:
         workload = pod.workload
-        held = self._numbering.addresses.get(workload.addresses[0]) if workload.addresses else None
         return pb.EndpointState(
             namespace=workload.namespace,
             pod=workload.name,
             uid=workload.uid,
-            identity=held.identity if held else _INIT,
+            identity=self._identity_of(pod),
             labels=labels_of(workload.peer()),
             addresses=[address.packed for address in workload.addresses],
         )
 
 
-def _merged(one: Changes, other: Changes) -> Changes:
-    return Changes(one.pods or other.pods, one.holders or other.holders, one.policies or other.policies)
+def _named(pods: list[str]) -> str:
+    """``pod a/b``, or several, of which no more than a line holds."""
+    shown = ", ".join(pods[:_NAMED_PODS]) + (f" and {len(pods) - _NAMED_PODS} more" if len(pods) > _NAMED_PODS else "")
+    return f"pod {shown}" if len(pods) == 1 else f"pods {shown}"

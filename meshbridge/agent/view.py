@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from sys import intern
 from typing import Any
-
-from google.protobuf.message import Message
 
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import IpAddress, Peer, Workload
@@ -48,11 +45,19 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What an update touched."""
+    """What an update touched. ``policies`` are the changed objects, as they were and as they are.
 
-    pods: bool
-    holders: bool
-    policies: bool
+    ``everything`` says that what depends on settings of the mesh, or on all of it, has to be computed anew.
+    """
+
+    addresses: frozenset[IpAddress] = frozenset()
+    policies: tuple[Parsed, ...] = ()
+    everything: bool = False
+
+    def __or__(self, other: Changes) -> Changes:
+        return Changes(
+            self.addresses | other.addresses, self.policies + other.policies, self.everything or other.everything
+        )
 
 
 @dataclass(slots=True)
@@ -74,6 +79,7 @@ class NodeView:
 
     def apply(self, update: Update) -> Changes:
         """Take in all that changed up to a whole revision."""
+        before = {name: self.policies.get(name) for name in _touched(update, xds.POLICY)}
         for type_url, names in update.removed.items():
             for name in names:
                 self.unusable.pop((type_url, name), None)
@@ -88,15 +94,15 @@ class NodeView:
         self.revision = update.revision
         if len(self._peers) > 2 * len(self.holders) + 1024:
             self._peers = {class_of(holder.peer): holder.peer for holder in self.holders.values()}
-        touched = {
-            type_url
-            for type_url in (*update.changed, *update.removed)
-            if _has(update.changed, update.removed, type_url)
-        }
+        policies = (*before.values(), *(self.policies.get(name) for name in before))
+        addresses = set()
+        for name in _touched(update, xds.ADDRESS):
+            with suppress(ValueError):
+                addresses.add(ip_address(name))
         return Changes(
-            pods=xds.ENDPOINT in touched,
-            holders=xds.ADDRESS in touched,
-            policies=not touched.isdisjoint({xds.POLICY, xds.MESH}),
+            addresses=frozenset(addresses),
+            policies=tuple(parsed for parsed in policies if parsed is not None),
+            everything=bool(_touched(update, xds.MESH)),
         )
 
     def policy_set(self) -> PolicySet:
@@ -136,8 +142,8 @@ class NodeView:
         return self._peers.setdefault(class_of(peer), peer)
 
 
-def _has(changed: Mapping[str, Mapping[str, Message]], removed: Mapping[str, frozenset[str]], type_url: str) -> bool:
-    return bool(changed.get(type_url) or removed.get(type_url))
+def _touched(update: Update, type_url: str) -> set[str]:
+    return {*update.changed.get(type_url, ()), *update.removed.get(type_url, ())}
 
 
 def _without_text(parsed: Parsed) -> Parsed:

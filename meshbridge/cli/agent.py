@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import re
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from meshbridge.errors import MeshBridgeError, SettingsError
+
+if TYPE_CHECKING:
+    from meshbridge.agent.agent import Agent
 
 _NODE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _BPFFS = Path("/sys/fs/bpf/meshbridge")
@@ -57,13 +60,13 @@ def command(
     \b
     Exit codes: 0 stopped, 1 the datapath, socket or controller address cannot be used, 2 an option cannot be used.
     """
-    # structlog would load rich for tracebacks on a terminal; a service that lives for months does without its 7 MB.
-    if not sys.stderr.isatty():
-        sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+    _leave_out_what_is_not_needed()
     from meshbridge import log
+    from meshbridge.agent import memory
     from meshbridge.datapath.attach import AttachMode
 
     log.configure(log_level)
+    memory.limit_arenas()
     if not _NODE.fullmatch(node):
         raise SettingsError(
             f"{node!r} is no node name", where="--node", fix="use lower-case letters, digits, '-' and '.'"
@@ -88,13 +91,24 @@ def command(
         metrics=metrics,
         attach=mode,
     )
+    import asyncio
+
     asyncio.run(_run(Agent(settings)))
 
 
-async def _run(agent: object) -> None:
-    from meshbridge.agent.agent import Agent
+def _leave_out_what_is_not_needed() -> None:
+    """Keep optional imports of libraries out of a process that lives for months and should stay small.
 
-    assert isinstance(agent, Agent)
+    asyncio would load TLS, hashlib OpenSSL, structlog rich: 20 MB that an agent speaking over Unix sockets never uses.
+    """
+    unused = ["ssl", "_hashlib", *([] if sys.stderr.isatty() else ["rich"])]
+    for name in unused:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None makes the import fail, as if not installed
+
+
+async def _run(agent: Agent) -> None:
+    import asyncio
+
     loop = asyncio.get_running_loop()
     running = asyncio.ensure_future(agent.run())
     for number in (signal.SIGTERM, signal.SIGINT):

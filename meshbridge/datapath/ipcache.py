@@ -80,9 +80,10 @@ def moves(before: Ipcache, after: Ipcache) -> set[tuple[int, int]]:
 
 
 def _changed_lookups(before: Ipcache, after: Ipcache) -> Iterator[tuple[Identities, Identities]]:
-    for address in before.exact.keys() | after.exact.keys():
-        if before.exact.get(address) != after.exact.get(address):
-            yield before.lookup(address), after.lookup(address)
+    if before.exact is not after.exact:
+        for address in before.exact.keys() | after.exact.keys():
+            if before.exact.get(address) != after.exact.get(address):
+                yield before.lookup(address), after.lookup(address)
     for prefix in before.prefixes.keys() | after.prefixes.keys():
         if before.prefixes.get(prefix) != after.prefixes.get(prefix):
             yield before.covering(prefix), after.covering(prefix)

@@ -71,7 +71,9 @@ def test_nothing_passes_before_the_policy_is_known(node: NodeHarness) -> None:
     web = node.add_pod("shop", "web")
     assert not node.reaches(web.netns, api.ipv4, 80, timeout_s=0.3)
     node.sync()
-    assert node.reaches(web.netns, api.ipv4, 80)
+    assert node.reaches(web.netns, api.ipv4, 80, timeout_s=3), (
+        "neighbours that did not answer are asked again each second"
+    )
     assert node.announce(web, wait_ready=True).ready
 
 
