@@ -124,7 +124,8 @@ struct endpoint_value {
 	__u8 pad[2];
 };
 
-/* map endpoint_addresses: hash, the source addresses a pod may use (and speak for in ARP and neighbour discovery) */
+/* map endpoint_addresses: hash, the source addresses a pod may use (and speak for in ARP and neighbour discovery).
+ * Open flows are not asked again: whoever takes an address away gives the endpoint a new revision after that. */
 struct endpoint_address_key {
 	__u32 ifindex;
 	__u8 address[16];
@@ -241,7 +242,7 @@ struct fragment_value {
 
 /* map metrics: per-CPU hash */
 struct metric_key {
-	__u8 reason; /* enum drop_reason, DROP_NONE = forwarded */
+	__u8 reason; /* enum drop_reason but DROP_NONE, see map forwarded */
 	__u8 direction;
 	__u8 pad[2];
 };
@@ -250,6 +251,8 @@ struct metric_value {
 	__u64 packets;
 	__u64 bytes;
 };
+
+/* map forwarded: per-CPU array of metric_value, index = enum direction: what metrics would hold under DROP_NONE */
 
 /* map event_limiter: per-CPU array of one. Events a CPU could not send are counted and told in its next one.
  * Verdicts and traces stop at three quarters of a window, so that new flows cannot hide drops. */

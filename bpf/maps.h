@@ -21,12 +21,15 @@ BPF_HASH_OF_MAPS(conntrack, u32, "conntrack_inner", 4096);
 
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment_value, fragments, 8192);
 BPF_TABLE("percpu_hash", struct metric_key, struct metric_value, metrics, 512);
+BPF_TABLE("percpu_array", u32, struct metric_value, forwarded, 2);
 BPF_TABLE("percpu_array", u32, struct event_limiter, event_limiter, 1);
 BPF_RINGBUF_OUTPUT(events, 256);
 
 /* Working memory of one run, which the stack has no room for. A run is never interrupted by another on its CPU: both
  * hooks have bottom halves disabled. Belongs to the programs, so it is neither pinned nor in abi.h. */
 struct scratch {
+	__u64 now_ns; /* the time, as of `jiffies` */
+	__u64 jiffies;
 	struct packet packet;
 	struct verdict verdict;
 };

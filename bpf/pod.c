@@ -206,7 +206,7 @@ static __always_inline int recall_fragment(struct packet *packet, const struct e
 
 	fragment_key_of(&key, endpoint, packet);
 	first = fragments.lookup(&key);
-	if (!first || now - first->seen_ns > FRAGMENTS_S * SECOND_NS)
+	if (!first || is_over(now, first->seen_ns, FRAGMENTS_S))
 		return -DROP_FRAG_NOT_FOUND;
 	if (packet->fragment_offset < first->header_units)
 		return -DROP_FRAG_OVERLAP;
@@ -367,7 +367,8 @@ static __always_inline void touch(struct conntrack_value *entry, const struct pa
 {
 	if (packet->tcp_flags & (TCP_FIN | TCP_RST))
 		flags |= CONNTRACK_F_CLOSING;
-	entry->seen_ns = now;
+	if (entry->seen_ns != now) /* spares other CPUs the cache line */
+		entry->seen_ns = now;
 	if ((entry->flags & flags) != flags)
 		entry->flags |= flags;
 }
@@ -400,51 +401,53 @@ static __always_inline __u16 policy_port(const struct packet *packet, const stru
 /* live - the entry, unless it has been silent for too long. */
 static __always_inline bool live(const struct conntrack_value *entry, __u8 protocol, __u64 now)
 {
-	return now - entry->seen_ns <= flow_lifetime_s(protocol, entry->flags) * SECOND_NS;
+	return !is_over(now, entry->seen_ns, flow_lifetime_s(protocol, entry->flags));
 }
 
 /* find_flow - pass a packet of a flow that was judged under the endpoint's revision; else say what has to be judged.
- * @reverse: the flow the packet would be a reply to
- *
+  *
+
  * Return: PASS, 0 to go on, or a negative enum drop_reason.
  */
 static __always_inline int find_flow(const struct endpoint_value *endpoint, const struct packet *packet,
-                                     struct verdict *verdict, void *flows, struct conntrack_key *reverse, __u64 now)
+                                     struct verdict *verdict, void *flows, __u64 now)
 {
+	struct conntrack_key reverse __attribute__((aligned(8))) = {};
 	bool opens = opens_connection(packet), tcp = packet->flow.protocol == IPPROTO_TCP;
-	struct conntrack_value *entry = NULL;
+	/* Only the order of the two lookups; most packets need one then. */
+	bool replies = !is_client_port(packet->flow.source_port) && is_client_port(packet->flow.destination_port);
 
-	if (packet->kind == KIND_FLOW)
-		entry = bpf_map_lookup_elem(flows, (void *)&packet->flow);
-	if (entry && live(entry, packet->flow.protocol, now)) {
-		if (!opens && entry->revision == endpoint->revision) {
-			if (!packet->quoted)
-				touch(entry, packet, now, 0);
-			return PASS;
-		}
-		verdict->has_own = 1;
-		verdict->own_forwarded = entry->flags & CONNTRACK_F_FORWARDED ? 1 : 0;
-	}
+	reverse_flow(&packet->flow, &reverse);
 	/* Without an entry a reply does not show how its flow came in: the lesser claim holds. */
 	verdict->other_forwarded = 1;
-	entry = NULL;
-	if (!opens && packet->kind != KIND_STATELESS)
-		entry = bpf_map_lookup_elem(flows, reverse);
-	if (entry && live(entry, packet->flow.protocol, now)) {
-		if (entry->revision == endpoint->revision) {
+	for (int turn = 0; turn < 2; turn++) {
+		struct conntrack_value *entry;
+		bool other = turn != replies;
+
+		if (other ? opens || packet->kind == KIND_STATELESS : packet->kind != KIND_FLOW)
+			continue;
+		entry = bpf_map_lookup_elem(flows, other ? &reverse : (void *)&packet->flow);
+		if (!entry || !live(entry, packet->flow.protocol, now))
+			continue;
+		if (!opens && entry->revision == endpoint->revision) {
 			if (packet->quoted)
 				return PASS;
-			if (!(entry->flags & CONNTRACK_F_REPLIED)) {
+			if (other && !(entry->flags & CONNTRACK_F_REPLIED)) {
 				verdict->event = EVENT_TRACE;
 				verdict->is_reply = 1;
 				verdict->decision.peer_identity = entry->peer_identity;
 				verdict->decision.layers[LAYER_NETWORK].rule_id = entry->rule_id;
 			}
-			touch(entry, packet, now, CONNTRACK_F_REPLIED);
+			touch(entry, packet, now, other ? CONNTRACK_F_REPLIED : 0);
 			return PASS;
 		}
-		verdict->has_other = 1;
-		verdict->other_forwarded = entry->flags & CONNTRACK_F_FORWARDED ? 1 : 0;
+		if (other) {
+			verdict->has_other = 1;
+			verdict->other_forwarded = entry->flags & CONNTRACK_F_FORWARDED ? 1 : 0;
+		} else {
+			verdict->has_own = 1;
+			verdict->own_forwarded = entry->flags & CONNTRACK_F_FORWARDED ? 1 : 0;
+		}
 	}
 	if (packet->quoted && !verdict->has_own && !verdict->has_other)
 		return -DROP_ICMP_ERROR_UNRELATED;
@@ -537,11 +540,12 @@ static __always_inline int conclude(struct __sk_buff *skb, const struct endpoint
 	return PASS;
 }
 
-/* track - pass what belongs to a flow that policy allows, judge what does not.
+/* track - judge a packet that find_flow() did not pass.
  *
- * A packet may belong to a flow that was opened in its own direction (`own`), or to one opened the other way, as a reply
- * (`other`). An entry judged under the endpoint's revision passes. An older one is judged again by its forward tuple; one
- * that is denied now stays as it is, so that every further packet is judged again and none can pass for a new flow.
+ * A packet may belong to a flow that was opened in its own direction ("own"), or to one opened the other way, as a reply
+ * ("other"). An entry judged under an older revision is judged again by its forward tuple; one that is denied now stays
+ * as it is, so that every further packet is judged again and none can pass for a new flow.
+
  *
  * TCP without an entry and without a SYN (the entry was lost, or the connection is older than this program) does not say
  * who opened it. It passes when policy allows the flow in the packet's own direction, and either the other way too, or the
@@ -554,19 +558,11 @@ static __always_inline int conclude(struct __sk_buff *skb, const struct endpoint
  * Return: PASS, or a negative enum drop_reason.
  */
 static __always_inline int track(struct __sk_buff *skb, struct endpoint_value *endpoint, struct packet *packet,
-                                 struct verdict *verdict, __u64 now)
+                                 struct verdict *verdict, void *flows, __u64 now)
 {
 	struct conntrack_key flow __attribute__((aligned(8))) = {};
-	__u32 incarnation = endpoint->incarnation;
-	void *flows = conntrack.lookup(&incarnation);
-	int code;
 
-	if (!flows)
-		return -DROP_ENDPOINT_NOT_READY;
 	reverse_flow(&packet->flow, &flow);
-	code = find_flow(endpoint, packet, verdict, flows, &flow, now);
-	if (code)
-		return code;
 	/* For the verifier: from here on what was found is read back from memory, not known path by path. */
 	barrier();
 
@@ -646,6 +642,19 @@ static __always_inline void show_outer(struct __sk_buff *skb, struct packet *pac
 	map_v4(packet->flow.destination, v4[1]);
 }
 
+/* pass - let a packet pass; a first fragment is remembered for those that follow.
+ *
+ * Return: PASS, or a negative enum drop_reason.
+ */
+static __always_inline int pass(const struct packet *packet, const struct endpoint_value *endpoint, __u64 now)
+{
+	int code = 0;
+
+	if (packet->fragment == FRAGMENT_FIRST && !packet->quoted)
+		code = remember_fragment(packet, endpoint, now);
+	return code ?: PASS;
+}
+
 /* receive - judge one packet.
  *
  * Return: PASS, or a negative enum drop_reason.
@@ -656,6 +665,8 @@ static __always_inline int receive(struct __sk_buff *skb, struct endpoint_value 
 	struct ethhdr *ethernet = &packet->buffer.ethernet;
 
 	bool own_source;
+	__u32 incarnation;
+	void *flows;
 	int code;
 
 	packet->family = FAMILY_NONE;
@@ -687,6 +698,15 @@ static __always_inline int receive(struct __sk_buff *skb, struct endpoint_value 
 	else
 		code = parse_transport(skb, packet);
 
+	/* An open flow passes before its addresses are looked up: they were when it was opened, by this incarnation. */
+	incarnation = endpoint->incarnation;
+	flows = conntrack.lookup(&incarnation);
+	if (!code && flows && packet->kind != KIND_ICMP_ERROR) {
+		code = find_flow(endpoint, packet, verdict, flows, now);
+		if (code > 0)
+			return pass(packet, endpoint, now);
+	}
+
 	/* Whom a packet pretends to be is told before what is wrong with the rest of it. */
 	own_source = direction == DIR_INGRESS || is_own(skb, endpoint, packet->flow.source);
 	if (!code && packet->flow.protocol == IPPROTO_ICMPV6) {
@@ -701,36 +721,51 @@ static __always_inline int receive(struct __sk_buff *skb, struct endpoint_value 
 		return -DROP_UNKNOWN_L3_TARGET;
 	if (code)
 		return code;
+	if (!flows)
+		return -DROP_ENDPOINT_NOT_READY;
 
 	if (packet->kind == KIND_ICMP_ERROR) {
 		code = packet->fragment ? -DROP_ICMP_ERROR_UNRELATED : read_quoted(skb, packet);
+		if (!code)
+			code = find_flow(endpoint, packet, verdict, flows, now);
 		if (code)
 			return code;
 	}
-	code = track(skb, endpoint, packet, verdict, now);
-	if (code > 0 && packet->fragment == FRAGMENT_FIRST && !packet->quoted) {
-		int failure = remember_fragment(packet, endpoint, now);
-
-		return failure ?: code;
-	}
-	return code;
+	code = track(skb, endpoint, packet, verdict, flows, now);
+	return code < 0 ? code : pass(packet, endpoint, now);
 }
 
 static __always_inline void count(__u8 reason, __u8 direction, __u32 bytes)
 {
 	struct metric_key key = {.reason = reason, .direction = direction};
-	struct metric_value *value = metrics.lookup(&key);
+	struct metric_value *value, zero = {};
+	__u32 index = direction;
 
-	if (!value) {
-		struct metric_value zero = {};
-
-		metrics.insert(&key, &zero); /* another CPU may have been faster: then its entry serves */
+	if (!reason) {
+		value = forwarded.lookup(&index); /* half the price of a hash, and most packets pass */
+	} else {
 		value = metrics.lookup(&key);
-		if (!value)
-			return;
+		if (!value) {
+			metrics.insert(&key, &zero); /* another CPU may have been faster: then its entry serves */
+			value = metrics.lookup(&key);
+		}
 	}
+	if (!value)
+		return;
 	value->packets++;
 	value->bytes += bytes;
+}
+
+/* clock - the time, at most a tick old: reading the tick costs nothing, reading the clock as much as a lookup. */
+static __always_inline __u64 clock(struct scratch *scratch)
+{
+	__u64 tick = bpf_jiffies64();
+
+	if (scratch->jiffies != tick) {
+		scratch->jiffies = tick;
+		scratch->now_ns = bpf_ktime_get_ns();
+	}
+	return scratch->now_ns;
 }
 
 /* tell - send one event, or count it as lost. */
@@ -762,7 +797,7 @@ static __always_inline void tell(struct __sk_buff *skb, const struct endpoint_va
 	}
 	limiter->sent++;
 	__builtin_memset(event, 0, sizeof(*event));
-	event->time_ns = now;
+	event->time_ns = bpf_ktime_get_ns();
 	event->lost = limiter->lost;
 	limiter->lost = 0;
 	event->ifindex = skb->ifindex;
@@ -814,17 +849,19 @@ static __always_inline int finish(struct __sk_buff *skb, __u8 direction)
 	__u32 zero = 0;
 	struct scratch *scratch = scratches.lookup(&zero);
 	struct endpoint_value *endpoint = endpoints.lookup(&key);
-	__u64 now = bpf_ktime_get_ns();
 	struct packet *packet;
 	struct verdict *verdict;
+	__u64 now;
 	__u8 reason;
 	int code;
 
 	if (!scratch) /* cannot be: an array has all its entries */
 		return TC_ACT_SHOT;
-	__builtin_memset(scratch, 0, sizeof(*scratch));
 	packet = &scratch->packet;
 	verdict = &scratch->verdict;
+	__builtin_memset(packet, 0, offsetof(struct packet, buffer));
+	__builtin_memset(verdict, 0, offsetof(struct verdict, other_decision));
+	now = clock(scratch);
 	code = receive(skb, endpoint, packet, verdict, direction, now);
 	reason = code == PASS ? DROP_NONE : code < 0 ? -code : DROP_INVALID_PACKET;
 	if (packet->quoted)

@@ -38,6 +38,13 @@ static __always_inline __u64 flow_lifetime_s(__u8 protocol, __u32 flags)
 	}
 }
 
+/* is_over - more than so many seconds have passed. The clocks of two CPUs may be a tick apart: what another wrote may lie
+ * ahead of us. */
+static __always_inline bool is_over(__u64 now, __u64 seen_ns, __u64 seconds)
+{
+	return (__s64)(now - seen_ns) > (__s64)(seconds * SECOND_NS);
+}
+
 static __always_inline bool is_client_port(__be16 port)
 {
 	return bpf_ntohs(port) >= FIRST_CLIENT_PORT;

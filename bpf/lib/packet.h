@@ -106,8 +106,8 @@ struct packet {
 	__u8 quoted; /* 1: an ICMP error; everything above is about the packet it quotes, outer_* about itself */
 	__u8 outer_icmp_type;
 	__u8 outer_icmp_code;
-	__u8 group; /* addressed to a group by Ethernet */
-	union header_buffer buffer;
+	__u8 group;                 /* addressed to a group by Ethernet */
+	union header_buffer buffer; /* last, since it need not be zero */
 
 } __attribute__((aligned(8)));
 

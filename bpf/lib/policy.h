@@ -36,7 +36,6 @@ struct decision {
  * own direction ("own"), or to one opened the other way, as a reply ("other"). */
 struct verdict {
 	struct decision decision;
-	struct decision other_decision;
 	__u8 event; /* enum event_type for a packet that passes, 0 for none */
 	__u8 is_reply;
 	__u8 rejudged;
@@ -49,6 +48,7 @@ struct verdict {
 	__u8 own_allowed;
 	__u8 other_allowed;
 	__u8 pad[5];
+	struct decision other_decision; /* last, since it need not be zero */
 };
 
 /* match_of - Cilium's name for how specific an entry is. */

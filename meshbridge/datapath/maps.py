@@ -212,6 +212,7 @@ _LAYOUTS: Final[Mapping[str, tuple[type[abi.AbiStruct], type[abi.AbiStruct] | No
     "conntrack": (Index, Index),
     "fragments": (abi.FragmentKey, abi.FragmentValue),
     "metrics": (abi.MetricKey, abi.MetricValue),
+    "forwarded": (Index, abi.MetricValue),
     "event_limiter": (Index, abi.EventLimiter),
     "events": (Index, None),
 }
@@ -288,6 +289,7 @@ class Maps:
         self.conntrack = Conntrack(fd("conntrack"), quota)
         self.fragments = Map("fragments", fd("fragments"), abi.FragmentKey, abi.FragmentValue)
         self.metrics = PerCpuMap("metrics", fd("metrics"), abi.MetricKey, abi.MetricValue)
+        self.forwarded = PerCpuMap("forwarded", fd("forwarded"), Index, abi.MetricValue)
         self.event_limiter = PerCpuMap("event_limiter", fd("event_limiter"), Index, abi.EventLimiter)
         self.events_fd = fd("events")
 
@@ -297,10 +299,9 @@ class Maps:
 
     def counters(self) -> dict[tuple[int, int], tuple[int, int]]:
         """``(reason, direction)`` → ``(packets, bytes)``, over all CPUs; reason 0 counts what was forwarded."""
-        return {
-            (key.reason, key.direction): (sum(v.packets for v in values), sum(v.bytes for v in values))
-            for key, values in self.metrics.items()
-        }
+        rows = {(key.reason, key.direction): values for key, values in self.metrics.items()}
+        rows |= {(int(abi.DropReason.DROP_NONE), key.number): values for key, values in self.forwarded.items()}
+        return {key: (sum(v.packets for v in values), sum(v.bytes for v in values)) for key, values in rows.items()}
 
     def close(self) -> None:
         """Close every descriptor."""
