@@ -1,22 +1,22 @@
-"""What the node agent needs at two sizes ten times apart: memory, time to start, CPU at rest, kernel memory."""
+"""What the node agent needs by the size of its cluster: memory, time to start, CPU at rest, kernel memory."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from statistics import median
 
 from meshbridge.bench import change, cluster
-from meshbridge.bench.change import Prober, time_changes
+from meshbridge.bench.change import Change, Prober, time_changes
 from meshbridge.bench.cluster import Place, Scale
 from meshbridge.bench.figures import Column, Section, Target, Value
 from meshbridge.bench.machine import cpu_time_ns, resident_bytes
 from meshbridge.bench.network import Node, Pod, batch, create_netns, create_node
-from meshbridge.bench.samples import growth_exponent, percentile
 from meshbridge.bench.system import System, start_system
 from meshbridge.bench.workbench import Workbench
 from meshbridge.datapath import syscall
@@ -24,20 +24,42 @@ from meshbridge.datapath.maps import maps_directory, open_pinned_maps
 
 MEMORY_LIMIT_MB = 60
 WARM_START_LIMIT_S = 1.0
-_TENTH = Scale(endpoints=10, addresses=1_000, policies=100)
+_BASE = Scale(endpoints=10, addresses=1_000, policies=100)
 _FULL = Scale(endpoints=100, addresses=10_000, policies=1_000)
+_GROWN = {
+    "10 × endpoints": Scale(100, 1_000, 100),
+    "10 × addresses": Scale(10, 10_000, 100),
+    "10 × policies, and the identities they tell apart": Scale(10, 1_000, 1_000),
+    "10 × all three": _FULL,
+}
 _REST_S = 3.0
 _MB = 1e6
 _COLUMNS = (
-    Column("variant", "cluster"),
+    Column("variant", "endpoints / addresses / policies"),
     Column("resident_mb", "agent MB", ".1f"),
-    Column("cold_s", "cold start s", ".2f"),
-    Column("warm_s", "warm start s", ".2f"),
-    Column("rest_cpu", "CPU at rest %", ".2f"),
+    Column("cold_s", "cold s", ".2f"),
+    Column("warm_s", "warm s", ".2f"),
+    Column("warm_cpu_s", "warm CPU s", ".2f"),
+    Column("rest_cpu", "at rest %", ".2f"),
     Column("identities", "identities", ",d"),
-    Column("entries", "policy entries", ",d"),
-    Column("kernel_mb", "kernel maps MB", ".1f"),
+    Column("entries", "entries", ",d"),
+    Column("kernel_mb", "maps MB", ".1f"),
     Column("controller_mb", "controller MB", ".1f"),
+)
+_GROWTH_COLUMNS = (
+    Column("variant", "grown"),
+    Column("resident", "agent memory ×", ".2f"),
+    Column("warm", "warm start ×", ".2f"),
+    Column("change", "change p50 ×", ".2f"),
+    Column("entries", "entries ×", ".1f"),
+    Column("kernel", "maps ×", ".2f"),
+)
+_NOTES = (
+    "Memory: VmRSS after a warm start; the kernel's maps are beside it, as the kernel charges them (fdinfo).",
+    "Start: until every endpoint is ready and the newest revision is in the kernel. Cold: the controller starts too, "
+    "and the endpoints are announced one by one. Warm: after kill -9, with hooks and maps in place.",
+    "At rest: CPU time as a share of one core.",
+    "Policies are shared out among the endpoints; each names one class of peers on one port.",
 )
 
 
@@ -48,6 +70,7 @@ class Footprint:
     resident_bytes: int
     cold_s: float
     warm_s: float
+    warm_cpu_s: float
     rest_share: float
     identities: int
     entries: int
@@ -56,31 +79,47 @@ class Footprint:
 
 
 def measure(bench: Workbench) -> list[Section]:
-    scales = (_TENTH,) if bench.quick else (_TENTH, _FULL)
+    scales = (_BASE,) if bench.quick else (_BASE, *_GROWN.values())
     footprints: dict[Scale, Footprint] = {}
-    rows: list[dict[str, Value]] = []
-    targets: list[Target] = []
+    changes: dict[Scale, list[Change]] = {}
     for number, scale in enumerate(scales):
         bench.tell(f"agent: {scale}: setting up")
-        # One after another, each taken down before the next: the small one must not run beside the large one.
+        # One after another, each taken down before the next: no cluster must be measured beside another.
         with contextlib.ExitStack() as stack:
-            inner = Workbench(stack, bench.folder, bench.core, bench.quick, bench.tell)
-            footprints[scale], times_ms = _measure_scale(inner, scale, number)
-        rows += change.rows(str(scale), times_ms)
-        every = [time_ms for times in times_ms.values() for time_ms in times]
-        if scale is _FULL:
-            text = f"policy change to kernel at this size, p99 of {len(every)}"
-            targets.append(Target(text, percentile(every, 99), change.LIMIT_MS, "ms"))
-    found = [_row(scale, footprint) for scale, footprint in footprints.items()]
-    return [
-        Section("agent", "The agent, by the size of its cluster", _COLUMNS, found, _targets(footprints),
-                _notes(footprints)),
-        Section("agent-change", "From a changed policy file to the first packet judged by it, at these sizes",
-                change.COLUMNS, rows, targets, change.NOTES),
+            inner = replace(bench, stack=stack)
+            footprints[scale], changes[scale] = _measure_scale(inner, scale, number)
+    title = "From a changed policy file to the first packet judged by it, at these sizes"
+    rows = [row for scale, found in changes.items() for row in change.rows(scale.short, found)]
+    targets = [change.target(str(_FULL), changes[_FULL])] if _FULL in changes else []
+    sections = [
+        Section("agent", "The agent, by the size of its cluster", _COLUMNS,
+                [_row(scale, found) for scale, found in footprints.items()], _targets(footprints), _NOTES),
+        Section("agent-change", title, change.COLUMNS, rows, targets, change.NOTES),
     ]  # fmt: skip
+    return sections if bench.quick else [*sections, _growth(footprints, changes)]
 
 
-def _measure_scale(bench: Workbench, scale: Scale, number: int) -> tuple[Footprint, dict[str, list[float]]]:
+def _growth(footprints: Mapping[Scale, Footprint], changes: Mapping[Scale, Sequence[Change]]) -> Section:
+    """Each size divided by the smallest."""
+    latencies = {scale: median(found.latency_ms for found in of_scale) for scale, of_scale in changes.items()}
+    base = footprints[_BASE]
+    rows: list[dict[str, Value]] = []
+    for name, scale in _GROWN.items():
+        found = footprints[scale]
+        rows.append(
+            {
+                "variant": name,
+                "resident": found.resident_bytes / base.resident_bytes,
+                "warm": found.warm_s / base.warm_s,
+                "change": latencies[scale] / latencies[_BASE],
+                "entries": found.entries / base.entries,
+                "kernel": found.kernel_bytes / base.kernel_bytes,
+            }
+        )
+    return Section("growth", f"How costs grow from {_BASE}", _GROWTH_COLUMNS, rows)
+
+
+def _measure_scale(bench: Workbench, scale: Scale, number: int) -> tuple[Footprint, list[Change]]:
     node = create_node(bench.stack, f"agent{number}", number)
     probes = change.probe_places(node)
     others = _other_endpoints(bench, node, scale, number)
@@ -92,20 +131,21 @@ def _measure_scale(bench: Workbench, scale: Scale, number: int) -> tuple[Footpri
         system.add_endpoint(place, pod.interface, pod.netns, wait_ready=False)
     status = system.wait_programmed(len(places), scale.policies)
     cold_s = time.perf_counter() - started
-    warm_s = [_restart(bench, system, scale) for _ in range(bench.pick(3, 1))]
+    starts = [_restart(bench, system, scale) for _ in range(bench.pick(5, 1))]
     bench.tell(f"agent: {scale}: at rest")
     rest_share = _at_rest(system)
     footprint = Footprint(
         resident_bytes=resident_bytes(system.agent.pid),
         cold_s=cold_s,
-        warm_s=median(warm_s),
+        warm_s=median(seconds for seconds, _cpu in starts),
+        warm_cpu_s=median(cpu for _seconds, cpu in starts),
         rest_share=rest_share,
         identities=status.identities,
         entries=system.policy_entries(),
         kernel_bytes=_kernel_bytes(system.pins),
         controller_bytes=resident_bytes(system.controller.pid),
     )
-    return footprint, time_changes(bench, system, Prober(bench, node), bench.pick(60, 20))
+    return footprint, time_changes(bench, system, Prober(bench, node), 60 if scale == _FULL else 20)
 
 
 def _other_endpoints(bench: Workbench, node: Node, scale: Scale, number: int) -> list[tuple[Place, Pod]]:
@@ -121,14 +161,14 @@ def _other_endpoints(bench: Workbench, node: Node, scale: Scale, number: int) ->
     return found
 
 
-def _restart(bench: Workbench, system: System, scale: Scale) -> float:
-    """Seconds from starting a new agent after kill -9 until all it receives is in the kernel again."""
+def _restart(bench: Workbench, system: System, scale: Scale) -> tuple[float, float]:
+    """Seconds from starting a new agent after kill -9 until all it receives is in the kernel again; its CPU time."""
     bench.tell(f"agent: {scale}: warm start")
     system.agent.kill()
     started = time.perf_counter()
     system.start_agent()
     system.wait_programmed(scale.endpoints + len(system.node.pods), scale.policies)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, cpu_time_ns(system.agent.pid) / 1e9
 
 
 def _at_rest(system: System) -> float:
@@ -165,10 +205,11 @@ def _charged_bytes(descriptor: int) -> int:
 
 def _row(scale: Scale, found: Footprint) -> dict[str, Value]:
     return {
-        "variant": str(scale),
+        "variant": scale.short,
         "resident_mb": found.resident_bytes / _MB,
         "cold_s": found.cold_s,
         "warm_s": found.warm_s,
+        "warm_cpu_s": found.warm_cpu_s,
         "rest_cpu": found.rest_share * 100,
         "identities": found.identities,
         "entries": found.entries,
@@ -185,18 +226,3 @@ def _targets(footprints: dict[Scale, Footprint]) -> list[Target]:
         Target(f"agent resident at {_FULL}", found.resident_bytes / _MB, MEMORY_LIMIT_MB, "MB"),
         Target(f"warm start at {_FULL}", found.warm_s, WARM_START_LIMIT_S, "s"),
     ]
-
-
-def _notes(footprints: dict[Scale, Footprint]) -> list[str]:
-    notes = [
-        "Resident: VmRSS after a warm start; the kernel's maps are beside it, as the kernel charges them (fdinfo).",
-        "Start: from the process until every endpoint is ready and the newest revision is in the kernel. Cold: the "
-        "controller starts too, and all interfaces are still to hook. Warm: after kill -9, with hooks and maps there.",
-        "Each endpoint is selected by 10 policies, each naming one class of ten peers on one port.",
-    ]
-    if _FULL in footprints and _TENTH in footprints:
-        growth = growth_exponent(
-            (_TENTH.policies, footprints[_TENTH].warm_s), (_FULL.policies, footprints[_FULL].warm_s)
-        )
-        notes.append(f"Ten times everything: warm start × {10**growth:.1f}.")
-    return notes

@@ -45,6 +45,10 @@ class Scale:
     addresses: int
     policies: int
 
+    @property
+    def short(self) -> str:
+        return f"{self.endpoints:,} / {self.addresses:,} / {self.policies:,}"
+
     def __str__(self) -> str:
         return f"{self.endpoints:,} endpoints, {self.addresses:,} addresses, {self.policies:,} policies"
 

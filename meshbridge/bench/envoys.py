@@ -247,8 +247,18 @@ def start_envoy(bench: Workbench, pod: Pod, name: str, config: Json, port: int) 
     """An Envoy with one worker in the pod, on the measured core; it accepts on ``port`` when this returns."""
     path = bench.folder / f"{pod.netns.name}.json"
     _write_private(path, json.dumps(config))
-    argv = ["setpriv", f"--reuid={PROXY_UID}", f"--regid={PROXY_UID}", "--clear-groups", str(envoy_binary())]
-    argv += ["-c", str(path), "--concurrency", "1", "--log-level", "warning", "--disable-hot-restart"]
+    # Once more --pdeathsig: a change of user clears it.
+    argv = ["setpriv", f"--reuid={PROXY_UID}", f"--regid={PROXY_UID}", "--clear-groups", "--pdeathsig", "KILL"]
+    argv += [
+        str(envoy_binary()),
+        "-c",
+        str(path),
+        "--concurrency",
+        "1",
+        "--log-level",
+        "warning",
+        "--disable-hot-restart",
+    ]
     log = bench.folder / f"{pod.netns.name}-envoy.log"
     process = start(bench.stack, argv, log, netns=pod.netns, core=bench.core)
     process.name = f"Envoy of the {name}"

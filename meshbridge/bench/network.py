@@ -142,8 +142,8 @@ def delete_netns(netns: Netns) -> None:
         _run(["ip", "netns", "del", netns.name])
 
 
-def stale_namespaces(names: Iterable[str], running: Iterable[int]) -> list[str]:
-    """Of ``names``, the bench's own whose process is not among ``running``."""
+def stale_names(names: Iterable[str], running: Iterable[int]) -> list[str]:
+    """Of ``names``, those that a bench gave to what it made and whose process is not among ``running``."""
     alive = set(running)
     stale = []
     for name in names:
@@ -154,12 +154,8 @@ def stale_namespaces(names: Iterable[str], running: Iterable[int]) -> list[str]:
     return sorted(stale)
 
 
-def sweep() -> None:
-    """Remove namespaces of earlier runs that were killed."""
-    names = [path.name for path in NETNS.iterdir()] if NETNS.is_dir() else []
-    running = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    for name in stale_namespaces(names, running):
-        delete_netns(Netns(name))
+def running_processes() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
 
 
 def batch(netns: Netns, commands: Sequence[str]) -> None:

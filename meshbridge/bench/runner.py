@@ -11,11 +11,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshbridge.bench import agent, change, http, network, program, tcp
+from meshbridge.bench import agent, change, http, program, tcp
 from meshbridge.bench.errors import BenchError
 from meshbridge.bench.figures import Failure, Report, Section
 from meshbridge.bench.machine import describe, leave_core, measured_core
+from meshbridge.bench.network import PREFIX
 from meshbridge.bench.processes import interrupt_on_terminate
+from meshbridge.bench.system import sweep
 from meshbridge.bench.workbench import Workbench
 from meshbridge.errors import MeshBridgeError
 
@@ -33,7 +35,7 @@ PARTS: Mapping[str, Part] = {
     "program": Part("one packet in the kernel program, by table sizes (BPF_PROG_TEST_RUN)", program.measure),
     "http": Part("HTTP directly and through two Envoys with mTLS: no filter, native RBAC, our ext_authz", http.measure),
     "change": Part("from a changed policy file to the kernel, with real processes", change.measure),
-    "agent": Part("the agent at two sizes: memory, cold and warm start, kernel memory, changes", agent.measure),
+    "agent": Part("the agent by cluster size: memory, cold and warm start, kernel memory, changes", agent.measure),
 }
 
 
@@ -44,7 +46,7 @@ def run(names: Iterable[str], *, quick: bool, tell: Callable[[str], None]) -> Re
     """
     _require_root()
     interrupt_on_terminate()
-    network.sweep()
+    sweep()
     core = measured_core()
     machine = {**describe(), "measured core": str(core)}
     leave_core(core)
@@ -54,7 +56,7 @@ def run(names: Iterable[str], *, quick: bool, tell: Callable[[str], None]) -> Re
     for name in names:
         tell(f"{name}: setting up")
         with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meshbridge-bench-")))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{PREFIX}-{os.getpid()}-")))
             folder.chmod(0o711)  # an Envoy of another user opens its own file in it, and can list nothing
             try:
                 sections += PARTS[name].measure(Workbench(stack, folder, core, quick, tell))

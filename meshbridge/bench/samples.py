@@ -69,14 +69,3 @@ def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> Ratio:
     """Compare two variants round by round; both sequences are in the order of the rounds."""
     ratios = [value / base for value, base in zip(values, baseline, strict=True)]
     return Ratio(statistics.median(ratios), percentile(ratios, 25), percentile(ratios, 75))
-
-
-def medians(samples: Mapping[Variant, Sequence[Sample]], of: Callable[[Sample], float]) -> dict[Variant, float]:
-    """The median over the repeats, for every variant."""
-    return {variant: statistics.median(map(of, repeats)) for variant, repeats in samples.items()}
-
-
-def growth_exponent(small: tuple[float, float], large: tuple[float, float]) -> float:
-    """The b of cost ~ size^b between two (size, cost) pairs: 0 is flat, 1 linear, 2 quadratic."""
-    (small_size, small_cost), (large_size, large_cost) = small, large
-    return math.log(large_cost / small_cost) / math.log(large_size / small_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import grpc
 from meshbridge.bench import cluster
 from meshbridge.bench.cluster import Object, Place
 from meshbridge.bench.errors import BenchError
-from meshbridge.bench.network import Netns, Node
+from meshbridge.bench.network import NETNS, Netns, Node, delete_netns, running_processes, stale_names
 from meshbridge.bench.processes import Process, start
 from meshbridge.bench.workbench import Workbench
 from meshbridge.datapath.maps import DEFAULT_PIN_ROOT, open_pinned_maps
@@ -168,6 +169,21 @@ def remove_node(node: str) -> None:
     for directory in (DEFAULT_PIN_ROOT / node, RUN / node):
         if directory.is_dir():
             shutil.rmtree(directory)
+
+
+def sweep() -> None:
+    """Remove what earlier runs left that were killed: namespaces with their links, pins, sockets, files."""
+    running = running_processes()
+    places: dict[Path, Callable[[str], None]] = {
+        NETNS: lambda name: delete_netns(Netns(name)),
+        DEFAULT_PIN_ROOT: remove_node,
+        RUN: remove_node,
+        Path(tempfile.gettempdir()): lambda name: shutil.rmtree(Path(tempfile.gettempdir()) / name),
+    }
+    for directory, remove in places.items():
+        names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+        for name in stale_names(names, running):
+            remove(name)
 
 
 def wait_until(condition: Callable[[], bool], what: str, process: Process, timeout_s: float = 20) -> None:

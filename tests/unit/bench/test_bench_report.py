@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from meshbridge.bench.figures import Column, Failure, Report, Section, Target, table
 from meshbridge.bench.iptables import Backend, RuleList, restore_text
-from meshbridge.bench.network import stale_namespaces
+from meshbridge.bench.network import stale_names
 from meshbridge.bench.runner import PARTS
 from meshbridge.cli.bench import command
 
@@ -71,8 +71,8 @@ STALE = {
 
 
 @pytest.mark.parametrize(("names", "running", "expected"), STALE.values(), ids=STALE.keys())
-def test_only_namespaces_of_ended_runs_are_stale(names: list[str], running: list[int], expected: list[str]) -> None:
-    assert stale_namespaces(names, running) == expected
+def test_only_names_of_ended_runs_are_stale(names: list[str], running: list[int], expected: list[str]) -> None:
+    assert stale_names(names, running) == expected
 
 
 def test_list_names_every_part_without_measuring() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshbridge.bench.samples import collect, growth_exponent, paired_ratio, percentile, rounds
+from meshbridge.bench.samples import collect, paired_ratio, percentile, rounds
 
 PERCENTILES = {
     "one value is every percentile": ([7], 99, 7),
@@ -59,15 +59,3 @@ def test_one_disturbed_round_moves_neither_the_ratio_nor_its_range() -> None:
 def test_ratio_needs_as_many_rounds_on_both_sides() -> None:
     with pytest.raises(ValueError, match="longer"):
         paired_ratio([1.0], [1.0, 2.0])
-
-
-GROWTHS = {
-    "flat": ((10, 5.0), (10_000, 5.0), 0.0),
-    "linear": ((10, 5.0), (100, 50.0), 1.0),
-    "quadratic": ((10, 5.0), (100, 500.0), 2.0),
-}
-
-
-@pytest.mark.parametrize(("small", "large", "expected"), GROWTHS.values(), ids=GROWTHS.keys())
-def test_growth_exponent(small: tuple[float, float], large: tuple[float, float], expected: float) -> None:
-    assert growth_exponent(small, large) == pytest.approx(expected)
