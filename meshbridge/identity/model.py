@@ -67,6 +67,7 @@ class Peer:
     A pod has a namespace and no entities; a node, the world or an unknown address has entities and no namespace.
     ``networks`` holds those CIDRs written in any policy that contain the address, so that an ipBlock is a set lookup.
     ``ports`` holds those container ports whose name an egress policy uses (``PolicySet.referenced_port_names``).
+    ``service`` (namespace/name) makes a Service's address a class of its own, see ``policy.frontends``.
     """
 
     namespace: str | None = None
@@ -80,6 +81,7 @@ class Peer:
     networks: frozenset[IpNetwork] = frozenset()
     masqueraded: bool = False
     ports: frozenset[ContainerPort] = frozenset()
+    service: str = ""
 
     @property
     def is_pod(self) -> bool:

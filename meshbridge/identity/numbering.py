@@ -142,6 +142,7 @@ def class_of(peer: Peer) -> _Class:
         peer.proxy,
         tuple(sorted(peer.entities)),
         peer.masqueraded,
+        peer.service,
         tuple(sorted((port.name, port.port, port.protocol) for port in peer.ports)),
         tuple(sorted(str(network) for network in peer.networks)),
     )

@@ -1,0 +1,63 @@
+"""Egress to a Service's address: it passes where every ready backend would, by the backends' own ports."""
+
+from __future__ import annotations
+
+import pytest
+from policycast import API, LEDGER, WEB, numbered, policies
+
+from meshbridge.identity.model import IpFamily, Workload
+from meshbridge.policy.capture import Capture
+from meshbridge.policy.compile import compile_endpoint
+from meshbridge.policy.evaluate import evaluate
+from meshbridge.policy.frontends import Backend, FrontendPort, with_frontends
+from meshbridge.policy.model import Direction
+from meshbridge.policy.precedence import DropReason
+
+SERVICE = 5000
+
+
+def egress(rules: str) -> str:
+    return f"""
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {{name: p, namespace: shop}}
+spec: {{endpointSelector: {{matchLabels: {{app: web}}}}, {rules}}}
+"""
+
+
+TO_API = "egress: [{toEndpoints: [{matchLabels: {app: api}}], toPorts: [{ports: [{port: '8080'}]}]}]"
+CASES: dict[str, tuple[str, list[tuple[Workload, int]], int]] = {
+    "every backend is allowed": (TO_API, [(API, 8080)], 0),
+    "the backend's port counts, not the frontend's": (TO_API.replace("8080", "80"), [(API, 8080)], DropReason.POLICY),
+    "one backend is allowed and another is not": (
+        TO_API, [(API, 8080), (LEDGER, 8080)], DropReason.SERVICE_BACKENDS_DIFFER),
+    "no backend is allowed": (TO_API, [(LEDGER, 8080)], DropReason.POLICY),
+    "the world is no Service, though its address is nobody's": (
+        "egress: [{toEntities: [world]}]", [(API, 8080)], DropReason.POLICY),
+    "a deny of the frontend's port is none of the backend's": (
+        "egress: [{toEntities: [all]}], egressDeny: [{toPorts: [{ports: [{port: '80'}]}]}]", [(API, 8080)], 0),
+    "a deny of the backend": (
+        "egress: [{toEntities: [all]}], egressDeny: [{toEndpoints: [{matchLabels: {app: api}}]}]",
+        [(API, 8080)], DropReason.POLICY_DENY),
+    "without backends there is nothing to refuse": (TO_API, [], 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rules", "backends", "reason"), CASES.values(), ids=CASES.keys())
+def test_a_service_frontend(rules: str, backends: list[tuple[Workload, int]], reason: int) -> None:
+    found = policies(egress(rules))
+    numbering = numbered(found)
+    base = compile_endpoint(WEB, found, numbering.identities, Capture.none()).map(Direction.EGRESS, IpFamily.IPV4)
+    ready = tuple(Backend(numbering.addresses[pod.addresses[0]].identity, port) for pod, port in backends)
+    answered = with_frontends(base, {SERVICE: [FrontendPort(6, 80, ready)]})
+    decision = evaluate(answered, SERVICE, 6, 80)
+    assert (decision.passes, decision.deny_reason) == (reason == 0, reason)
+    for address in (API.addresses[0], LEDGER.addresses[0]):
+        identity = numbering.addresses[address].identity
+        assert evaluate(answered, identity, 6, 8080) == evaluate(base, identity, 6, 8080)
+
+
+def test_a_map_that_restricts_nothing_stays_as_it_is() -> None:
+    found = policies("")
+    base = compile_endpoint(WEB, found, numbered(found).identities, Capture.none()).map(Direction.EGRESS, IpFamily.IPV4)
+    assert with_frontends(base, {SERVICE: [FrontendPort(6, 80, (Backend(1, 2),))]}) is base
