@@ -155,16 +155,22 @@ def inbound_filters(replacement: Json | None, *, judged: bool) -> list[Json]:
     return filters
 
 
-def server_config(filters: list[Json], certificates: Certificates, app_port: int, authz_socket: str) -> Json:
-    """A sidecar's inbound side: mTLS from the mesh's clients only, ``filters``, then the application."""
-    tls = {**_tls(certificates, SERVER_PRINCIPAL), "require_client_certificate": True}
+def server_config(filters: list[Json], certificates: Certificates | None, app_port: int, authz_socket: str) -> Json:
+    """A sidecar's inbound side: ``filters``, then the application.
+
+    With ``certificates`` it takes mTLS from the mesh's clients only, without them plaintext only.
+    """
+    chain: Json = {"filters": filters}
+    if certificates is not None:
+        tls = {**_tls(certificates, SERVER_PRINCIPAL), "require_client_certificate": True}
+        chain["transport_socket"] = _transport_socket("DownstreamTlsContext", tls)
     listener = {
         "name": "inbound",
         "address": _address("0.0.0.0", INBOUND_PORT),
         "listener_filters": [
             _extension("filters.listener.original_dst.v3.OriginalDst", "envoy.filters.listener.original_dst")
         ],
-        "filter_chains": [{"filters": filters, "transport_socket": _transport_socket("DownstreamTlsContext", tls)}],
+        "filter_chains": [chain],
     }
     clusters = [_cluster(CLUSTER_INBOUND, _address("127.0.0.1", app_port))]
     if authz_socket:

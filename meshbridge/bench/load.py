@@ -7,6 +7,7 @@ prints one JSON object. One connection at a time: what is measured is latency, n
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import resource
 import select
@@ -89,6 +90,35 @@ def http(host: str, port: int, seconds: float) -> dict[str, float]:
         return timed(lambda: _get(connection, HTTP_REQUEST), seconds)
 
 
+def syn(host: str, port: int, seconds: float) -> dict[str, float]:
+    """Attempts to connect that nobody answers, each given up at once; one that is answered at once ends the run."""
+    family = _family(host)
+
+    def once() -> None:
+        with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
+            code = connection.connect_ex((host, port))
+            if code != errno.EINPROGRESS or select.select([], [connection], [], 0)[1]:
+                raise SystemExit(f"answered, with {code}: {errno.errorcode.get(code, '')}")
+
+    return timed(once, seconds)
+
+
+def refused(host: str, port: int, seconds: float) -> dict[str, float]:
+    """One GET request per connection, each answered with 403."""
+    family = _family(host)
+
+    def once() -> None:
+        with socket.socket(family, socket.SOCK_STREAM) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            connection.connect((host, port))
+            connection.send(HTTP_REQUEST)
+            answer = connection.recv(4096)
+            if not answer.startswith(b"HTTP/1.1 403 "):
+                raise SystemExit(f"not refused: {answer[:300]!r}")
+
+    return timed(once, seconds)
+
+
 def http_connect(host: str, port: int, seconds: float) -> dict[str, float]:
     """One GET request per connection; Envoys keep those between them."""
     family = _family(host)
@@ -154,7 +184,14 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-CLIENTS = {"pingpong": pingpong, "connect": connect, "http": http, "http-connect": http_connect}
+CLIENTS = {
+    "pingpong": pingpong,
+    "connect": connect,
+    "syn": syn,
+    "http": http,
+    "http-connect": http_connect,
+    "refused": refused,
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshbridge.bench import agent, change, http, program, tcp
+from meshbridge.bench import agent, change, denied, http, program, tcp
 from meshbridge.bench.errors import BenchError
 from meshbridge.bench.figures import Failure, Report, Section
 from meshbridge.bench.machine import describe, leave_core, measured_core
@@ -34,6 +34,9 @@ PARTS: Mapping[str, Part] = {
     "tcp": Part("round trip and connection rate of plain TCP: no policy, ours, iptables", tcp.measure),
     "program": Part("one packet in the kernel program, by table sizes (BPF_PROG_TEST_RUN)", program.measure),
     "http": Part("HTTP directly and through two Envoys with mTLS: no filter, native RBAC, our ext_authz", http.measure),
+    "denied": Part(
+        "CPU time of a refused attempt to connect: dropped by the kernel, or 403 from Envoy", denied.measure
+    ),
     "change": Part("from a changed policy file to the kernel, with real processes", change.measure),
     "agent": Part("the agent by cluster size: memory, cold and warm start, kernel memory, changes", agent.measure),
 }
