@@ -34,6 +34,8 @@ def wants_sidecar(pod: Mapping[str, Any], namespace_labels: Mapping[str, str]) -
 def inject(pod: Mapping[str, Any], namespace_labels: Mapping[str, str]) -> dict[str, Any]:
     """The final pod: unchanged when it gets no sidecar, else with istio-init, istio-proxy and rewritten probes.
 
+    An istio-init that the pod has already keeps its arguments, whatever the annotations say.
+
     Raises:
         InjectionError: An annotation that Istio's injector refuses.
     """
@@ -44,7 +46,8 @@ def inject(pod: Mapping[str, Any], namespace_labels: Mapping[str, str]) -> dict[
     annotations = metadata.setdefault("annotations", {}) or {}
     name = f"{metadata.get('namespace', '')}/{metadata.get('name', '')}"
     arguments = istio_init.render({key: str(value) for key, value in annotations.items()}, name)
-    if annotations.get(istio_init.MODE_ANNOTATION) != "NONE":
+    written = any(container.get("name") == "istio-init" for container in spec.get("initContainers", ()))
+    if annotations.get(istio_init.MODE_ANNOTATION) != "NONE" and not written:
         init = {"name": "istio-init", "args": list(arguments), "env": [DUAL_STACK]}
         spec.setdefault("initContainers", []).append(init)
     probes = _rewrite_probes(spec)

@@ -1,4 +1,4 @@
-"""Sockets that live in another network namespace than this process: how the harness measures inside a pod."""
+"""Acting inside another network namespace than this process's: how the harness sets up and measures a pod."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import ctypes
 import http.client
 import os
 import socket
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from meshbridge.demo.layout import NETNS
 
+T = TypeVar("T")
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -25,32 +27,23 @@ class Answer:
     error: str = ""
 
 
-def make_socket(netns: str, make: Callable[[], socket.socket]) -> socket.socket:
-    """What ``make`` returns when called inside ``netns``; a socket stays in the namespace it was made in.
+def inside(netns: str, act: Callable[[], T]) -> T:
+    """What ``act`` returns when called inside ``netns``; a socket stays in the namespace it was made in.
 
     A thread of its own enters the namespace, so this process never leaves its own.
     """
-    made: list[socket.socket | OSError] = []
 
-    def enter_and_make() -> None:
+    def enter_and_act() -> T:
+        handle = os.open(NETNS / netns, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            handle = os.open(NETNS / netns, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if _libc.setns(handle, _CLONE_NEWNET) != 0:
-                    raise OSError(ctypes.get_errno(), f"setns {netns}")
-            finally:
-                os.close(handle)
-            made.append(make())
-        except OSError as error:
-            made.append(error)
+            if _libc.setns(handle, _CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), f"setns {netns}")
+        finally:
+            os.close(handle)
+        return act()
 
-    thread = threading.Thread(target=enter_and_make, name=f"netns-{netns}")
-    thread.start()
-    thread.join()
-    result = made[0]
-    if isinstance(result, OSError):
-        raise result
-    return result
+    with ThreadPoolExecutor(1, thread_name_prefix=f"netns-{netns}") as thread:
+        return thread.submit(enter_and_act).result()
 
 
 def http_get(netns: str, host: str, port: int, path: str, timeout_s: float = 3.0, method: str = "GET") -> Answer:
@@ -58,7 +51,7 @@ def http_get(netns: str, host: str, port: int, path: str, timeout_s: float = 3.0
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
-        connection.sock = make_socket(netns, lambda: socket.socket(family, socket.SOCK_STREAM))
+        connection.sock = inside(netns, lambda: socket.socket(family, socket.SOCK_STREAM))
         connection.sock.settimeout(timeout_s)
         connection.sock.connect((host, port))
         connection.request(method, path)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from itertools import combinations
+from pathlib import Path
 
 from meshbridge.demo.errors import DemoError
 from meshbridge.demo.layout import GATEWAY_IPV4, GATEWAY_IPV6, NETNS, NodeLayout
+from meshbridge.demo.netns import inside
 
 _NODE_SYSCTLS = {
     "net.ipv4.ip_forward": "1",
@@ -123,18 +125,12 @@ def _ip(command: str) -> None:
     _run(["ip", *command.split()], "")
 
 
-def _sysctl(netns: str, values: dict[str, str]) -> None:
-    _run(
-        [
-            "nsenter",
-            f"--net={NETNS / netns}",
-            "sysctl",
-            "-q",
-            "-w",
-            *(f"{key}={value}" for key, value in values.items()),
-        ],
-        "",
-    )
+def _sysctl(netns: str, values: Mapping[str, str]) -> None:
+    def write() -> None:  # /proc/sys/net shows the namespace of whoever opens it
+        for key, value in values.items():
+            (Path("/proc/sys") / key.replace(".", "/")).write_text(value)
+
+    inside(netns, write)
 
 
 def _run(argv: list[str], stdin: str) -> None:

@@ -53,12 +53,21 @@ def desired_pods(
             if namespace not in namespaces:
                 raise ValueError(f"namespace {namespace!r} does not exist")
             labels = {**namespaces[namespace], "kubernetes.io/metadata.name": namespace}
+            _refuse_what_is_not_played(pod["spec"])
             final = inject(_schedule(pod, nodes), labels)
             digest = hashlib.sha256(json.dumps(final, sort_keys=True).encode()).hexdigest()
             pods[key] = DesiredPod(namespace, name, final, digest)
         except Exception as error:  # one bad pod must not stop the others; it is shown with its reason
             problems[key] = str(error) or type(error).__name__
     return pods, problems
+
+
+def _refuse_what_is_not_played(spec: Mapping[str, Any]) -> None:
+    if spec.get("hostNetwork"):
+        raise ValueError("hostNetwork pods are not played here; leave hostNetwork out")
+    foreign = [item["name"] for item in spec.get("initContainers", ()) if item["name"] != "istio-init"]
+    if foreign:
+        raise ValueError(f"init containers are not played here; leave out {', '.join(foreign)}")
 
 
 def _pods(objects: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:

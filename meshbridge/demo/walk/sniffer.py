@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from types import TracebackType
 from typing import Self
 
-from meshbridge.demo.netns import make_socket
+from meshbridge.demo.netns import inside
 
 _ETH_P_ALL = 3
 _SO_RCVBUFFORCE = 33
@@ -43,7 +43,7 @@ class Sniffer:
     def __enter__(self) -> Self:
         self._wanted_sources = frozenset(ip_address(address).packed for address in self.sources)
         self._wanted_destinations = frozenset(ip_address(address).packed for address in self.destinations)
-        self._socket = make_socket(self.netns, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0))
+        self._socket = inside(self.netns, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0))
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 16 << 20)
         self._socket.settimeout(0.1)
         self._socket.bind((self.interface, _ETH_P_ALL))

@@ -83,7 +83,7 @@ def _kill_the_agent(walk: Walk) -> None:
     token, since = walk.token(scope="transactions"), now_ns()
     clients, servers = (allowed.ipv4, allowed.ipv6), (service.ipv4, service.ipv6)
     uplink = walk.uplink(service.node)
-    connect = ("connect", f"{service.ipv4}:{SERVICE_PORT}", "--interval", "0.01", "--timeout", "1")
+    knock = ("--interval", "0.02", "--timeout", "1")
     steady = ("--interval", "0.01", "--timeout", "5")
     node = service.layout.netns
     with (
@@ -94,7 +94,8 @@ def _kill_the_agent(walk: Walk) -> None:
         Sniffer(node, uplink, servers, clients, outgoing=True) as node_out,
         walk.traffic(allowed, "http", walk.url("4"), *steady, token=token) as fresh,
         walk.traffic(allowed, "http", walk.url("6"), *steady, "--keep-alive", token=token) as kept,
-        walk.traffic(denied, *connect, uid=PROXY_UID) as knocking,
+        walk.traffic(denied, "connect", f"{service.ipv4}:{SERVICE_PORT}", *knock, uid=PROXY_UID) as knocking,
+        walk.traffic(denied, "connect", f"[{service.ipv6}]:{SERVICE_PORT}", *knock, uid=PROXY_UID) as knocking_too,
     ):
         _let_run(walk, "traffic runs")
         killed_at = time.monotonic()
@@ -105,7 +106,9 @@ def _kill_the_agent(walk: Walk) -> None:
         assert back is not None
         walk.report.say(f"pid {back.pid} has taken over after {back_at - killed_at:.1f} s; traffic goes on")
         _let_run(walk, "traffic runs")
-    _judge_traffic(walk, [*fresh.attempts, *kept.attempts], knocking.attempts, killed_at, back_at)
+    _judge_traffic(
+        walk, [*fresh.attempts, *kept.attempts], [*knocking.attempts, *knocking_too.attempts], killed_at, back_at
+    )
     unseen = sum(sniffer.lost for sniffer in (in_pod, node_in, pod_in, pod_out, node_out))
     walk.report.check(
         "not one packet of the allowed is lost",
@@ -141,7 +144,7 @@ def _judge_traffic(
         f"{len(requests) - len(failed)} of {len(requests)}, {without} of them without an agent; "
         f"slowest {slowest_s * 1000:.0f} ms"
         + (f"; first failure: {failed[0]['status'] or failed[0]['error']}" if failed else ""),
-        "two clients, one on new connections, one on an open one",
+        "two clients, one on new connections over IPv4, one on an open one over IPv6",
     )
     passed = sum(knock["ok"] for knock in knocks)
     without = sum(killed_at <= knock["at"] < back_at for knock in knocks)
@@ -149,7 +152,7 @@ def _judge_traffic(
         "every denied connection is dropped, before, while and after",
         passed == 0 and without > 0,
         f"{passed} of {len(knocks)} answered, {without} tried without an agent",
-        "a connection attempt every 10 ms",
+        "a connection attempt every 20 ms over IPv4, and one over IPv6",
     )
 
 

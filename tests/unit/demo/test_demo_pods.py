@@ -63,6 +63,12 @@ def test_injection_adds_both_containers_and_leaves_the_written_pod_alone() -> No
     assert written == pod()
 
 
+def test_an_istio_init_that_is_already_there_keeps_its_arguments() -> None:
+    written = pod(initContainers=[{"name": "istio-init", "args": ["-b", "80"]}])
+    written["metadata"]["annotations"] = {"traffic.sidecar.istio.io/includeInboundPorts": "8080"}
+    assert inject(written, ENABLED)["spec"]["initContainers"] == [{"name": "istio-init", "args": ["-b", "80"]}]
+
+
 def test_a_placeholder_proxy_container_is_replaced() -> None:
     written = pod()
     written["spec"]["containers"].append({"name": "istio-proxy"})
@@ -99,6 +105,18 @@ def test_a_pod_without_its_namespace_is_refused() -> None:
 def test_an_unknown_node_is_named_with_those_that_exist() -> None:
     _pods, problems = desired_pods([namespace("shop"), pod(nodeName="node-9")], NODES)
     assert "node-1, node-2" in problems["shop/web"]
+
+
+NOT_PLAYED = {
+    "host network": ({"hostNetwork": True}, "hostNetwork"),
+    "an init container": ({"initContainers": [{"name": "migrate"}]}, "migrate"),
+}
+
+
+@pytest.mark.parametrize(("spec", "named"), NOT_PLAYED.values(), ids=NOT_PLAYED.keys())
+def test_what_is_not_played_is_refused_by_name(spec: dict[str, Any], named: str) -> None:
+    _pods, problems = desired_pods([namespace("shop"), pod(**spec)], NODES)
+    assert named in problems["shop/web"]
 
 
 def test_a_pod_keeps_its_node() -> None:
