@@ -32,6 +32,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     step: str = ""
     started: float = field(default_factory=time.monotonic)
+    logs: dict[str, list[str]] = field(default_factory=dict)
 
     def begin(self, letter: str, title: str, about: str) -> None:
         """From here on checks belong to step ``letter``."""
@@ -66,11 +67,12 @@ class Report:
         self.console.print(f"\ndemo: {passed} checks passed, {self.failed} failed", highlight=False)
 
     def write(self, path: Path) -> None:
-        """All checks as JSON."""
+        """All checks as JSON, with the end of the logs when they were kept."""
         document = {
             "passed": len(self.checks) - self.failed,
             "failed": self.failed,
             "duration_s": round(time.monotonic() - self.started, 1),
             "checks": [asdict(check) for check in self.checks],
+            **({"logs": self.logs} if self.logs else {}),
         }
         store.write(path, json.dumps(document, indent=2).encode() + b"\n")

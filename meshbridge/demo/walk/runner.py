@@ -9,10 +9,13 @@ from pathlib import Path
 from types import ModuleType
 
 from meshbridge.demo import lifecycle
+from meshbridge.demo.layout import LOGS
 from meshbridge.demo.walk import step_a, step_b, step_c, step_d, step_e, step_f
 from meshbridge.demo.walk.context import Walk
 from meshbridge.demo.walk.report import Report
 from meshbridge.errors import MeshBridgeError
+
+_LOG_LINES = 60
 
 # A step is a module with LETTER, TITLE, ABOUT and run(walk); it leaves the mesh as it found it.
 STEPS: Sequence[ModuleType] = (step_a, step_b, step_c, step_d, step_e, step_f)
@@ -38,6 +41,8 @@ def run(report: Report, keep: bool, report_file: Path | None) -> int:
         report.check("the walk is made to its end", False, "interrupted", "SIGINT")
         raise
     finally:
+        if report.failed:
+            report.logs = _log_tails()  # they go with the mesh
         if keep:
             report.say("the mesh stays up, as asked; `meshbridge demo down` removes it")
         else:
@@ -51,6 +56,12 @@ def run(report: Report, keep: bool, report_file: Path | None) -> int:
         if report_file:
             report.write(report_file)
     return report.failed
+
+
+def _log_tails() -> dict[str, list[str]]:
+    return {
+        path.stem: path.read_text(errors="replace").splitlines()[-_LOG_LINES:] for path in sorted(LOGS.glob("*.log"))
+    }
 
 
 def _guarded(report: Report, claim: str, action: Callable[[], None], quiet: bool = False) -> bool:
