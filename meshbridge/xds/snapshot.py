@@ -41,6 +41,7 @@ MAX_NACK_TEXT = 500
 RESOURCE_OVERHEAD_BYTES = 96
 
 ABSENT = ""  # the version of a resource that a client knows not to exist
+UNSURE = "?"  # no resource has it: the client may hold anything, and has to be told
 
 
 class _Part(Enum):
@@ -209,7 +210,7 @@ class DeltaSession:
     def holds(self, type_url: str) -> Mapping[str, str]:
         """What the client holds of a type, by name: versions it acknowledged or was sent and has not refused."""
         subscription = self._subscriptions.get(type_url)
-        return {} if subscription is None else {n: v for n, v in subscription.held.items() if v != ABSENT}
+        return {} if subscription is None else {n: v for n, v in subscription.held.items() if v not in (ABSENT, UNSURE)}
 
     def _acknowledge(self, subscription: _Subscription, request: DeltaDiscoveryRequest) -> Nack | None:
         if request.response_nonce != subscription.nonce:
@@ -241,20 +242,31 @@ class DeltaSession:
                 continue
             subscription.names.add(name)
             if not first:
-                self._forget(subscription, name)  # whoever subscribes again wants it sent again
+                self._tell_again(subscription, name)  # whoever subscribes again wants it sent again
         for name in request.resource_names_unsubscribe:
             if name == WILDCARD:
                 subscription.wildcard = False
-                subscription.held = {n: v for n, v in subscription.held.items() if n in subscription.names}
+                for dropped in (subscription.held.keys() | subscription.in_flight) - subscription.names:
+                    self._forget(subscription, dropped)
             elif name in subscription.names:
                 subscription.names.discard(name)
-                self._forget(subscription, name)
+                if subscription.wildcard:
+                    self._tell_again(subscription, name)
+                else:
+                    self._forget(subscription, name)
         if len(subscription.names) > MAX_NAMES:
             raise ProtocolError(f"more than {MAX_NAMES} resource names", where=f"{request.type_url} request")
         if request.resource_names_subscribe or request.resource_names_unsubscribe:
             subscription.settled = None
 
+    def _tell_again(self, subscription: _Subscription, name: str) -> None:
+        subscription.held[name] = UNSURE
+        subscription.refused.pop(name, None)
+        if name in subscription.in_flight:
+            subscription.in_flight[name] = _Sent(subscription.in_flight[name].version, UNSURE)
+
     def _forget(self, subscription: _Subscription, name: str) -> None:
+        """The client drops what it no longer subscribes to."""
         subscription.held.pop(name, None)
         subscription.refused.pop(name, None)
         if name in subscription.in_flight:
