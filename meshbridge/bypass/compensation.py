@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from meshbridge.identity.model import Peer
+from meshbridge.identity.model import IpNetwork, Peer
 from meshbridge.policy.baseline import Flow, Guard, mesh_verdict
 from meshbridge.policy.capture import AppProtocol
 from meshbridge.policy.lowering import Outcome, lower_excluded, own_principal
@@ -52,7 +52,13 @@ def inbound_compensation(guard: Guard, port: int, sources: Mapping[str, Peer], *
     """
     if why := nothing_to_enforce(guard, port):
         return Compensation(False, why)
-    outcomes = {name: excluded_outcome(guard, port, peer) for name, peer in sources.items()}
+    judged: dict[tuple[frozenset[IpNetwork], str | None], Outcome] = {}
+    outcomes: dict[str, Outcome] = {}
+    for name, peer in sources.items():
+        asked = (peer.networks & guard.networks, own_principal(peer))
+        if asked not in judged:
+            judged[asked] = excluded_outcome(guard, port, peer)
+        outcomes[name] = judged[asked]
     allowed = tuple(name for name, outcome in outcomes.items() if outcome.verdict is Verdict.ALLOW)
     refused = tuple(name for name, outcome in outcomes.items() if outcome.verdict is not Verdict.ALLOW)
     origins = tuple(sorted({origin for outcome in outcomes.values() for origin in outcome.origins}))

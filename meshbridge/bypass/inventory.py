@@ -22,13 +22,17 @@ OTHER_NODE = "another node"
 
 @dataclass(frozen=True)
 class Inventory:
-    """``predicted`` says that the capture states are those of the specification, not of rules seen."""
+    """``predicted`` says that the capture states are those of the specification, not of rules seen.
+
+    ``others`` are further sources by name: pods of which only labels are known.
+    """
 
     workloads: tuple[Workload, ...]
     services: tuple[Service, ...]
     policies: PolicySet
     states: Mapping[str, CaptureState] = field(hash=False)
     predicted: bool = True
+    others: Mapping[str, Peer] = field(default_factory=dict, hash=False)
 
     def peer(self, workload: Workload) -> Peer:
         """The workload as policies see it, with the CIDRs that contain its addresses."""
@@ -36,7 +40,8 @@ class Inventory:
 
     def sources(self) -> dict[str, Peer]:
         """Every source that policies can tell apart, by name: the workloads, another node, the world."""
-        found = {workload.key: self.peer(workload) for workload in self.workloads if not workload.host_network}
+        found = dict(self.others)
+        found |= {workload.key: self.peer(workload) for workload in self.workloads if not workload.host_network}
         found[OTHER_NODE] = Peer(entities=frozenset({Entity.REMOTE_NODE}))
         found[WORLD] = Peer(entities=frozenset({Entity.WORLD, Entity.WORLD_IPV4, Entity.WORLD_IPV6}))
         return found

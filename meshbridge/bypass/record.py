@@ -12,6 +12,7 @@ from meshbridge.bypass.sets import IntSet
 from meshbridge.identity.model import IpFamily
 from meshbridge.policy.model import Origin
 
+MAX_NAMES = 200
 _FAMILIES = {IpFamily.IPV4: "ipv4", IpFamily.IPV6: "ipv6"}
 
 
@@ -43,8 +44,10 @@ def report_record(report: Report) -> dict[str, Any]:
                         "name": port.name,
                         "closed": port.closed,
                         "probed": port.probed,
-                        "sources_kept": list(port.kept),
-                        "sources_lost": list(port.lost),
+                        "sources_kept": list(port.kept[:MAX_NAMES]),
+                        "sources_kept_count": len(port.kept),
+                        "sources_lost": list(port.lost[:MAX_NAMES]),
+                        "sources_lost_count": len(port.lost),
                     }
                     for port in isolation.ports
                 ],
@@ -101,8 +104,10 @@ def _compensation(compensation: Compensation | None) -> dict[str, Any] | None:
     return {
         "enforced": compensation.enforced,
         "why": compensation.why,
-        "allowed": list(compensation.allowed),
-        "refused": list(compensation.refused),
+        "allowed": list(compensation.allowed[:MAX_NAMES]),
+        "allowed_count": len(compensation.allowed),
+        "refused": list(compensation.refused[:MAX_NAMES]),
+        "refused_count": len(compensation.refused),
         "weakened": list(compensation.weakened),
         "origins": [origin_record(origin) for origin in compensation.origins],
         "summary": compensation.summary,

@@ -234,8 +234,8 @@ def _isolation(isolation: dict[str, Any]) -> str:
     parts = []
     for port in isolation["ports"]:
         name = f" ({port['name']})" if port["name"] else ""
-        total = len(port["sources_lost"]) + len(port["sources_kept"])
-        effect = "stops working" if port["closed"] else f"loses {len(port['sources_lost'])} of {total} known sources"
+        lost, kept = port["sources_lost_count"], port["sources_kept_count"]
+        effect = "stops working" if port["closed"] else f"loses {lost} of {lost + kept} known sources"
         probes = ", but for probes of its own node" if port["closed"] and port["probed"] else ""
         parts.append(f"{port['port']}/{port['protocol']}{name} {effect}{probes}")
     return f"{isolation['policy']} isolates {isolation['pod']}: {'; '.join(parts)}"

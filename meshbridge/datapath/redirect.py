@@ -192,19 +192,10 @@ def in_namespace(path: str, action: Callable[[], T]) -> T:
 
 
 def _enter(path: str) -> None:
-    """Move the calling thread into the namespace; another kind of file is never waited for."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            if fcntl.ioctl(handle, _NS_GET_NSTYPE) != _CLONE_NEWNET:
-                raise NamespaceError("not a network namespace", where=path)
-            if _libc.setns(handle, _CLONE_NEWNET) != 0:
-                number = ctypes.get_errno()
-                raise OSError(number, os.strerror(number))
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise NamespaceError(f"cannot be entered: {error.strerror}", where=path) from error
+    """Move the calling thread into the namespace."""
+    with _opened(path) as handle:
+        if _libc.setns(handle, _CLONE_NEWNET) != 0:
+            raise NamespaceError(f"cannot be entered: {os.strerror(ctypes.get_errno())}", where=path)
 
 
 def _legacy_tables(name: str) -> str:
@@ -245,19 +236,44 @@ def find_namespaces(wanted: Collection[int], directories: Iterable[Path] = NAMES
     for path in _namespace_paths(directories):
         if len(found) == len(wanted):
             break
-        with contextlib.suppress(OSError, NamespaceError):
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
-                inode = os.fstat(handle).st_ino
-                if inode in looked_at or fcntl.ioctl(handle, _NS_GET_NSTYPE) != _CLONE_NEWNET:
-                    continue
-                looked_at.add(inode)
-                number = _namespace_number(handle)
-            finally:
-                os.close(handle)
+        with contextlib.suppress(OSError, NamespaceError), _opened(path) as handle:
+            inode = os.fstat(handle).st_ino
+            if inode in looked_at:
+                continue
+            looked_at.add(inode)
+            number = _number_of(handle)
             if number in wanted:
                 found[number] = path
     return found
+
+
+def namespace_number(path: str) -> int:
+    """The number that the namespace at a path has in the calling thread's; -1 when it has none.
+
+    Raises:
+        NamespaceError: There is no network namespace at the path.
+    """
+    with _opened(path) as handle:
+        return _number_of(handle)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """A descriptor of the network namespace at a path; another kind of file is never waited for."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise NamespaceError(f"cannot be opened: {error.strerror}", where=path) from error
+    try:
+        try:
+            kind = fcntl.ioctl(handle, _NS_GET_NSTYPE)
+        except OSError as error:
+            raise NamespaceError("not a network namespace", where=path) from error
+        if kind != _CLONE_NEWNET:
+            raise NamespaceError("not a network namespace", where=path)
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _namespace_paths(directories: Iterable[Path]) -> Iterator[str]:
@@ -270,7 +286,7 @@ def _namespace_paths(directories: Iterable[Path]) -> Iterator[str]:
                 yield f"/proc/{entry.name}/ns/net"
 
 
-def _namespace_number(handle: int) -> int:
+def _number_of(handle: int) -> int:
     """The number a namespace has in the calling thread's; -1 when it has none."""
     attribute = struct.pack("=HHI", 8, _NETNSA_FD, handle)
     body = struct.pack("=Bxxx", socket.AF_UNSPEC) + attribute

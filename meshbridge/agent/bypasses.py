@@ -1,0 +1,29 @@
+"""What bypasses the sidecars of this node's pods, by the rules the agent saw and the policies it holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+
+from meshbridge.bypass.capture import capture_state
+from meshbridge.bypass.inventory import Inventory
+from meshbridge.bypass.record import report_record
+from meshbridge.bypass.report import report
+from meshbridge.bypass.rules import SeenRules
+from meshbridge.identity.model import Peer, Workload
+from meshbridge.policy.policyset import PolicySet
+
+
+def bypasses_json(
+    workloads: Iterable[Workload], policies: PolicySet, seen: Mapping[str, SeenRules], others: Mapping[str, Peer]
+) -> bytes:
+    """The report on these pods.
+
+    Args:
+        seen: Rules read in the pods' namespaces, by UID.
+        others: Pods of other nodes by name, as sources.
+    """
+    pods = tuple(sorted(workloads, key=lambda workload: workload.key))
+    states = {pod.key: capture_state(pod, seen=seen.get(pod.uid)) for pod in pods}
+    inventory = Inventory(pods, (), policies, states, predicted=False, others=others)
+    return json.dumps(report_record(report(inventory))).encode()
