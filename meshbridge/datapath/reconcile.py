@@ -206,7 +206,8 @@ class _Planner:
         self._write_addresses()
         bridged = self._flip(bridges)
         self._move_addresses(aliases, flipped=bridged or closed)
-        self._flip({ifindex: target[ifindex] for ifindex in staying}, rejudge=bool(self._moves))
+        withdrawn = self._withdraw_addresses()
+        self._flip({ifindex: target[ifindex] for ifindex in staying}, rejudge=bool(self._moves) or withdrawn)
         self._open({ifindex: target[ifindex] for ifindex in target.keys() - set(staying)})
         enforced = len(self._steps)
         self._tidy()
@@ -330,6 +331,12 @@ class _Planner:
         before = self._observed.addresses
         self._put(TableName.ADDRESSES, [(key, _U32.pack(inc)) for key, inc in wanted.items() if before.get(key) != inc])
 
+    def _withdraw_addresses(self) -> bool:
+        """Take away addresses nobody may use any more; open flows are asked for theirs only under a new revision."""
+        gone = sorted(self._observed.addresses.keys() - self._wanted_addresses().keys())
+        self._delete(TableName.ADDRESSES, gone)
+        return bool(gone)
+
     def _wanted_addresses(self) -> dict[bytes, int]:
         return {
             _ADDRESS.pack(ifindex, abi.address_bytes(address)): endpoint.incarnation
@@ -411,8 +418,6 @@ class _Planner:
 
     def _tidy(self) -> None:
         """Remove what nothing refers to any more, once no packet can be using it."""
-        wanted = self._wanted_addresses()
-        self._delete(TableName.ADDRESSES, sorted(self._observed.addresses.keys() - wanted.keys()))
         used = {set_id for record in self._endpoints.values() for set_id in record.sets}
         stale = sorted(self._sets.keys() - used)
         leftovers = {set_id: packed for set_id, packed in self._observed.leftovers.items() if set_id not in self._sets}

@@ -269,3 +269,13 @@ def test_a_forwarded_opener_is_remembered_for_the_replies(kernel: Harness, pod: 
 def test_a_flow_whose_udp_length_lies_is_no_flow(pod: Pod) -> None:
     assert not pod.receive(ip(PEER4, POD4, UDP, udp_header(1, 2, 100))).passed
     assert pod.flows() == 0
+
+
+def test_open_flows_of_an_address_that_is_taken_away_end_with_the_next_revision(kernel: Harness, pod: Pod) -> None:
+    assert pod.send(tcp(POD4, PEER4, CLIENT, SERVER)).passed
+    kernel.maps.endpoint_addresses.delete(
+        abi.EndpointAddressKey(ifindex=pod.ifindex, address=abi.V4_MAPPED + b"\n\0\0\5")
+    )
+    pod.change(egress=ALLOW)
+    assert pod.send(tcp(POD4, PEER4, CLIENT, SERVER, ACK)).reason == DropReason.DROP_INVALID_SOURCE_IP
+    assert pod.receive(tcp(PEER4, POD4, SERVER, CLIENT, ACK)).reason == DropReason.DROP_UNKNOWN_L3_TARGET
