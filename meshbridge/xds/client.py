@@ -47,10 +47,13 @@ CHANNEL_OPTIONS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """All that changed from the last update to ``revision``; taken together it is a whole state, never half of one."""
+    """All that changed from the last update to ``revision``; taken together it is a whole state, never half of one.
+
+    Whoever takes it may empty ``changed`` as it goes.
+    """
 
     revision: int
-    changed: Mapping[str, Mapping[str, Message]]
+    changed: Mapping[str, dict[str, Message]]
     removed: Mapping[str, frozenset[str]]
 
 
