@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from meshbridge import abi
 from meshbridge.datapath.ipcache import Identities, Ipcache, ipcache_key, ipcache_prefix
 from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer
 from meshbridge.identity.networks import NetworkIndex
@@ -42,15 +43,19 @@ class PeerNumbers:
 
     def renumber(
         self,
-        holders: Mapping[IpAddress, Peer],
+        holders: Mapping[bytes, Peer],
         networks: Iterable[IpNetwork],
         observed: Mapping[IpAddress, Held] | None = None,
         highest: int = 0,
     ) -> None:
-        """Number all peers; a class that is known keeps its number. Arguments as of ``number_peers``."""
+        """Number all peers; a class that is known keeps its number.
+
+        Args:
+            holders: by the address as the ipcache has it; the others as of ``number_peers``.
+        """
         self._networks = NetworkIndex(networks)
         numbering = number_peers(
-            holders,
+            {abi.parse_address(address): peer for address, peer in holders.items()},
             self._networks.networks,
             known=self.identities,
             observed=observed,
@@ -58,10 +63,9 @@ class PeerNumbers:
         )
         shared: dict[tuple[int, int], Identities] = {}
         exact = {
-            ipcache_key(address): shared.setdefault(
-                (held.identity, held.forwarded), Identities(held.identity, held.forwarded)
-            )
-            for address, held in numbering.addresses.items()
+            # the key that the caller holds anyway: ten thousand copies would be half a megabyte
+            address: shared.setdefault((held.identity, held.forwarded), Identities(held.identity, held.forwarded))
+            for address, held in zip(holders, numbering.addresses.values(), strict=True)
         }
         prefixes = {ipcache_prefix(network): Identities(number) for network, number in numbering.networks.items()}
         self.identities, self.highest = numbering.identities, numbering.highest
@@ -69,27 +73,27 @@ class PeerNumbers:
         self._numbers = {class_of(peer): number for number, peer in numbering.identities.items()}
         self._spare = _SPARE
 
-    def change(self, changed: Mapping[IpAddress, Peer | None]) -> bool:
+    def change(self, changed: Mapping[bytes, Peer | None]) -> bool:
         """These addresses have new holders, or none. False: too much is left over, ``renumber`` instead."""
         exact = dict(self.ipcache.exact)
         added: dict[int, Peer] = {}
         for address, peer in changed.items():
             if peer is None:
-                exact.pop(ipcache_key(address), None)
+                exact.pop(address, None)
                 self._spare -= 1
                 continue
             forwarded = 0
             if Entity.HOST in peer.entities:
                 forwarded = self._number(replace(peer, masqueraded=True), address, added)
-            exact[ipcache_key(address)] = Identities(self._number(peer, address, added), forwarded)
+            exact[address] = Identities(self._number(peer, address, added), forwarded)
         if added:
             self.identities = {**self.identities, **added}
             self._spare -= len(added)
         self.ipcache = Ipcache(exact, self.ipcache.prefixes)
         return self._spare > 0
 
-    def _number(self, peer: Peer, address: IpAddress, added: dict[int, Peer]) -> int:
-        networks = self._networks.containing(address)
+    def _number(self, peer: Peer, address: bytes, added: dict[int, Peer]) -> int:
+        networks = self._networks.containing(abi.parse_address(address))
         if networks != peer.networks:
             peer = replace(peer, networks=networks)
         key = class_of(peer)

@@ -10,7 +10,7 @@ from typing import Final
 from meshbridge import abi
 from meshbridge.agent.view import Holder
 from meshbridge.datapath.policysets import RuleIds
-from meshbridge.identity.model import IpAddress, Peer
+from meshbridge.identity.model import Peer
 from meshbridge.observe.flow import Flow, FlowKind, FlowPeer, FlowVerdict, LostBy, MatchType
 from meshbridge.policy.model import Direction, Layer
 
@@ -44,7 +44,7 @@ class Names:
 
     node: str
     rules: RuleIds = field(default_factory=RuleIds)
-    holders: Mapping[IpAddress, Holder] = field(default_factory=dict)
+    holders: Mapping[bytes, Holder] = field(default_factory=dict)
     identities: Mapping[int, Peer] = field(default_factory=dict)
 
     def flows(self, event: abi.FlowEvent) -> Iterator[Flow]:
@@ -88,8 +88,9 @@ class Names:
     def _peer(self, raw: object, port: int, identity: int, family: int) -> FlowPeer:
         if family == _NOT_IP:
             return FlowPeer(identity=identity)
-        address = abi.parse_address(bytes(raw))  # type: ignore[call-overload]  # a ctypes array of bytes
-        holder = self.holders.get(address)
+        packed = bytes(raw)  # type: ignore[call-overload]  # a ctypes array of bytes
+        address = abi.parse_address(packed)
+        holder = self.holders.get(packed)
         known = self.identities.get(identity)
         peer = holder.peer if holder else known
         if peer is None:

@@ -19,11 +19,12 @@ from meshbridge.agent.enforcer import Enforcer
 from meshbridge.agent.identities import PeerNumbers
 from meshbridge.agent.names import Names, labels_of
 from meshbridge.agent.view import Changes, LocalPod, NodeView
+from meshbridge.datapath.ipcache import ipcache_key
 from meshbridge.datapath.links import NodeNetwork, pod_mac, read_network
 from meshbridge.datapath.policysets import RuleIds
 from meshbridge.datapath.reconcile import DesiredEndpoint, DesiredState
 from meshbridge.errors import MeshBridgeError
-from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer
+from meshbridge.identity.model import Entity, IpNetwork, Peer
 from meshbridge.observe.messages import rule_messages
 from meshbridge.policy.model import Direction
 from meshbridge.policy.policyset import PolicySet
@@ -78,6 +79,7 @@ class Node:
     _view: NodeView = field(default_factory=NodeView)
     _endpoints: Endpoints = field(default_factory=Endpoints)
     _network: NodeNetwork = field(default_factory=lambda: NodeNetwork({}, frozenset(), {}))
+    _own_addresses: frozenset[bytes] = frozenset()
     _policies: PolicySet = field(default_factory=PolicySet)
     _peers: PeerNumbers = field(default_factory=PeerNumbers)
     _compilation: Compilation = field(default_factory=lambda: Compilation(RuleIds()))
@@ -88,7 +90,7 @@ class Node:
     def start(self) -> None:
         """Take over what an earlier agent left: nothing changes until the first revision is there."""
         observed = self.enforcer.observed
-        self._network = read_network()
+        self._see(read_network())
         self.names.rules = RuleIds(observed.highest_rule_id())
         self._compilation = Compilation(self.names.rules)
         self._endpoints = Endpoints(
@@ -143,9 +145,9 @@ class Node:
         return found
 
     def _see(self, network: NodeNetwork) -> None:
-        changed = network.addresses ^ self._network.addresses
-        self._pending |= Changes(addresses=changed)
-        self._network = network
+        addresses = frozenset(map(ipcache_key, network.addresses))
+        self._pending |= Changes(addresses=addresses ^ self._own_addresses)
+        self._network, self._own_addresses = network, addresses
 
     def step(self) -> None:
         """Bring the kernel to what is wanted, and publish how that went."""
@@ -216,19 +218,19 @@ class Node:
         first = not self._peers.identities
         holders = {address: holder.peer for address, holder in self._view.holders.items()}
         self._peers.renumber(
-            holders | {address: self._own_address(address) for address in self._network.addresses},
+            holders | {address: self._own_address(address) for address in self._own_addresses},
             networks,
             observed=self.enforcer.identities_of_addresses() if first else None,
             highest=self.enforcer.highest_identity() if first else 0,
         )
 
-    def _holder(self, address: IpAddress) -> Peer | None:
-        if address in self._network.addresses:
+    def _holder(self, address: bytes) -> Peer | None:
+        if address in self._own_addresses:
             return self._own_address(address)
         told = self._view.holders.get(address)
         return told.peer if told else None
 
-    def _own_address(self, address: IpAddress) -> Peer:
+    def _own_address(self, address: bytes) -> Peer:
         """The node's own addresses are ``host`` here, whatever they are called elsewhere."""
         told = self._view.holders.get(address)
         entities = told.peer.entities & _KEPT_ENTITIES if told else frozenset[Entity]()

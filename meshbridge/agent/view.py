@@ -6,19 +6,24 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from sys import intern
-from typing import Any
+from typing import Any, TypeVar
 
+from meshbridge.abi import address_bytes
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import IpAddress, Peer, Workload
 from meshbridge.identity.numbering import class_of
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
+from meshbridge.policy.model import Anything
 from meshbridge.policy.parse import Parsed, parse
 from meshbridge.policy.policyset import PolicySet
+from meshbridge.policy.selectors import PeerSelector, Selector
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.client import Update
 from meshbridge.xds.messages import MessageError, address_of, document_of, holder_of, mesh_of, workload_of
 
 GONE_PHASES = frozenset({"Succeeded", "Failed"})
+MAX_PARTS = 1 << 14
+PeerSelectorT = TypeVar("PeerSelectorT", bound=PeerSelector)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +50,12 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What an update touched. ``policies`` are the changed objects, as they were and as they are.
+    """What an update touched: addresses in the ipcache's form, changed policies as they were and as they are.
 
     ``everything`` says that what depends on settings of the mesh, or on all of it, has to be computed anew.
     """
 
-    addresses: frozenset[IpAddress] = frozenset()
+    addresses: frozenset[bytes] = frozenset()
     policies: tuple[Parsed, ...] = ()
     everything: bool = False
 
@@ -62,7 +67,9 @@ class Changes:
 
 @dataclass(slots=True)
 class NodeView:
-    """The newest state received. ``unusable`` not empty: some resource means nothing here, so nothing is acted on.
+    """The newest state received, holders by their address in the ipcache's form.
+
+    ``unusable`` not empty: some resource means nothing here, so nothing is acted on.
 
     Peers that are equal are the same object, and documents are kept parsed only: ten thousand addresses and a thousand
     policies have to fit into an agent of 60 MB.
@@ -70,22 +77,29 @@ class NodeView:
 
     revision: int = 0
     pods: dict[str, LocalPod] = field(default_factory=dict)
-    holders: dict[IpAddress, Holder] = field(default_factory=dict)
+    holders: dict[bytes, Holder] = field(default_factory=dict)
     policies: dict[str, Parsed] = field(default_factory=dict)
     mesh: MeshSettings = DEFAULT_MESH
     problems: dict[str, str] = field(default_factory=dict)
     unusable: dict[tuple[str, str], str] = field(default_factory=dict)
     _peers: dict[tuple[object, ...], Peer] = field(default_factory=dict)
+    _parts: dict[Any, Any] = field(default_factory=dict)
 
     def apply(self, update: Update) -> Changes:
-        """Take in all that changed up to a whole revision."""
+        """Take in all that changed up to a whole revision.
+
+        The update is used up: its messages are freed as they are read, so that a first update never stands in memory
+        beside all that is made of it.
+        """
         before = {name: self.policies.get(name) for name in _touched(update, xds.POLICY)}
         for type_url, names in update.removed.items():
             for name in names:
                 self.unusable.pop((type_url, name), None)
                 self._remove(type_url, name)
+        touched = {type_url: _touched(update, type_url) for type_url in (xds.ADDRESS, xds.MESH)}
         for type_url, messages in update.changed.items():
-            for name, message in messages.items():
+            while messages:
+                name, message = messages.popitem()
                 self.unusable.pop((type_url, name), None)
                 try:
                     self._put(type_url, name, message)
@@ -96,13 +110,13 @@ class NodeView:
             self._peers = {class_of(holder.peer): holder.peer for holder in self.holders.values()}
         policies = (*before.values(), *(self.policies.get(name) for name in before))
         addresses = set()
-        for name in _touched(update, xds.ADDRESS):
+        for name in touched[xds.ADDRESS]:
             with suppress(ValueError):
-                addresses.add(ip_address(name))
+                addresses.add(address_bytes(ip_address(name)))
         return Changes(
             addresses=frozenset(addresses),
             policies=tuple(parsed for parsed in policies if parsed is not None),
-            everything=bool(_touched(update, xds.MESH)),
+            everything=bool(touched[xds.MESH]),
         )
 
     def policy_set(self) -> PolicySet:
@@ -117,9 +131,9 @@ class NodeView:
             held = holder_of(message)
             if str(held.address) != name:
                 raise MessageError(f"it is about {held.address}", where=f"Address {name!r}")
-            self.holders[held.address] = Holder(self._shared(held.peer), held.name, intern(held.node))
+            self.holders[address_bytes(held.address)] = Holder(self._shared(held.peer), held.name, intern(held.node))
         elif type_url == xds.POLICY:
-            self.policies[name] = _without_text(parse(document_of(message)))
+            self.policies[name] = self._compact(parse(document_of(message)))
         elif type_url == xds.MESH:
             self.mesh = mesh_of(message)
         elif type_url == xds.PROBLEM:
@@ -130,7 +144,7 @@ class NodeView:
             self.pods.pop(name, None)
         elif type_url == xds.ADDRESS:
             with suppress(ValueError):  # such a name was never taken in
-                self.holders.pop(ip_address(name), None)
+                self.holders.pop(address_bytes(ip_address(name)), None)
         elif type_url == xds.POLICY:
             self.policies.pop(name, None)
         elif type_url == xds.MESH:
@@ -141,13 +155,34 @@ class NodeView:
     def _shared(self, peer: Peer) -> Peer:
         return self._peers.setdefault(class_of(peer), peer)
 
+    def _compact(self, parsed: Parsed) -> Parsed:
+        """The same without the object's text, where nothing is to be said about it, and with shared selectors."""
+        rules = tuple(
+            replace(
+                rule,
+                subject=self._one(rule.subject),
+                peers=rule.peers if isinstance(rule.peers, Anything) else tuple(map(self._one, rule.peers)),
+                ports=self._parts.setdefault(rule.ports, rule.ports),
+            )
+            for rule in parsed.network
+        )
+        if parsed.refusals or parsed.notices:
+            return replace(parsed, network=rules)
+        source = replace(parsed.document.source, lines={})
+        return replace(parsed, network=rules, document=replace(parsed.document, data={}, source=source))
+
+    def _one(self, selector: PeerSelectorT) -> PeerSelectorT:
+        """An equal selector that is there already: the same few stand in most policies."""
+        if len(self._parts) > MAX_PARTS:
+            self._parts.clear()
+        known = self._parts.get(selector)
+        if known is None:
+            if isinstance(selector, Selector):
+                shared = tuple(self._parts.setdefault(r, r) for r in selector.requirements)
+                selector = replace(selector, requirements=shared)
+            known = self._parts[selector] = selector
+        return known
+
 
 def _touched(update: Update, type_url: str) -> set[str]:
     return {*update.changed.get(type_url, ()), *update.removed.get(type_url, ())}
-
-
-def _without_text(parsed: Parsed) -> Parsed:
-    """What is enforced does not need the object's text; what is refused or remarked on keeps its lines."""
-    if parsed.refusals or parsed.notices:
-        return parsed
-    return replace(parsed, document=replace(parsed.document, data={}, source=replace(parsed.document.source, lines={})))
