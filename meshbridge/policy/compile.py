@@ -61,7 +61,8 @@ class Compiler:
         identities: Mapping[int, Peer],
         destinations: Mapping[int, Mapping[IpFamily, PortClasses]] | None = None,
     ) -> None:
-        """``destinations`` are the inbound port classes of identities, where all of an identity's pods share them."""
+        """``destinations`` are the inbound port classes of identities whose policies are all known to whoever compiles,
+        where all of an identity's pods share them; what leaves past Envoy is compensated towards these only."""
         self.index = PeerIndex(identities)
         self._destinations = destinations or {}
         self._network: dict[object, _NetworkLayer] = {}

@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, Workload
 from meshbridge.policy.baseline import UNDECIDED, Flow, Guard, MeshVerdict, Principal, mesh_verdict
-from meshbridge.policy.capture import LAST_PORT, SIDECAR, AppProtocol, Capture, OutboundBypass, PortClass, PortClasses
+from meshbridge.policy.capture import LAST_PORT, AppProtocol, Capture, OutboundBypass, PortClass, PortClasses
 from meshbridge.policy.mesh import Attribute, effective_mtls
 from meshbridge.policy.model import (
     ALLOWED,
@@ -165,8 +165,8 @@ class MeshCompiler:
 
         Args:
             policies: All that are known, not only those that select ``workload``.
-            destinations: The port classes of identities where they are known; a sidecar's are taken as captured, where
-                the destination's Envoy decides what is uncertain.
+            destinations: The port classes of those identities whose policies are *all* among ``policies``, and whose
+                labels tell which: with one ALLOW policy missing, what that allows would be dropped.
         """
         if not bypasses:
             return MeshLayer.EMPTY
@@ -174,7 +174,7 @@ class MeshCompiler:
         addresses = tuple(address for address in workload.addresses if IpFamily.of(address) is family)
         entries: dict[PolicyKey, PolicyEntry] = {}
         for number, peer in self._index.identities.items():
-            classes = destinations.get(number, {}).get(family, SIDECAR if peer.proxy is ProxyClass.SIDECAR else None)
+            classes = destinations.get(number, {}).get(family)
             ports = _ports_towards(peer, bypasses)
             if classes is None or not peer.is_pod or not ports:
                 continue

@@ -109,7 +109,7 @@ def test_what_the_early_deny_drops_envoy_would_have_refused_under_any_name(world
 def test_what_is_dropped_at_the_source_the_destination_drops_as_well(world: World, client: object, known: bool) -> None:
     numbering = world.numbering()
     server_number = identity(numbering, str(SERVER.addresses[0]))
-    destinations = {server_number: world.capture.inbound} if known else {}
+    destinations = {server_number: world.capture.inbound if known else capture_with({}).inbound}
     compiler = Compiler(numbering.identities, destinations)
     bypass = Capture(outbound={V4: (OutboundBypass(8080, 9090),)})
     sending = compiler.endpoint(client, world.policies, bypass)  # type: ignore[arg-type]
@@ -124,6 +124,19 @@ def test_what_is_dropped_at_the_source_the_destination_drops_as_well(world: Worl
             assert mesh(destination, own, port).verdict is Verdict.DENY
         elif 8080 <= port <= 9090 and (known or world.classes[port] is PortClass.CAPTURED):
             assert mesh(destination, own, port).verdict is not Verdict.DENY
+
+
+def test_a_destination_whose_policies_are_not_all_known_is_left_to_its_own_node() -> None:
+    deny = {
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": "nobody", "namespace": "shop"}, "spec": {},
+    }  # fmt: skip
+    world = World([deny], dict.fromkeys(PORTS, PortClass.EXCLUDED))
+    numbering = world.numbering()
+    bypass = Capture(outbound={V4: (OutboundBypass(0, 65535),)})
+    policy = Compiler(numbering.identities).endpoint(CLIENTS[0], world.policies, bypass)
+    number = identity(numbering, str(SERVER.addresses[0]))
+    assert mesh(policy, number, 8080, Direction.EGRESS).verdict is Verdict.ALLOW
 
 
 def test_an_outbound_bypass_to_a_range_concerns_that_range_only() -> None:
@@ -141,6 +154,6 @@ def test_an_outbound_bypass_to_a_range_concerns_that_range_only() -> None:
             for n, peer in numbering.identities.items()
         }
         bypass = Capture(outbound={V4: (OutboundBypass(0, 65535, (network,)),)})
-        policy = Compiler(identities).endpoint(CLIENTS[0], world.policies, bypass)
+        policy = Compiler(identities, {number: world.capture.inbound}).endpoint(CLIENTS[0], world.policies, bypass)
         assert mesh(policy, number, 8080, Direction.EGRESS).verdict is expected
         assert bypass.networks == {network}
