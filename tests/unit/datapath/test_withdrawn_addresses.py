@@ -6,12 +6,12 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 
 from meshbridge.datapath.ipcache import Ipcache
-from meshbridge.datapath.policysets import pack_map
+from meshbridge.datapath.policysets import RuleIds, pack_map
 from meshbridge.datapath.reconcile import Delete, DesiredEndpoint, DesiredState, ObservedState, Put, plan
 from meshbridge.datapath.tables import TableName
 from meshbridge.policy.model import PolicyMap
 
-ENDPOINT = DesiredEndpoint(7, 512, 1, 300, (pack_map(PolicyMap(), {}),) * 4,
+ENDPOINT = DesiredEndpoint(7, 512, 1, 300, (pack_map(PolicyMap(), RuleIds()),) * 4,
                            frozenset({IPv4Address("10.0.0.5"), IPv4Address("10.0.0.6")}))  # fmt: skip
 
 
