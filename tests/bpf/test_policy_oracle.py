@@ -1,8 +1,9 @@
 """Random policies × random packets through the real kernel programs, against the literal evaluator of tests/oracle.py.
 
 Two pods of a random cluster are on this node, so that packets between them meet both hooks with one tuple. The model of
-connection tracking is a set of open flows per pod. Whatever a packet is, the expectation is computed from raw policies
-and the packets before it, never from anything compiled.
+connection tracking is a set of open flows per pod; every now and then all policies change, and open flows are judged
+again. Whatever a packet is, the expectation is computed from raw policies and the packets before it, never from
+anything compiled.
 """
 
 from __future__ import annotations
@@ -74,14 +75,25 @@ def workload_of(holders: list[Holder]) -> Workload:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class OpenFlow:
+    """When a flow was last judged, and whether a process of the pod's own node had opened it."""
+
+    revision: int
+    local: bool
+
+
 @dataclass
 class Endpoint:
     """A pod on the node: its interface, an address of each family, and the flows the model takes for open."""
 
     ifindex: int
     holders: dict[int, Holder]
-    open: set[Tuple] = field(default_factory=set)
-    fragments: set[tuple[str, str, int]] = field(default_factory=set)
+    revision: int = 1
+    open: dict[Tuple, OpenFlow] = field(default_factory=dict)
+
+    def opened(self, way: Tuple, *, local: bool = False) -> None:
+        self.open[way] = OpenFlow(self.revision, local)
 
 
 @dataclass
@@ -97,10 +109,22 @@ class Cluster:
     objects: list[dict[str, Any]] = field(default_factory=list)
     fresh_port: int = 33_000
     fragment_id: int = 1
+    set_id: int = 0
+    identities: dict[int, Peer] = field(default_factory=dict)
+    highest: int = 0
 
     def load(self) -> None:
+        """Pods, their policies, and two of the pods on this node."""
         pods = random_pods(self.rng, 6)
         self.everybody = pods + outsiders()
+        for position, ifindex in enumerate(self.kernel.interfaces[:2]):
+            both = pods[2 * position : 2 * position + 2]
+            self.endpoints.append(Endpoint(ifindex, {h.address.version: h for h in both}))
+            self.kernel.endpoint(ifindex, [h.address for h in both], sets=(0, 0, 0, 0))
+        self.change_policies()
+
+    def change_policies(self, _: Endpoint | None = None) -> None:
+        """Other policies for everybody: fresh sets, then the endpoints flip to them with a new revision."""
         self.objects = random_policies(self.rng, network=4, mesh=3, l4_only=self.exact)
         policies = PolicySet.of(documents_of(self.objects))
         names = policies.referenced_port_names()
@@ -111,21 +135,24 @@ class Cluster:
                 holders[holder.address] = replace(workload_of([holder]).peer(), ports=ports)
             elif "world" not in holder.entities:
                 holders[holder.address] = Peer(entities=frozenset(Entity(each) for each in holder.entities))
-        numbering = number_peers(holders, policies.referenced_networks())
+        numbering = number_peers(holders, policies.referenced_networks(), known=self.identities, highest=self.highest)
+        self.identities, self.highest = dict(numbering.identities), numbering.highest
+        self.kernel.maps.ipcache_cidr.clear()
         for address, held in numbering.addresses.items():
             self.kernel.peer(address, held.identity, forwarded=held.forwarded)
         for network, number in numbering.networks.items():
             self.kernel.peer(str(network), number)
         rules = RuleIds()
-        for position, ifindex in enumerate(self.kernel.interfaces[:2]):
-            both = pods[2 * position : 2 * position + 2]
-            policy = compile_endpoint(workload_of(both), policies, numbering.identities, Capture.sidecar())
+        for endpoint in self.endpoints:
+            workload = workload_of(list(endpoint.holders.values()))
+            policy = compile_endpoint(workload, policies, numbering.identities, Capture.sidecar())
             sets = []
             for packed in pack_policy(policy, rules):
-                sets.append(len(sets) + 1 + 4 * position)
-                self._write(sets[-1], packed)
-            self.kernel.endpoint(ifindex, [h.address for h in both], sets=tuple(sets))  # type: ignore[arg-type]
-            self.endpoints.append(Endpoint(ifindex, {h.address.version: h for h in both}))
+                self.set_id += 1
+                sets.append(self.set_id)
+                self._write(self.set_id, packed)
+            endpoint.revision += 1
+            self.kernel.change(endpoint.ifindex, sets=tuple(sets), revision=endpoint.revision)
 
     def _write(self, set_id: int, packed: Any) -> None:
         entries: tuple[dict[tuple[int, int, int, int], abi.PolicyValue], ...] = ({}, {})
@@ -156,10 +183,26 @@ class Cluster:
         # What Envoy would forward for something this source may ask, the kernel must not drop.
         return True if any(mesh_allows(self.objects, flow, asked, (holder.address,)) for asked in ASKED) else None
 
-    def check(self, outcome: Outcome, expected: bool | None, what: str, way: object) -> None:
+    def rejudge(self, endpoint: Endpoint, way: Tuple) -> bool | None:
+        """What holds for an open flow: under the revision it was judged by it passes, else policy is asked again."""
+        flow = endpoint.open[way]
+        if flow.revision == endpoint.revision:
+            return True
+        return self.judge(endpoint, way, localhost=flow.local, icmp_type={1: 8, 58: 128}.get(way[3]))
+
+    def check_open(self, endpoint: Endpoint, way: Tuple, outcome: Outcome, what: str) -> None:
+        flow = endpoint.open[way]
+        again = "" if flow.revision == endpoint.revision else ", judged again"
+        self.check(outcome, self.rejudge(endpoint, way), f"{what}{again}", way)
+        if outcome.passed:
+            endpoint.opened(way, local=flow.local)
+
+    def check(
+        self, outcome: Outcome, expected: bool | None, what: str, way: object, *, reason: abi.DropReason | None = None
+    ) -> None:
         if expected is None:
             if not outcome.passed:
-                assert outcome.reason in MESH_REASONS, (what, way, outcome, self.objects)
+                assert outcome.reason in ({reason} if reason else MESH_REASONS), (what, way, outcome, self.objects)
             self.seen[f"{what}: left to Envoy" if outcome.passed else f"{what}: dropped early"] += 1
             return
         assert outcome.passed is expected, (what, way, outcome, self.objects)
@@ -207,16 +250,13 @@ class Cluster:
         expected = self.judge(endpoint, way, localhost=direction == INGRESS and local, icmp_type=icmp_type)
         self.check(outcome, expected, what, way)
         if outcome.passed:
-            endpoint.open.add(way)
+            endpoint.opened(way, local=local)
 
     def reply(self, endpoint: Endpoint) -> None:
         """What answers an open flow passes; what answers none is judged as if it opened one."""
         rng = self.rng
-        if endpoint.open and rng.random() < 0.7:
-            way = rng.choice(sorted(endpoint.open))
-            expected: bool | None = True
-        else:
-            way, expected = self._flow_nobody_opened(endpoint), None
+        known = bool(endpoint.open) and rng.random() < 0.7
+        way = rng.choice(sorted(endpoint.open)) if known else self._flow_nobody_opened(endpoint)
         direction, source, destination, protocol, source_port, port = way
         back = EGRESS if direction == INGRESS else INGRESS
         if protocol == 6:
@@ -228,20 +268,24 @@ class Cluster:
         else:
             packet = ping(destination, source, source_port, reply=True)
         outcome = self.run(endpoint, back, packet)
-        if expected:
-            self.check(outcome, True, "reply", way)
+        answer = (back, destination, source, protocol, port, source_port)
+        answer_type = {1: 0, 58: 129}.get(protocol)
+        if known and (protocol == 6 or self.rejudge(endpoint, way)):
+            self.check_open(endpoint, way, outcome, "reply")
+        elif known:
+            # The flow is denied by now; but what is no connection may leave as a packet of its own.
+            judged = self.judge(endpoint, answer, localhost=False, icmp_type=answer_type)
+            self.check(outcome, judged, "reply to a denied flow", way)
         elif protocol == 6:
             # Nobody knows of the connection: it passes only if whoever is asked for may have opened it.
             if outcome.passed:
                 assert self.judge(endpoint, way, localhost=False) is not False, (way, outcome, self.objects)
             self.seen["reply to nothing, TCP"] += 1
         else:
-            answer = (back, destination, source, protocol, port, source_port)
-            icmp_type = {1: 0, 58: 129}.get(protocol)
-            judged = self.judge(endpoint, answer, localhost=False, icmp_type=icmp_type)
+            judged = self.judge(endpoint, answer, localhost=False, icmp_type=answer_type)
             self.check(outcome, judged, "reply to nothing", answer)
             if outcome.passed and protocol in (17, 132):
-                endpoint.open.add(answer)
+                endpoint.opened(answer)
 
     def _flow_nobody_opened(self, endpoint: Endpoint) -> Tuple:
         rng = self.rng
@@ -257,12 +301,17 @@ class Cluster:
         return (direction, *ends, protocol, self.fresh_port, 0 if protocol in (1, 58) else rng.choice(PORTS))  # type: ignore[return-value]
 
     def more_of_a_flow(self, endpoint: Endpoint) -> None:
-        """A segment of an open connection passes; one of no connection only if policy allows one of its directions."""
-        open_tcp = sorted(way for way in endpoint.open if way[3] == 6)
-        if open_tcp and self.rng.random() < 0.7:
-            way = self.rng.choice(open_tcp)
-            packet = tcp(way[1], way[2], way[4], way[5], ACK, b"data")
-            self.check(self.run(endpoint, way[0], packet), True, "more of a flow", way)
+        """A packet of an open flow passes; a segment of no connection only if policy allows one of its directions."""
+        if endpoint.open and self.rng.random() < 0.7:
+            way = self.rng.choice(sorted(endpoint.open))
+            if way[3] == 6:
+                packet = tcp(way[1], way[2], way[4], way[5], ACK, b"data")
+            elif way[3] in (17, 132):
+                packet = (udp if way[3] == 17 else sctp)(way[1], way[2], way[4], way[5])
+            else:
+                packet = ping(way[1], way[2], way[4])
+            outcome = self.run(endpoint, way[0], packet, local=endpoint.open[way].local)
+            self.check_open(endpoint, way, outcome, "more of a flow")
             return
         way = self._flow_nobody_opened(endpoint)
         direction, source, destination, _, source_port, port = way
@@ -290,7 +339,7 @@ class Cluster:
             expected = self.judge(endpoint, way, localhost=False)
             self.check(outcome, expected, "first fragment", way)
             if outcome.passed:
-                endpoint.open.add(way)
+                endpoint.opened(way)
         later = self.run(endpoint, direction, self._fragment(way, bytes(16), 64, more=False))
         self.check(later, whole and outcome.passed, "later fragment", way)
 
@@ -326,7 +375,9 @@ class Cluster:
             packet, back = icmp_error(ROUTER[version], mine, quote), INGRESS
         else:  # the pod was sent it: the error is the pod's own
             packet, back = icmp_error(mine, sender, quote), EGRESS
-        self.check(self.run(endpoint, back, packet), known, "ICMP error", way)
+        outcome = self.run(endpoint, back, packet)
+        expected = self.rejudge(endpoint, way) if known else False
+        self.check(outcome, expected, "ICMP error", way, reason=abi.DropReason.DROP_ICMP_ERROR_UNRELATED)
 
     def masqueraded(self, endpoint: Endpoint) -> None:
         """A forwarded packet with the node's address is nobody's localhost."""
@@ -343,6 +394,7 @@ class Cluster:
 
 ACTIONS = (
     (Cluster.new_flow, 8), (Cluster.reply, 5), (Cluster.more_of_a_flow, 3), (Cluster.fragmented, 2), (Cluster.error, 3),
+    (Cluster.change_policies, 0.5),
     (Cluster.masqueraded, 1),
 )  # fmt: skip
 
