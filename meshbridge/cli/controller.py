@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from meshbridge import log as logs
 from meshbridge.controller.controller import Controller
 from meshbridge.controller.http import serve_http
 from meshbridge.errors import SettingsError
+from meshbridge.kube.kept import KeptContent
 from meshbridge.kube.manifests import Manifests
 from meshbridge.kube.watch import watch
 from meshbridge.policy.mesh import DEFAULT_MESH
@@ -91,24 +91,25 @@ def command(
     controller = Controller(SecretStore(authority))
     server = DeltaServer(key, controller)
     http = serve_http(http_address, lambda: controller.problems, lambda: controller.synced) if http_address else None
+    manifests = Manifests(directories, KeptContent(state / "last-readable"))
     try:
-        asyncio.run(_serve(controller, server, directories, listen, tls))
+        asyncio.run(_serve(controller, server, manifests, listen, tls))
     finally:
         if http is not None:
             http.shutdown()
 
 
 async def _serve(
-    controller: Controller, servicer: DeltaServer, directories: Sequence[Path], listen: str, tls: TlsFiles | None
+    controller: Controller, servicer: DeltaServer, manifests: Manifests, listen: str, tls: TlsFiles | None
 ) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     server = await start_server(servicer, listen, tls)
-    log.info("controller.started", listen=listen, manifests=[str(directory) for directory in directories])
+    log.info("controller.started", listen=listen, manifests=manifests.directories)
     try:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_follow(controller, Manifests(directories)), name="follow-manifests")
+            tasks.create_task(_follow(controller, manifests), name="follow-manifests")
             tasks.create_task(controller.maintain_sidecars(), name="maintain-sidecars")
             tasks.create_task(_raise_when(stop), name="wait-for-signal")
     except* _Stopped:

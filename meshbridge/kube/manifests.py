@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from meshbridge.kube.kept import KeptContent
 from meshbridge.kube.objects import FileContent, is_policy, read_objects
 from meshbridge.kube.problems import Problem, ProblemReason
 from meshbridge.kube.yaml import YamlError
@@ -76,8 +77,14 @@ class Manifests:
     reads what differs. Reading costs about half a millisecond for a pod or a small policy.
     """
 
-    def __init__(self, directories: Sequence[Path]) -> None:
+    def __init__(self, directories: Sequence[Path], kept: KeptContent | None = None) -> None:
+        """
+        Args:
+            kept: where the last readable content of files with policies outlives this process.
+        """
         self.directories = tuple(str(directory) for directory in directories)
+        self._kept = kept
+        self._keep_problem: Problem | None = None
         self.documents: dict[Key, tuple[Document, ...]] = {}
         self._files: dict[str, _File] = {}
         self._definitions: dict[Key, dict[tuple[str, int], _Definition]] = {}
@@ -90,6 +97,8 @@ class Manifests:
     def problems(self) -> frozenset[Problem]:
         """Everything there is to mend now."""
         found = {*self._duplicates.values(), *self._listing_problems}
+        if self._keep_problem is not None:
+            found.add(self._keep_problem)
         for path in self._broken:
             file = self._files[path]
             found.update(file.content.problems)
@@ -127,6 +136,8 @@ class Manifests:
         touched: set[Key] = set()
         if isinstance(changed, Listing):
             self._listing_problems = tuple(changed.problems)
+            if self._kept is not None and not self._files and not changed.unlisted:
+                self._kept.forget_all_but(changed.files)  # what went while nobody watched
             for path, file in self._files.items():
                 if path not in changed.files and path not in changed.skip and file.directory not in changed.unlisted:
                     touched |= self._refresh_file(path, file.directory, _MISSING, now_s, wall_s, waits)
@@ -190,25 +201,58 @@ class Manifests:
     def _load(self, path: str, index: int, signature: tuple[int, ...], error: OSError | None) -> set[Key]:
         """Put the content of a file in force; if it has none that can be read, leave the last one and say so."""
         file = self._files.get(path)
+        first = file is None
         if file is None:
             file = self._files[path] = _File(index, signature)
         elif file.signature == signature and file.problem is not None:
             return set()
         file.signature, file.problem = signature, None
+        line, what, content = 0, "", _NOTHING
         try:
             if error is not None:
                 raise error
-            content = read_objects(_read_bytes(path, self.directories[index]), path)
+            written = _read_bytes(path, self.directories[index])
+            content = read_objects(written, path)
         except YamlError as unreadable:
-            file.problem = _unreadable(file, path, unreadable.line, str(unreadable))
+            line, what = unreadable.line, str(unreadable)
         except OSError as failed:
-            file.problem = _unreadable(file, path, 0, f"cannot be read: {failed.strerror}")
-        if file.problem is not None:
+            what = f"cannot be read: {failed.strerror}"
+        else:
+            self._keep(path, written, content)
+        if what:
+            touched = self._put_content(path, file, self._recalled(path)) if first else set()
+            file.problem = _unreadable(file, path, line, what)
             self._broken.add(path)
-            return set()
+            return touched
+        return self._put_content(path, file, content)
+
+    def _put_content(self, path: str, file: _File, content: FileContent) -> set[Key]:
         old, file.content = file.content, content
         (self._broken.add if content.problems else self._broken.discard)(path)
-        return self._define(path, index, old, content)
+        return self._define(path, file.directory, old, content)
+
+    def _keep(self, path: str, written: bytes, content: FileContent) -> None:
+        if self._kept is None:
+            return
+        try:
+            if any(is_policy(document) for document in content.documents):
+                self._kept.save(path, written)
+            else:
+                self._kept.forget(path)
+            self._keep_problem = None
+        except OSError as error:
+            text = f"{path}: cannot be kept for a restart: {error.strerror}; free the state directory"
+            self._keep_problem = Problem(ProblemReason.UNREADABLE, text, path)
+
+    def _recalled(self, path: str) -> FileContent:
+        """What a file said last, before this process began."""
+        kept = self._kept.load(path) if self._kept is not None else None
+        if kept is None:
+            return _NOTHING
+        try:
+            return read_objects(kept, path)
+        except YamlError:
+            return _NOTHING  # kept by a version that read more than this one
 
     def _define(self, path: str, index: int, old: FileContent, new: FileContent) -> set[Key]:
         touched = _keys(old) | _keys(new)
@@ -232,6 +276,8 @@ class Manifests:
         del self._files[path]
         self._broken.discard(path)
         self._missing.discard(path)
+        if self._kept is not None:
+            self._kept.forget(path)
         return self._define(path, file.directory, file.content, _NOTHING)
 
     def _resolve(self, key: Key) -> tuple[Document, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from meshbridge.kube.kept import KeptContent
 from meshbridge.kube.manifests import REMOVAL_GRACE_S, YOUTH_S, Changes, Manifests
 from meshbridge.kube.problems import ProblemReason
 
@@ -26,8 +27,8 @@ def policy(port: str = "80") -> str:
 class Reader:
     """Manifests with a clock the test moves; every listing is far from the files' own times."""
 
-    def __init__(self, *directories: Path) -> None:
-        self.manifests = Manifests(directories)
+    def __init__(self, *directories: Path, kept: KeptContent | None = None) -> None:
+        self.manifests = Manifests(directories, kept)
         self.now_s = 100.0
 
     def read(self, closed: list[Path] | None = None) -> Changes:
@@ -268,3 +269,35 @@ def test_a_listing_says_nothing_of_files_known_better(tmp_path: Path, reader: Re
     reader.now_s += 1
     reader.read([])
     assert reader.labels() == ["1"]
+
+
+def test_a_policy_file_that_is_broken_at_start_keeps_what_it_said_before_the_restart(tmp_path: Path) -> None:
+    manifests, state = tmp_path / "manifests", tmp_path / "state"
+    manifests.mkdir()
+    path = manifests / "a.yaml"
+    path.write_text(policy("80"))
+    Reader(manifests, kept=KeptContent(state)).read()
+    path.write_text("a: [")
+    restarted = Reader(manifests, kept=KeptContent(state))
+    assert set(restarted.read().documents) == {POLICY}
+    assert "its last readable content (1 objects) stays in force" in restarted.problem()
+    path.write_text(policy("443"))
+    restarted.read()
+    assert restarted.reasons() == []
+    assert [path.stat().st_mode & 0o777 for path in state.iterdir()] == [0o600]
+    path.unlink()
+    restarted.read()
+    restarted.now_s += 1
+    restarted.read()
+    assert list(state.iterdir()) == []
+
+
+def test_a_policy_file_removed_while_nobody_watched_is_gone(tmp_path: Path) -> None:
+    manifests, state = tmp_path / "manifests", tmp_path / "state"
+    manifests.mkdir()
+    (manifests / "a.yaml").write_text(policy())
+    Reader(manifests, kept=KeptContent(state)).read()
+    (manifests / "a.yaml").unlink()
+    restarted = Reader(manifests, kept=KeptContent(state))
+    assert restarted.read().documents == {}
+    assert list(state.iterdir()) == []
