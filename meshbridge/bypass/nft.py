@@ -83,7 +83,13 @@ def _integer(value: object) -> int:
 def _rule(body: Mapping[str, Any], table: str, family: IpFamily) -> Rule:
     expressions = body.get("expr")
     everything = Box.everything(family)
-    text = json.dumps(expressions, separators=(",", ":"))[:400]
+    # a counter's value is no part of what a rule says
+    said = (
+        [e for e in expressions if not (isinstance(e, dict) and "counter" in e)]
+        if isinstance(expressions, list)
+        else []
+    )
+    text = json.dumps(said, separators=(",", ":"))[:400]
     rule = Rule(everything, Action.CONTINUE, text)
     if not isinstance(expressions, list):
         return replace(rule, action=Action.UNKNOWN, unknown=("no expressions",))

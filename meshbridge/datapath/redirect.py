@@ -36,7 +36,12 @@ _NS_GET_NSTYPE: Final = 0xB703
 _NETLINK_ROUTE, _NETLINK_NETFILTER = 0, 12
 _RTM_NEWNSID, _RTM_GETNSID = 88, 90
 _NETNSA_NSID, _NETNSA_FD = 1, 3
-_NFT_MSG_GETGEN: Final = (10 << 8) | 16
+_NFT, _NFT_MSG_GETTABLE, _NFT_MSG_GETGEN = 10, 1, 16
+_NLMSG_ERROR, _NLMSG_DONE, _NLM_F_DUMP = 2, 3, 0x300
+_NFTA_TABLE_NAME: Final = 1
+_NFT_FAMILIES: Final = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
+_IPTABLES_NAMES: Final = frozenset({"raw", "mangle", "nat", "filter", "security"})
+_MAX_TABLES: Final = 4096
 _NLM_F_REQUEST: Final = 1
 _NFTA_GEN_ID: Final = 1
 _FAMILY_TOOLS: Final = {IpFamily.IPV4: "iptables", IpFamily.IPV6: "ip6tables"}
@@ -102,20 +107,25 @@ class RedirectReader:
 
     def _read_nft(self) -> SeenRules:
         """What iptables-nft wrote, through its own tool, which knows its extensions; all else as nft prints it."""
-        answers = {family: self._run(f"{tool}-nft-save") for family, tool in _FAMILY_TOOLS.items()}
-        rule_sets = [
-            parse_iptables_save(answers[family].text, family, f"{_FAMILY_TOOLS[family]}-nft") for family in answers
-        ]
-        skip = {
-            (_NFT_FAMILY[family], line[1:].strip())
-            for family, answer in answers.items()
-            for line in answer.text.splitlines()
-            if line.startswith("*")
-        }
-        native = self._run("nft", "-j", "list", "ruleset")
-        if not native.problem:
-            rule_sets += [parse_nft_json(native.text, family, skip) for family in IpFamily]
-        return _seen(rule_sets, [*answers.values(), native])
+        tables = nft_tables()
+        rule_sets: list[RuleSet] = []
+        answers: list[_Answer] = []
+        printed: set[tuple[str, str]] = set()
+        for family, tool in _FAMILY_TOOLS.items():
+            own = _NFT_FAMILY[family]
+            if tables is not None and not any(kind == own and name in _IPTABLES_NAMES for kind, name in tables):
+                continue
+            answer = self._run(f"{tool}-nft-save")
+            answers.append(answer)
+            rule_sets.append(parse_iptables_save(answer.text, family, f"{tool}-nft"))
+            printed |= {(own, line[1:].strip()) for line in answer.text.splitlines() if line.startswith("*")}
+        # a table that has a name of iptables and was not printed is somebody else's
+        if tables is None or any(table[0] in ("ip", "ip6", "inet") and table not in printed for table in tables):
+            native = self._run("nft", "-j", "list", "ruleset")
+            answers.append(native)
+            if not native.problem:
+                rule_sets += [parse_nft_json(native.text, family, printed) for family in IpFamily]
+        return _seen(rule_sets, answers)
 
     def _read_legacy(self) -> SeenRules:
         """Legacy tables have no generation, so where there are any they are read every time."""
@@ -210,17 +220,53 @@ def generation() -> int | None:
 
     Spec: include/uapi/linux/netfilter/nf_tables.h, NFT_MSG_GETGEN.
     """
+    for _, attributes in _ask_nft(_NFT_MSG_GETGEN, dump=False) or ():
+        value = attributes.get(_NFTA_GEN_ID, b"")
+        if len(value) == 4:
+            return int(struct.unpack(">I", value)[0])
+    return None
+
+
+def nft_tables() -> frozenset[tuple[str, str]] | None:
+    """The nftables tables (family, name) of the calling thread's namespace; None: not known."""
+    answer = _ask_nft(_NFT_MSG_GETTABLE, dump=True)
+    if answer is None:
+        return None
+    return frozenset(
+        (
+            _NFT_FAMILIES.get(family, str(family)),
+            attributes.get(_NFTA_TABLE_NAME, b"").rstrip(b"\0").decode("ascii", "replace"),
+        )
+        for family, attributes in answer
+    )
+
+
+def _ask_nft(kind: int, *, dump: bool) -> list[tuple[int, dict[int, bytes]]] | None:
+    """The (family, attributes) of every message nftables answers with; None when it does not answer."""
     body = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)
-    header = struct.pack("=IHHII", 16 + len(body), _NFT_MSG_GETGEN, _NLM_F_REQUEST, 1, 0)
+    flags = _NLM_F_REQUEST | (_NLM_F_DUMP if dump else 0)
+    header = struct.pack("=IHHII", 16 + len(body), _NFT << 8 | kind, flags, 1, 0)
+    found: list[tuple[int, dict[int, bytes]]] = []
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as netlink:
             netlink.settimeout(1.0)
             netlink.send(header + body)
-            answer = netlink.recv(4096)
+            while True:
+                answer = netlink.recv(1 << 16)
+                position = 0
+                while position + 16 <= len(answer):
+                    length, message = struct.unpack_from("=IH", answer, position)
+                    if length < 16 or message == _NLMSG_ERROR or len(found) > _MAX_TABLES:
+                        return None
+                    if message == _NLMSG_DONE:
+                        return found
+                    part = answer[position : position + length]
+                    found.append((part[16] if len(part) > 16 else 0, dict(_attributes(part, 20))))
+                    position += (length + 3) & ~3
+                if not dump:
+                    return found
     except OSError:
         return None
-    numbers = [value for key, value in _attributes(answer, 20) if key == _NFTA_GEN_ID and len(value) == 4]
-    return int(struct.unpack(">I", numbers[0])[0]) if numbers else None
 
 
 def find_namespaces(wanted: Collection[int], directories: Iterable[Path] = NAMESPACE_DIRECTORIES) -> dict[int, str]:
