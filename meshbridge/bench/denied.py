@@ -20,8 +20,8 @@ IPTABLES = "iptables-legacy drops it after 1,000 rules"
 RBAC = "the server's Envoy answers 403, native RBAC"
 _CLIENTS = {OURS: "syn", OURS_AGAIN: "syn", IPTABLES: "syn", RBAC: "refused"}
 _NOTES = (
-    "The client has no sidecar and speaks plaintext. It gives a dropped attempt up at once; one that waits sends its SYN "
-    "again some times. What the kernel does is in the client's time, since a veth carries a packet in the sender's.",
+    "The client has no sidecar and speaks plaintext. It gives a dropped attempt up at once; one that waits sends its "
+    "SYN again some times. The kernel's part is in the client's time: a veth carries a packet in the sender's.",
 )
 
 

@@ -98,13 +98,13 @@ class System:
         found: list[observer_pb2.Status] = []
 
         def programmed() -> bool:
+            self.controller.check()
             status = self.status()
             if status is None or status.policies < policies or status.endpoints_ready < endpoints:
                 return False
             found.append(status)
             return status.revision_programmed >= status.revision_received > 0
 
-        self.controller.check()
         wait_until(programmed, f"{endpoints} endpoints and {policies} policies in the kernel", self.agent, timeout_s)
         return found[-1]
 
