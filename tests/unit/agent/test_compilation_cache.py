@@ -1,0 +1,149 @@
+"""Compiling only what changed must end in what compiling everything ends in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meshbridge.agent.compilation import Compilation
+from meshbridge.agent.view import LocalPod
+from meshbridge.datapath.policysets import RuleIds
+from meshbridge.identity.model import ContainerPort, Peer, ProxyClass, Workload
+from meshbridge.identity.numbering import number_peers
+from meshbridge.policy.compile import Compiler
+from meshbridge.policy.model import Direction, Document
+from meshbridge.policy.parse import Parsed, parse
+from meshbridge.policy.policyset import PolicySet
+
+APPS = ("web", "api", "db")
+LABELS = [{"app": app} for app in APPS]
+PODS = {
+    f"uid-{app}": LocalPod(
+        Workload("shop", app, f"uid-{app}", "n", (ip_address(f"10.0.0.{n}"),), {"app": app},
+                 ports=(ContainerPort("http", 8080 + n),), proxy=ProxyClass.SIDECAR if n else ProxyClass.NONE)
+    )
+    for n, app in enumerate(APPS)
+}  # fmt: skip
+
+
+def network(name: str, to: str, peers: dict[str, Any], port: str, direction: str) -> Document:
+    rule = {("fromEndpoints" if direction == "ingress" else "toEndpoints"): [{"matchLabels": peers}],
+            "toPorts": [{"ports": [{"port": port, "protocol": "TCP"}]}]}  # fmt: skip
+    spec = {"endpointSelector": {"matchLabels": {"app": to}}, direction: [rule]}
+    return Document(
+        "CiliumNetworkPolicy", "cilium.io/v2", "shop", name, _data("cilium.io/v2", "CiliumNetworkPolicy", name, spec)
+    )
+
+
+def mesh(name: str, to: str, principal: str, port: str) -> Document:
+    rule = {"from": [{"source": {"namespaces": [principal]}}], "to": [{"operation": {"ports": [port]}}]}
+    spec = {"selector": {"matchLabels": {"app": to}}, "action": "DENY", "rules": [rule]}
+    version = "security.istio.io/v1"
+    return Document("AuthorizationPolicy", version, "shop", name, _data(version, "AuthorizationPolicy", name, spec))
+
+
+def _data(version: str, kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    return {"apiVersion": version, "kind": kind, "metadata": {"name": name, "namespace": "shop"}, "spec": spec}
+
+
+NAMES = st.sampled_from(("p1", "p2"))
+APP = st.sampled_from(APPS)
+PORTS = st.sampled_from(("80", "http"))
+DOCUMENTS = st.one_of(
+    st.builds(network, NAMES, APP, st.sampled_from((*LABELS, {})), PORTS, st.sampled_from(("ingress", "egress"))),
+    st.builds(mesh, NAMES, APP, st.sampled_from(("shop", "pay")), st.just("80")),
+)
+HOLDERS = st.dictionaries(
+    st.integers(1, 9).map(lambda n: ip_address(f"10.1.0.{n}")),
+    st.builds(
+        Peer, st.sampled_from(("shop", "pay")), st.sampled_from(LABELS),
+        ports=st.sampled_from((frozenset(), frozenset({ContainerPort("http", 8081)}))),
+    ),
+    max_size=4,
+)  # fmt: skip
+STATES = st.tuples(st.lists(DOCUMENTS, max_size=3), HOLDERS, st.sets(st.sampled_from(sorted(PODS)), min_size=1))
+
+
+@settings(deadline=None, max_examples=120)
+@given(st.lists(STATES, min_size=2, max_size=4))
+def test_a_chain_of_updates_ends_where_a_compilation_from_scratch_ends(states: list[Any]) -> None:
+    rules = RuleIds()
+    kept = Compilation(rules)
+    identities: dict[int, Peer] = {}
+    before: dict[tuple[str, ...], Parsed] = {}
+    for documents, holders, uids in states:
+        now = {document.key: parse(document) for document in documents}
+        changed = [p for key, p in (before | now).items() if before.get(key) != now.get(key)]
+        changed += [before[key] for key in before if before[key] != now.get(key)]
+        numbering = number_peers(holders, known=identities)
+        # as the agent does between renumberings: identities come, and stay for a while
+        identities = {**identities, **numbering.identities}
+        policies = PolicySet.of_parsed(now.values())
+        pods = {uid: PODS[uid] for uid in uids}
+        kept.update(pods, policies, identities, PolicySet.of_parsed(changed))
+        before = now
+        scratch = Compilation(rules)
+        scratch.update(pods, policies, identities)
+        assert kept.compiled == scratch.compiled
+
+
+PLAIN = {
+    uid: replace(pod, workload=replace(pod.workload, proxy=ProxyClass.NONE)) for uid, pod in PODS.items()
+}  # what of a sidecar's traffic bypasses it is judged by who the other side is
+
+
+def compilation() -> tuple[Compilation, PolicySet, dict[int, Peer]]:
+    policies = PolicySet.of([network("p", "api", {"app": "web"}, "80", "ingress")])
+    identities = dict(number_peers({ip_address("10.1.0.1"): Peer("shop", {"app": "web"})}).identities)
+    kept = Compilation(RuleIds())
+    assert kept.update(PLAIN, policies, identities) == 3
+    return kept, policies, identities
+
+
+def test_nothing_is_compiled_when_nothing_changed() -> None:
+    kept, policies, identities = compilation()
+    assert kept.update(PLAIN, policies, dict(identities), PolicySet()) == 0
+
+
+def test_a_new_peer_that_no_policy_picks_compiles_nothing() -> None:
+    kept, policies, identities = compilation()
+    with_db = {**identities, 900: Peer("shop", {"app": "db"})}
+    assert kept.update(PLAIN, policies, with_db, PolicySet()) == 0
+    with_web = {**with_db, 901: Peer("shop", {"app": "web", "tier": "x"})}
+    assert kept.update(PLAIN, policies, with_web, PolicySet()) == 1
+
+
+def test_a_changed_policy_compiles_whom_it_selects() -> None:
+    kept, _, identities = compilation()
+    document = network("p", "api", {"app": "db"}, "80", "ingress")
+    assert kept.update(PLAIN, PolicySet.of([document]), identities, PolicySet.of([document])) == 1
+
+
+def test_a_pod_whose_ports_changed_is_compiled_again() -> None:
+    kept, policies, identities = compilation()
+    api = PLAIN["uid-api"]
+    changed = replace(api, workload=replace(api.workload, ports=(ContainerPort("http", 9999),)))
+    assert kept.update({**PLAIN, "uid-api": changed}, policies, identities, PolicySet()) == 1
+
+
+def test_a_pod_that_cannot_be_compiled_closes_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Compiler.endpoint
+
+    def failing(self: Compiler, workload: Workload, *arguments: Any) -> Any:
+        if workload.name == "api":
+            raise RecursionError("too deep")
+        return real(self, workload, *arguments)
+
+    monkeypatch.setattr(Compiler, "endpoint", failing)
+    kept, policies, identities = compilation()
+    assert kept.compiled["uid-api"].sets is None
+    assert "too deep" in kept.compiled["uid-api"].fault
+    assert kept.compiled["uid-web"].sets is not None
+    monkeypatch.undo()
+    assert kept.update(PLAIN, policies, identities, PolicySet()) == 1, "what failed is tried again"
+    assert kept.compiled["uid-api"].isolating[Direction.INGRESS][0].name == "p"

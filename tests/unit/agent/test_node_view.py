@@ -1,0 +1,130 @@
+"""What the agent makes of the controller's updates."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import ip_address
+from typing import Any
+
+import pytest
+
+from meshbridge.abi import address_bytes
+from meshbridge.agent.view import NodeView
+from meshbridge.controller.messages import address_message, endpoint_message
+from meshbridge.identity.model import Peer, Workload
+from meshbridge.protos import agent_pb2
+from meshbridge.xds import snapshot as xds
+from meshbridge.xds.client import MESSAGES, Update
+
+WEB = Peer("shop", {"app": "web"}, service_account="web")
+POD = Workload("shop", "web", "uid-1", "n", (ip_address("10.0.0.1"),), {"app": "web"})
+
+
+def update(revision: int = 1, removed: dict[str, set[str]] | None = None, **changed: dict[str, Any]) -> Update:
+    types = {
+        "address": xds.ADDRESS,
+        "endpoint": xds.ENDPOINT,
+        "policy": xds.POLICY,
+        "mesh": xds.MESH,
+        "problem": xds.PROBLEM,
+    }
+    messages: dict[str, dict[str, Any]] = {type_url: {} for type_url in MESSAGES}
+    messages |= {types[name]: found for name, found in changed.items()}
+    gone = {type_url: frozenset(names) for type_url, names in (removed or {}).items()}
+    return Update(revision, messages, gone)
+
+
+def policy(name: str = "p", text: bytes | None = None, **spec: Any) -> agent_pb2.Policy:
+    data = {
+        "apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy", "metadata": {"name": name, "namespace": "shop"},
+        "spec": {"endpointSelector": {}, "ingress": [{"fromEndpoints": [{}]}], **spec},
+    }  # fmt: skip
+    return agent_pb2.Policy(
+        api_version="cilium.io/v2", kind="CiliumNetworkPolicy", namespace="shop", name=name, file="p.yaml",
+        json=text if text is not None else json.dumps(data).encode(), lines={"spec": 4, "spec.ingress[0]": 7},
+    )  # fmt: skip
+
+
+def test_holders_are_known_by_address_and_equal_peers_are_one_object() -> None:
+    view = NodeView()
+    first, second = ip_address("10.0.0.1"), ip_address("fd00::1")
+    changes = view.apply(
+        update(address={str(a): address_message(a, WEB, name="web", node="n") for a in (first, second)})
+    )
+    assert changes.addresses == {address_bytes(first), address_bytes(second)}
+    holders = [view.holders[address_bytes(address)] for address in (first, second)]
+    assert holders[0].peer is holders[1].peer
+    assert (holders[0].name, holders[0].peer.labels) == ("web", {"app": "web"})
+
+
+def test_an_update_is_used_up() -> None:
+    taken = update(address={"10.0.0.1": address_message(ip_address("10.0.0.1"), WEB)}, policy={"p": policy()})
+    NodeView().apply(taken)
+    assert not any(taken.changed.values())
+
+
+def test_what_is_removed_is_gone() -> None:
+    view = NodeView()
+    address = {"10.0.0.1": address_message(ip_address("10.0.0.1"), WEB)}
+    problem = {"x": agent_pb2.Problem(text="bad")}
+    view.apply(
+        update(address=address, policy={"p": policy()}, endpoint={"uid-1": endpoint_message(POD)}, problem=problem)
+    )
+    changes = view.apply(
+        update(2, {xds.ADDRESS: {"10.0.0.1"}, xds.POLICY: {"p"}, xds.ENDPOINT: {"uid-1"}, xds.PROBLEM: {"x"}})
+    )
+    assert (view.holders, view.policies, view.pods, view.problems) == ({}, {}, {}, {})
+    assert changes.addresses == {address_bytes(ip_address("10.0.0.1"))}
+    assert [parsed.document.name for parsed in changes.policies] == ["p"]
+
+
+def test_a_changed_policy_is_told_as_it_was_and_as_it_is() -> None:
+    view = NodeView()
+    view.apply(update(policy={"p": policy()}))
+    changes = view.apply(update(2, policy={"p": policy(ingressDeny=[{"fromEntities": ["world"]}])}))
+    assert [len(parsed.network) for parsed in changes.policies] == [1, 2]
+    assert not changes.everything
+
+
+def test_rules_keep_their_file_and_line_and_the_text_is_let_go() -> None:
+    view = NodeView()
+    view.apply(update(policy={"p": policy()}))
+    (parsed,) = view.policies.values()
+    assert str(parsed.network[0].origin) == "CiliumNetworkPolicy shop/p spec.ingress[0] (p.yaml:7)"
+    assert parsed.document.data == {}
+
+
+def test_a_refused_policy_keeps_the_lines_its_sentence_needs() -> None:
+    view = NodeView()
+    view.apply(update(policy={"p": policy(ingress=[{"fromNowhere": []}])}))
+    assert "p.yaml:7" in str(view.policy_set().refusals[0])
+
+
+HOSTILE = {
+    "policy that is no JSON": {"policy": {"p": policy(text=b"\xff\xfe{")}},
+    "policy nested too deep": {"policy": {"p": policy(text=b"[" * 100_000)}},
+    "policy that is a list": {"policy": {"p": policy(text=b"[1]")}},
+    "address of three bytes": {"address": {"10.0.0.1": agent_pb2.Address(address=b"abc")}},
+    "address under another name": {"address": {"10.0.0.2": address_message(ip_address("10.0.0.1"), WEB)}},
+    "unknown entity": {"address": {"10.0.0.1": agent_pb2.Address(address=b"abcd", entities=["galaxy"])}},
+    "unknown proxy": {"endpoint": {"u": agent_pb2.Endpoint(uid="u", proxy="turbo")}},
+}
+
+
+@pytest.mark.parametrize("changed", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_resource_that_means_nothing_keeps_the_revision_from_use_until_it_is_mended(
+    changed: dict[str, dict[str, Any]],
+) -> None:
+    view = NodeView()
+    view.apply(update(**{kind: dict(messages) for kind, messages in changed.items()}))
+    assert len(view.unusable) == 1
+    type_url, name = next(iter(view.unusable))
+    view.apply(update(2, {type_url: {name}}))
+    assert not view.unusable
+
+
+def test_mesh_settings_touch_everything() -> None:
+    view = NodeView()
+    changes = view.apply(update(mesh={"mesh": agent_pb2.Mesh(root_namespace="root", trust_domain="td", cluster="c")}))
+    assert changes.everything
+    assert view.mesh.root_namespace == "root"
