@@ -19,6 +19,7 @@ from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, Delt
 from google.protobuf.message import DecodeError, Message
 from google.rpc.status_pb2 import Status
 
+from meshbridge.errors import MeshBridgeError
 from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy, Problem, Revision
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.bearer import bearer
@@ -135,7 +136,8 @@ class ControllerClient:
                     reason = "the controller ended the stream"
                 except grpc.aio.AioRpcError as error:
                     reason = f"{error.code().name}: {error.details()}"
-                except (OSError, asyncio.InvalidStateError) as error:  # no token to read; the stream ended in a write
+                except (OSError, MeshBridgeError, asyncio.InvalidStateError) as error:
+                    # no token to be had, or the stream ended while it was written to
                     reason = str(error)
                 if self.connected:
                     backoff_s, quiet = BACKOFF_FIRST_S, False

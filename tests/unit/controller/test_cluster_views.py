@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meshbridge.controller.controller import Controller
-from meshbridge.identity.model import Entity
+from meshbridge.identity.model import ContainerPort, Entity
 from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import ProblemReason
 from meshbridge.policy.model import Document, Source
@@ -166,6 +166,26 @@ def test_labels_are_trimmed_to_what_the_nodes_policies_tell_apart(world: World) 
     assert world.address(b, "10.0.0.2").peer.labels == {}
     world.drop(cnp("p", "web", {}))
     assert world.address(a, "10.0.0.2").peer.labels == {}
+
+
+def test_a_policy_with_a_new_label_key_reaches_addresses_sent_before(world: World) -> None:
+    a = world.connect(A)
+    world.put(pod("web-0", "10.0.0.1"), pod("db-0", "10.0.0.2", "node-b", app="db"), cnp("p", "web", {"app": "db"}))
+    assert world.address(a, "10.0.0.2").peer.labels == {"app": "db"}
+    world.put(cnp("q", "web", {"hash": "x"}))
+    assert world.address(a, "10.0.0.2").peer.labels == {"app": "db", "hash": "db-0"}
+    world.drop(cnp("q", "web", {}))
+    assert world.address(a, "10.0.0.2").peer.labels == {"app": "db"}
+
+
+def test_container_ports_are_sent_by_name_where_an_egress_policy_names_them(world: World) -> None:
+    a = world.connect(A)
+    ports = [{"name": "http", "containerPort": 8080}, {"name": "admin", "containerPort": 9}]
+    world.put(pod("web-0", "10.0.0.1"), pod("db-0", "10.0.0.2", spec={"containers": [{"name": "app", "ports": ports}]}))
+    assert world.address(a, "10.0.0.2").peer.ports == frozenset()
+    egress = [{"toEndpoints": [{}], "toPorts": [{"ports": [{"port": "http", "protocol": "TCP"}]}]}]
+    world.put(document("CiliumNetworkPolicy", "p", "shop", spec={"endpointSelector": {}, "egress": egress}))
+    assert world.address(a, "10.0.0.2").peer.ports == {ContainerPort("http", 8080)}
 
 
 GONE = {
