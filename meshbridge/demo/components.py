@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -56,16 +57,21 @@ def _controller() -> Command:
     argv += ["--state-dir", str(CONTROLLER_STATE), "--listen", f"unix:{CONTROLLER_SOCKET}"]
     argv += ["--metrics", CONTROLLER_METRICS]
     first_node = next(iter(NODES.values()))
-    return Command(argv, first_node.netns, LOGS / "controller.log")
+    return Command(argv, first_node.netns, LOGS / "controller.log", env=_settings())
 
 
 def _agent(node: NodeLayout) -> Command:
     argv = [meshbridge(), "agent", "--node", node.name, "--controller", f"unix:{CONTROLLER_SOCKET}"]
     argv += ["--token-file", str(credentials.write_node_token(node.name)), "--metrics", AGENT_METRICS]
-    return Command(argv, node.netns, LOGS / f"agent-{node.name}.log")
+    return Command(argv, node.netns, LOGS / f"agent-{node.name}.log", env=_settings())
 
 
 def _authz(node: NodeLayout) -> Command:
     argv = [meshbridge(), "authz", "--node", node.name, "--controller", f"unix:{CONTROLLER_SOCKET}"]
     argv += ["--token-file", str(credentials.write_node_token(node.name)), "--metrics", AUTHZ_METRICS]
-    return Command(argv, node.netns, LOGS / f"authz-{node.name}.log")
+    return Command(argv, node.netns, LOGS / f"authz-{node.name}.log", env=_settings())
+
+
+def _settings() -> dict[str, str]:
+    """Options set by environment (``MESHBRIDGE_AGENT_ATTACH=clsact``) reach the processes they are meant for."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MESHBRIDGE_")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -18,8 +19,11 @@ from meshbridge.demo.waiting import wait_for
 pytestmark = [pytest.mark.root, pytest.mark.timeout(420)]
 
 
-def demo(*argv: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([meshbridge(), "demo", *argv], capture_output=True, text=True, timeout=timeout_s, check=False)
+def demo(*argv: str, timeout_s: float = 120, **settings: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **settings}
+    return subprocess.run(
+        [meshbridge(), "demo", *argv], capture_output=True, text=True, timeout=timeout_s, env=env, check=False
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +34,10 @@ def _nothing_stays() -> Iterator[None]:
     assert not lifecycle.remains()
 
 
-def test_every_check_of_the_walk_passes_and_nothing_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attach", ["tcx", "clsact"])
+def test_every_check_of_the_walk_passes_and_nothing_stays(tmp_path: Path, attach: str) -> None:
     report_file = tmp_path / "report.json"
-    done = demo("run", "--report", str(report_file), timeout_s=400)
+    done = demo("run", "--report", str(report_file), timeout_s=400, MESHBRIDGE_AGENT_ATTACH=attach)
     report = json.loads(report_file.read_text())
     failed = [
         f"{check['step']}: {check['expected']}: {check['saw']}" for check in report["checks"] if not check["passed"]
