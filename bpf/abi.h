@@ -207,8 +207,10 @@ struct conntrack_key {
 
 enum conntrack_flags {
 	CONNTRACK_F_REPLIED = 1,
-	CONNTRACK_F_CLOSING = 2,   /* a FIN or RST was seen */
-	CONNTRACK_F_FORWARDED = 4, /* ingress: its opener's packets had been forwarded (ingress_ifindex was not 0) */
+	CONNTRACK_F_CLOSING = 2,    /* a FIN of both sides or a RST was seen */
+	CONNTRACK_F_FORWARDED = 4,  /* ingress: its opener's packets had been forwarded (ingress_ifindex was not 0) */
+	CONNTRACK_F_FIN_OPENER = 8, /* the opener has closed its side; the other may go on sending for long */
+	CONNTRACK_F_FIN_ANSWERER = 16,
 };
 
 struct conntrack_value {

@@ -363,14 +363,24 @@ static __always_inline void renew(struct conntrack_value *entry, const struct en
 	entry->revision = endpoint->revision;
 }
 
-static __always_inline void touch(struct conntrack_value *entry, const struct packet *packet, __u64 now, __u32 flags)
+/* touch - a packet of the flow passed.
+ * @reply: it came from the side that did not open the flow
+ */
+static __always_inline void touch(struct conntrack_value *entry, const struct packet *packet, __u64 now, bool reply)
 {
-	if (packet->tcp_flags & (TCP_FIN | TCP_RST))
+	__u32 flags = entry->flags, fins = CONNTRACK_F_FIN_OPENER | CONNTRACK_F_FIN_ANSWERER;
+
+	if (reply)
+		flags |= CONNTRACK_F_REPLIED;
+	if (packet->tcp_flags & TCP_FIN)
+		flags |= reply ? CONNTRACK_F_FIN_ANSWERER : CONNTRACK_F_FIN_OPENER;
+	if (packet->tcp_flags & TCP_RST || (flags & fins) == fins)
 		flags |= CONNTRACK_F_CLOSING;
-	if (entry->seen_ns != now) /* spares other CPUs the cache line */
+	/* Written only when it changes, which spares other CPUs the cache line. */
+	if (entry->seen_ns != now)
 		entry->seen_ns = now;
-	if ((entry->flags & flags) != flags)
-		entry->flags |= flags;
+	if (entry->flags != flags)
+		entry->flags = flags;
 }
 
 /* opens_connection, answers_connection - what only TCP tells. */
@@ -405,8 +415,7 @@ static __always_inline bool live(const struct conntrack_value *entry, __u8 proto
 }
 
 /* find_flow - pass a packet of a flow that was judged under the endpoint's revision; else say what has to be judged.
-  *
-
+ *
  * Return: PASS, 0 to go on, or a negative enum drop_reason.
  */
 static __always_inline int find_flow(const struct endpoint_value *endpoint, const struct packet *packet,
@@ -438,7 +447,7 @@ static __always_inline int find_flow(const struct endpoint_value *endpoint, cons
 				verdict->decision.peer_identity = entry->peer_identity;
 				verdict->decision.layers[LAYER_NETWORK].rule_id = entry->rule_id;
 			}
-			touch(entry, packet, now, other ? CONNTRACK_F_REPLIED : 0);
+			touch(entry, packet, now, other);
 			return PASS;
 		}
 		if (other) {
@@ -521,7 +530,7 @@ static __always_inline int conclude(struct __sk_buff *skb, const struct endpoint
 		entry = bpf_map_lookup_elem(flows, &flow);
 		if (entry) {
 			renew(entry, endpoint, &verdict->decision);
-			touch(entry, packet, now, by_other ? CONNTRACK_F_REPLIED : 0);
+			touch(entry, packet, now, by_other);
 			return PASS;
 		}
 	}
@@ -529,9 +538,8 @@ static __always_inline int conclude(struct __sk_buff *skb, const struct endpoint
 	/* Beside a flow that is denied now a packet of the pod's own may pass, but must not open the way back for it. */
 	if (packet->kind != KIND_FLOW || verdict->has_other)
 		return PASS;
-	value.seen_ns = now;
-	if (packet->tcp_flags & (TCP_FIN | TCP_RST))
-		value.flags |= CONNTRACK_F_CLOSING;
+	touch(&value, packet, now, by_other);
+
 	if (flow.direction == DIR_INGRESS && (by_other || skb->ingress_ifindex))
 		value.flags |= CONNTRACK_F_FORWARDED;
 	renew(&value, endpoint, &verdict->decision);
@@ -545,7 +553,6 @@ static __always_inline int conclude(struct __sk_buff *skb, const struct endpoint
  * A packet may belong to a flow that was opened in its own direction ("own"), or to one opened the other way, as a reply
  * ("other"). An entry judged under an older revision is judged again by its forward tuple; one that is denied now stays
  * as it is, so that every further packet is judged again and none can pass for a new flow.
-
  *
  * TCP without an entry and without a SYN (the entry was lost, or the connection is older than this program) does not say
  * who opened it. It passes when policy allows the flow in the packet's own direction, and either the other way too, or the
@@ -603,10 +610,8 @@ static __always_inline int read_quoted(struct __sk_buff *skb, struct packet *pac
 
 	packet->quoted = 1;
 	packet->kind = KIND_FLOW;
-
 	packet->outer_icmp_type = packet->icmp_type;
 	packet->outer_icmp_code = packet->icmp_code;
-
 	/* What it quotes went the other way. */
 	packet->flow.direction = !packet->flow.direction;
 	packet->fragment_start = 0;
@@ -629,7 +634,7 @@ static __always_inline void show_outer(struct __sk_buff *skb, struct packet *pac
 	packet->flow.destination_port = 0;
 	packet->icmp_type = packet->outer_icmp_type;
 	packet->icmp_code = packet->outer_icmp_code;
-	/* The addresses are read once more: 32 bytes of stack are dearer. */
+	/* The addresses are read once more: few errors are dropped, and none else needs room for them. */
 	if (packet->family == FAMILY_IPV6) {
 		packet->flow.protocol = IPPROTO_ICMPV6;
 		bpf_skb_load_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, saddr), packet->flow.source, 16);
@@ -663,7 +668,6 @@ static __always_inline int receive(struct __sk_buff *skb, struct endpoint_value 
                                    struct verdict *verdict, __u8 direction, __u64 now)
 {
 	struct ethhdr *ethernet = &packet->buffer.ethernet;
-
 	bool own_source;
 	__u32 incarnation;
 	void *flows;
@@ -774,7 +778,6 @@ static __always_inline void tell(struct __sk_buff *skb, const struct endpoint_va
                                  __u64 now)
 {
 	const struct decision *decision = &verdict->decision;
-
 	__u32 zero = 0, most = type == EVENT_DROP ? EVENTS_PER_WINDOW : EVENTS_PER_WINDOW * 3 / 4;
 	struct event_limiter *limiter = event_limiter.lookup(&zero);
 	struct flow_event *event;

@@ -250,6 +250,8 @@ class ConntrackFlags(IntFlag):
     CONNTRACK_F_REPLIED = 1
     CONNTRACK_F_CLOSING = 2
     CONNTRACK_F_FORWARDED = 4
+    CONNTRACK_F_FIN_OPENER = 8
+    CONNTRACK_F_FIN_ANSWERER = 16
 
 class ConntrackValue(AbiStruct):
     seen_ns: int

@@ -204,7 +204,7 @@ def test_a_connection_allowed_both_ways_needs_no_client_port(pod: Pod) -> None:
 SILENCES = {
     "unanswered TCP": (tcp(PEER4, POD4, CLIENT, SERVER), None, 119, 121),
     "answered TCP": (tcp(PEER4, POD4, CLIENT, SERVER), tcp(POD4, PEER4, SERVER, CLIENT, SYN | ACK), 21599, 21601),
-    "closing TCP": (tcp(PEER4, POD4, CLIENT, SERVER), tcp(POD4, PEER4, SERVER, CLIENT, FIN | ACK), 59, 61),
+    "half-closed TCP": (tcp(PEER4, POD4, CLIENT, SERVER), tcp(POD4, PEER4, SERVER, CLIENT, FIN | ACK), 21599, 21601),
     "reset TCP": (tcp(PEER4, POD4, CLIENT, SERVER), tcp(POD4, PEER4, SERVER, CLIENT, RST), 59, 61),
     "unanswered UDP": (udp(PEER4, POD4, CLIENT, SERVER), None, 59, 61),
     "answered UDP": (udp(PEER4, POD4, CLIENT, SERVER), udp(POD4, PEER4, SERVER, CLIENT), 179, 181),
@@ -279,3 +279,17 @@ def test_open_flows_of_an_address_that_is_taken_away_end_with_the_next_revision(
     pod.change(egress=ALLOW)
     assert pod.send(tcp(POD4, PEER4, CLIENT, SERVER, ACK)).reason == DropReason.DROP_INVALID_SOURCE_IP
     assert pod.receive(tcp(PEER4, POD4, SERVER, CLIENT, ACK)).reason == DropReason.DROP_UNKNOWN_L3_TARGET
+
+
+def test_a_connection_closed_by_one_side_lives_on_and_by_both_does_not(pod: Pod) -> None:
+    assert pod.receive(tcp(PEER4, POD4, CLIENT, SERVER)).passed
+    assert pod.receive(tcp(PEER4, POD4, CLIENT, SERVER, FIN | ACK)).passed
+    pod.kernel.policy_set(ALLOW, DENY_ALL)
+    pod.kernel.age(pod.incarnation, 100)
+    assert pod.send(tcp(POD4, PEER4, SERVER, CLIENT, ACK, b"a slow answer")).passed
+    pod.kernel.age(pod.incarnation, 3600)
+    assert pod.send(tcp(POD4, PEER4, SERVER, CLIENT, FIN | ACK)).passed
+    pod.kernel.age(pod.incarnation, 59)
+    assert pod.receive(tcp(PEER4, POD4, CLIENT, SERVER, ACK)).passed
+    pod.kernel.age(pod.incarnation, 61)
+    assert not pod.receive(tcp(PEER4, POD4, CLIENT, SERVER, ACK)).passed

@@ -166,6 +166,17 @@ def test_per_cpu_values_add_up(pin_dir: Path) -> None:
     maps.close()
 
 
+def test_programs_are_loaded_once_for_the_same_code_and_maps(pin_dir: Path) -> None:
+    with open_datapath(pin_dir, cache=CACHE) as first:
+        loaded = {syscall.program_id(first.from_pod), syscall.program_id(first.to_pod)}
+    with open_datapath(pin_dir, cache=CACHE) as second:
+        assert {syscall.program_id(second.from_pod), syscall.program_id(second.to_pod)} == loaded
+    (maps_directory(pin_dir) / "policy").unlink()
+    with open_datapath(pin_dir, cache=CACHE) as third:
+        assert not {syscall.program_id(third.from_pod), syscall.program_id(third.to_pod)} & loaded
+    assert len(list((pin_dir / "programs").iterdir())) == 2
+
+
 def test_no_descriptor_is_left_behind(pin_dir: Path) -> None:
     fresh(pin_dir).close()
     before = len(os.listdir("/proc/self/fd"))
