@@ -39,7 +39,7 @@ def _rules(document: Document, notices: list[Notice]) -> list[NetworkRule]:
         elements = fields[name].items() if name in fields else []
         parsed = [_rule(element, peers_name, subject, direction, document, notices) for element in elements]
         if direction in directions:
-            # Isolates by itself, so that a list without elements does.
+            # Isolates, also where the list has no elements.
             found.append(NetworkRule(subject, direction, Verdict.ALLOW, (), ANY, origin_of(document, "spec")))
             found += parsed
         elif elements:
@@ -70,7 +70,8 @@ def _rule(
     if items:
         peers = tuple(_peer(item, document, notices) for item in items)
     ports = kubernetes_ports(fields["ports"]) if "ports" in fields else ANY
-    return NetworkRule(subject, direction, Verdict.ALLOW, peers, ports, origin_of(document, at.path))
+    origin = origin_of(document, at.path)
+    return NetworkRule(subject, direction, Verdict.ALLOW, peers, ports, origin, default_deny=False)
 
 
 def _peer(at: Reader, document: Document, notices: list[Notice]) -> PeerSelector:
