@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +24,11 @@ from meshbridge.agent.metrics import serve_metrics
 from meshbridge.agent.names import Names
 from meshbridge.agent.node import EndpointError, Node, Published
 from meshbridge.agent.observer import ObserverService, start_observer, stop_observer
+from meshbridge.agent.redirects import Redirects, Seen
 from meshbridge.agent.ring import FlowRing
 from meshbridge.datapath.attach import AttachMode
 from meshbridge.datapath.events import EventReader
-from meshbridge.datapath.links import NetworkWatch
+from meshbridge.datapath.links import Link, NetworkWatch
 from meshbridge.datapath.maps import MapSizes
 from meshbridge.errors import MeshBridgeError
 from meshbridge.observe.tables import READY
@@ -39,6 +40,9 @@ T = TypeVar("T")
 
 RETRY_S: Final = 1.0
 SETTLE_S: Final = 0.05  # a burst of changes to links and routes is looked at once
+FIRST_LOOK_S: Final = 2.0
+REDIRECT_TURN_S: Final = 0.1
+REDIRECT_TURNS: Final = 20
 EVENTS_PER_TURN: Final = 512
 MAX_WAIT_S: Final = 60.0
 MAX_INTERFACES: Final = 16
@@ -67,6 +71,8 @@ class Agent:
         self._names = Names(settings.node)
         self._ring = FlowRing(settings.node)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="node")
+        self._onlooker = ThreadPoolExecutor(1, thread_name_prefix="redirects")
+        self._redirects = Redirects()
         self._client = ControllerClient(settings.controller, settings.node, self._token)
         self._started = time.monotonic()
         self._changed = asyncio.Event()
@@ -95,6 +101,7 @@ class Agent:
                     tasks.create_task(self._follow_controller(), name="follow-controller")
                     tasks.create_task(self._follow_network(loop, watch), name="follow-network")
                     tasks.create_task(self._try_again(), name="try-again")
+                    tasks.create_task(self._follow_redirects(), name="follow-redirects")
             finally:
                 loop.remove_reader(reader.fileno())
                 if metrics is not None:
@@ -104,6 +111,7 @@ class Agent:
         finally:
             watch.close()
             self._worker.shutdown(wait=True)
+            self._onlooker.shutdown(wait=True)
             log.info("agent.stopped", node=self._settings.node)
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -111,8 +119,16 @@ class Agent:
             loop.call_soon_threadsafe(self._take_published, published)
 
         self._enforcer = Enforcer(self._settings.pin_dir, self._settings.attach, self._settings.sizes)
-        self._node = Node(self._settings.node, self._enforcer, self._names, publish)
+        self._node = Node(self._settings.node, self._enforcer, self._names, publish, self._first_look)
         self._node.start()
+
+    def _first_look(self, sidecars: Mapping[str, tuple[Link, ...]]) -> Seen:
+        """The redirect rules of all pods, read before the first revision is acted on; none when it takes too long."""
+        try:
+            return self._onlooker.submit(self._redirects.look, sidecars).result(FIRST_LOOK_S)
+        except TimeoutError:
+            log.error("redirects.not_read", within_s=FIRST_LOOK_S, pods=len(sidecars))
+            return Seen()
 
     def _take_published(self, published: Published) -> None:
         self.published = published
@@ -150,6 +166,21 @@ class Agent:
                     told.set()
         finally:
             loop.remove_reader(watch.fileno())
+
+    async def _follow_redirects(self) -> None:
+        """Read the redirect rules in the pods' namespaces again and again, and whenever there are other pods.
+
+        They are read by a thread of their own: a pod can make that slow, and no other pod may wait for it.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            sidecars = self.published.sidecars
+            seen = await loop.run_in_executor(self._onlooker, self._redirects.look, sidecars)
+            await self._in_worker(partial(self._node.take_seen, seen))
+            for _ in range(REDIRECT_TURNS):
+                await asyncio.sleep(REDIRECT_TURN_S)
+                if self.published.sidecars.keys() != sidecars.keys():
+                    break
 
     async def _try_again(self) -> None:
         while True:
@@ -209,6 +240,11 @@ class Agent:
             uptime_s=time.monotonic() - self._started,
         )
 
+    async def bypasses(self) -> pb.Bypasses:
+        make = await self._in_worker(self._node.bypasses)
+        found = await asyncio.get_running_loop().run_in_executor(self._onlooker, make)
+        return pb.Bypasses(node=self._settings.node, json=found)
+
     async def add_endpoint(self, request: pb.AddEndpointRequest) -> pb.AddEndpointResponse:
         pod = f"{request.namespace}/{request.pod}"
         if not request.uid or not 1 <= len(request.interfaces) <= MAX_INTERFACES:
@@ -217,6 +253,9 @@ class Agent:
                 fix=f"give the pod's UID and 1 to {MAX_INTERFACES} interfaces",
             )  # fmt: skip
         hooked = await self._in_worker(lambda: self._node.add_endpoint(pod, request.uid, list(request.interfaces)))
+        if request.netns:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._onlooker, self._redirects.announce, request.uid, request.netns)
         ready = request.uid in self.published.ready
         if request.wait_ready:
             ready = await self._wait_ready(request.uid, min(max(request.timeout_s, 0.0), MAX_WAIT_S))

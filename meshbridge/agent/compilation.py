@@ -11,6 +11,7 @@ import structlog
 
 from meshbridge.agent.view import LocalPod
 from meshbridge.bypass.capture import capture_state
+from meshbridge.bypass.rules import SeenRules
 from meshbridge.datapath.policysets import PackedSet, RuleIds, pack_map
 from meshbridge.identity.model import IpAddress, IpFamily, Peer, ProxyClass, Workload
 from meshbridge.policy.capture import Capture
@@ -50,13 +51,14 @@ class Compiled:
 class Compilation:
     """The compiled policies of this node's pods.
 
-    A pod is compiled again when it changed, when a policy that selects it did, or when identities did that its policies
-    could tell from others.
+    A pod is compiled again when it changed, when the redirect rules seen of it or a policy that selects it did, or when
+    identities did that its policies could tell from others.
     """
 
     rules: RuleIds
     compiled: dict[str, Compiled] = field(default_factory=dict)
     _pods: dict[str, Workload] = field(default_factory=dict)
+    _seen: dict[str, SeenRules | None] = field(default_factory=dict)
     _captures: CaptureCache = field(default_factory=lambda: CaptureCache())
     _identities: Mapping[int, Peer] = field(default_factory=dict)
 
@@ -66,14 +68,18 @@ class Compilation:
         policies: PolicySet,
         identities: Mapping[int, Peer],
         changed: PolicySet | None = None,
+        seen: Mapping[str, SeenRules] | None = None,
     ) -> int:
         """Bring ``compiled`` up to date for these pods, by UID; returns how many had to be compiled.
 
         Args:
+            seen: the redirect rules in the pods' namespaces, as far as they were read; without them nothing of a pod
+                counts as captured.
             changed: the policies that changed, as they were and as they are; None: any may have.
         """
         for uid in self.compiled.keys() - pods.keys():
-            del self.compiled[uid], self._pods[uid]
+            del self.compiled[uid], self._pods[uid], self._seen[uid]
+        rules = seen or {}
         added = _added(self._identities, identities)
         self._identities = identities
         stale = [
@@ -83,20 +89,23 @@ class Compilation:
             or added is None
             or not _same(self._pods.get(uid), pod.workload)
             or self.compiled[uid].sets is None
+            or self._seen.get(uid) != rules.get(uid)
             or _concerns(changed, pod.workload)
-            or (added and self._tells_apart(policies, pod.workload, added))
+            or (added and self._tells_apart(policies, pod.workload, rules.get(uid), added))
         ]
         if stale:
             batch = _Batch(Compiler(identities), policies, self.rules, self._captures)
             for uid in stale:
-                self.compiled[uid] = batch.compile(pods[uid].workload)
-                self._pods[uid] = pods[uid].workload
+                self.compiled[uid] = batch.compile(pods[uid].workload, rules.get(uid))
+                self._pods[uid], self._seen[uid] = pods[uid].workload, rules.get(uid)
         return len(stale)
 
-    def _tells_apart(self, policies: PolicySet, workload: Workload, added: Mapping[int, Peer]) -> bool:
+    def _tells_apart(
+        self, policies: PolicySet, workload: Workload, seen: SeenRules | None, added: Mapping[int, Peer]
+    ) -> bool:
         """Whether some policy of the pod may pick one of the new peers by what it is."""
         selecting = policies.selecting(workload)
-        if selecting.authorization or selecting.refusals or self._captures.of(workload).outbound:
+        if selecting.authorization or selecting.refusals or self._captures.of(workload, seen).outbound:
             return True
         return any(_picks(rule, peer) for rule in selecting.network for peer in added.values())
 
@@ -107,17 +116,18 @@ class CaptureCache:
 
     _known: dict[tuple[object, ...], Capture] = field(default_factory=dict)
 
-    def of(self, workload: Workload) -> Capture:
-        """How the pod's TCP reaches Envoy, as its specification says it will; who judges there."""
+    def of(self, workload: Workload, seen: SeenRules | None) -> Capture:
+        """How the pod's TCP reaches Envoy, by the redirect rules that were seen; who judges there."""
         if workload.proxy is not ProxyClass.SIDECAR:
             return Capture.none()
         asked = _anonymous(workload)
-        key = (asked, *(tuple(sorted(m.items())) for m in _mappings_of(asked)))
+        key = (asked, seen, *(tuple(sorted(m.items())) for m in _mappings_of(asked)))
         found = self._known.get(key)
         if found is None:
             if len(self._known) >= _MAX_CAPTURES:
                 self._known.clear()
-            found = Capture(inbound=capture_state(asked).inbound(intended=True), judges=_JUDGES)
+            # Outbound bypasses are left out: of no destination does a node know for certain that it has all policies.
+            found = Capture(capture_state(asked, seen=seen).inbound(), _JUDGES)
             self._known[key] = found
         return found
 
@@ -133,9 +143,9 @@ class _Batch:
     _packed: dict[int, tuple[PolicyMap, PackedSet]] = field(default_factory=dict)
     _by_content: dict[PackedSet, PackedSet] = field(default_factory=dict)
 
-    def compile(self, workload: Workload) -> Compiled:
+    def compile(self, workload: Workload, seen: SeenRules | None) -> Compiled:
         try:
-            policy = self.compiler.endpoint(workload, self.policies, self.captures.of(workload))
+            policy = self.compiler.endpoint(workload, self.policies, self.captures.of(workload, seen))
             return Compiled(self._pack(policy), {d: _isolating(policy, d) for d in Direction})
         except Exception as error:  # whatever it is: this pod closes, the others go on, and it is said why
             log.exception("endpoint.not_compiled", pod=workload.key)

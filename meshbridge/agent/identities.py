@@ -41,6 +41,11 @@ class PeerNumbers:
         held = self.ipcache.exact.get(ipcache_key(address))
         return held.identity if held else None
 
+    def number(self, address: bytes) -> int | None:
+        """The same, for an address in the ipcache's form."""
+        held = self.ipcache.exact.get(address)
+        return held.identity if held else None
+
     def renumber(
         self,
         holders: Mapping[bytes, Peer],

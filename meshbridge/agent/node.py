@@ -8,23 +8,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import structlog
 
 from meshbridge import abi
+from meshbridge.agent.bypasses import bypasses_json
 from meshbridge.agent.compilation import Compilation
 from meshbridge.agent.endpoints import UNKNOWN_POD, Endpoints, Hooked, find_interfaces
 from meshbridge.agent.enforcer import Enforcer
 from meshbridge.agent.identities import PeerNumbers
 from meshbridge.agent.names import Names, labels_of
+from meshbridge.agent.redirects import Seen
 from meshbridge.agent.view import Changes, LocalPod, NodeView
 from meshbridge.datapath.ipcache import ipcache_key
-from meshbridge.datapath.links import NodeNetwork, pod_mac, read_network
+from meshbridge.datapath.links import Link, NodeNetwork, pod_mac, read_network
 from meshbridge.datapath.policysets import RuleIds
 from meshbridge.datapath.reconcile import DesiredEndpoint, DesiredState
 from meshbridge.errors import MeshBridgeError
-from meshbridge.identity.model import Entity, IpNetwork, Peer
+from meshbridge.identity.model import Entity, IpNetwork, Peer, ProxyClass
 from meshbridge.observe.messages import rule_messages
 from meshbridge.policy.model import Direction
 from meshbridge.policy.policyset import PolicySet
@@ -65,6 +68,8 @@ class Published:
     addresses: int = 0
     policies: int = 0
     durations: Durations = Durations()
+    sidecars: Mapping[str, tuple[Link, ...]] = field(default_factory=dict)
+    """The node's ends of the veths of pods with a sidecar, by UID: where redirect rules are to be looked for."""
 
 
 @dataclass(slots=True)
@@ -75,7 +80,9 @@ class Node:
     enforcer: Enforcer
     names: Names
     publish: Callable[[Published], None]
+    first_look: Callable[[Mapping[str, tuple[Link, ...]]], Seen] = lambda _: Seen()
     published: Published = Published()
+    _seen: Seen = field(default_factory=Seen)
     _view: NodeView = field(default_factory=NodeView)
     _endpoints: Endpoints = field(default_factory=Endpoints)
     _network: NodeNetwork = field(default_factory=lambda: NodeNetwork({}, frozenset(), {}))
@@ -119,6 +126,22 @@ class Node:
         network = read_network()
         self._see(network)
         self.step()
+
+    def take_seen(self, seen: Seen) -> None:
+        """Act on the redirect rules in the pods' namespaces as they are now."""
+        if seen != self._seen:
+            self._seen = seen
+            self.step()
+
+    def bypasses(self) -> Callable[[], bytes]:
+        """What makes the report on bypasses, from the state as it is now; it takes long, and may run elsewhere."""
+        pods = [pod.workload for pod in self._view.pods.values() if pod.is_hooked]
+        others = {
+            f"{holder.peer.namespace}/{holder.name}": self._peers.identities[number]
+            for address, holder in self._view.holders.items()
+            if holder.name and (number := self._peers.number(address)) is not None
+        }
+        return partial(bypasses_json, pods, self._policies, dict(self._seen.rules), others)
 
     def add_endpoint(self, pod: str, uid: str, interfaces: Iterable[str]) -> list[Hooked]:
         """The pod's interfaces are hooked, and drop everything until its policy is known.
@@ -174,7 +197,10 @@ class Node:
         pods = {uid: pod for uid, pod in self._view.pods.items() if pod.is_hooked}
         self._number_peers()
         touched = None if self._pending.everything else PolicySet.of_parsed(self._pending.policies, self._view.mesh)
-        compiled = self._compilation.update(pods, self._policies, self._peers.identities, touched)
+        if self._pending.everything and not self._compilation.compiled:
+            # what is captured now stays captured when an agent takes over
+            self._seen = self.first_look(self._sidecars())
+        compiled = self._compilation.update(pods, self._policies, self._peers.identities, touched, self._seen.rules)
         compiled_s = time.perf_counter() - started
         applied = self.enforcer.apply(DesiredState(self._desired_endpoints(pods), self._peers.ipcache))
         for hooked in fresh:
@@ -271,8 +297,17 @@ class Node:
             addresses=len(self._peers.ipcache.exact),
             policies=len(self._view.policies),
             durations=durations,
+            sidecars=self._sidecars(),
         )
         self.publish(self.published)
+
+    def _sidecars(self) -> dict[str, tuple[Link, ...]]:
+        found: dict[str, tuple[Link, ...]] = {}
+        for hooked in self._endpoints.hooked.values():
+            pod, link = self._view.pods.get(hooked.uid), self._network.links.get(hooked.ifindex)
+            if link is not None and pod is not None and pod.is_hooked and pod.workload.proxy is ProxyClass.SIDECAR:
+                found[hooked.uid] = (*found.get(hooked.uid, ()), link)
+        return found
 
     def _problems(self, states: Iterable[pb.EndpointState]) -> list[str]:
         found = dict.fromkeys(sorted(self._view.problems.values()))
@@ -311,7 +346,7 @@ class Node:
         elif compiled.sets is None:
             state.state, state.message = "not-ready", compiled.fault
         else:
-            state.state = "ready"
+            state.state, state.message = "ready", self._seen.problems.get(hooked.uid, "")
             for direction, enforced, policies in (
                 (Direction.INGRESS, "ingress_enforced", state.ingress_policies),
                 (Direction.EGRESS, "egress_enforced", state.egress_policies),

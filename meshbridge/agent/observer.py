@@ -32,6 +32,8 @@ class NodeApi(Protocol):
 
     def status(self) -> pb.Status: ...
 
+    async def bypasses(self) -> pb.Bypasses: ...
+
     async def add_endpoint(self, request: pb.AddEndpointRequest) -> pb.AddEndpointResponse:
         """
         Raises:
@@ -55,6 +57,9 @@ class ObserverService:
                     self.list_endpoints, pb.ListEndpointsRequest.FromString, pb.ListEndpointsResponse.SerializeToString
                 ),
                 "GetStatus": unary(self.get_status, pb.GetStatusRequest.FromString, pb.Status.SerializeToString),
+                "GetBypasses": unary(
+                    self.get_bypasses, pb.GetBypassesRequest.FromString, pb.Bypasses.SerializeToString
+                ),
                 "AddEndpoint": unary(
                     self.add_endpoint, pb.AddEndpointRequest.FromString, pb.AddEndpointResponse.SerializeToString
                 ),
@@ -82,6 +87,9 @@ class ObserverService:
 
     async def get_status(self, _request: pb.GetStatusRequest, _context: Any) -> pb.Status:
         return self._node.status()
+
+    async def get_bypasses(self, _request: pb.GetBypassesRequest, _context: Any) -> pb.Bypasses:
+        return await self._node.bypasses()
 
     async def add_endpoint(self, request: pb.AddEndpointRequest, context: Any) -> pb.AddEndpointResponse:
         try:

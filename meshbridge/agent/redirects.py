@@ -18,6 +18,14 @@ from meshbridge.datapath.redirect import NamespaceError, RedirectReader, find_na
 log = structlog.get_logger()
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The rules of pods by UID, and why those of a pod were not seen."""
+
+    rules: Mapping[str, SeenRules] = field(default_factory=dict)
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class Redirects:
     """The rules last seen of each pod, by UID; ``problems`` says why those of a pod were not.
@@ -35,24 +43,23 @@ class Redirects:
         """A CNI plugin says where the pod's namespace is; believed only if the pod's interface leads there."""
         self._announced[uid] = netns
 
-    def look(self, interfaces: Mapping[str, Iterable[Link]]) -> frozenset[str]:
-        """Read the rules of these pods; the UIDs of those whose rules are not what they were.
+    def look(self, interfaces: Mapping[str, Iterable[Link]]) -> Seen:
+        """Read the rules of these pods as they are now.
 
         Args:
             interfaces: The node's ends of each pod's veths, by UID. Pods that are missing are forgotten.
         """
-        before, told = dict(self.seen), dict(self.problems)
+        told = dict(self.problems)
         for uid in (self.seen.keys() | self.problems.keys() | self._paths.keys()) - interfaces.keys():
             self._forget(uid)
         numbers = {uid: _number(links) for uid, links in interfaces.items()}
         self._locate(numbers)
         for uid in interfaces:
             self._read(uid)
-        changed = frozenset(uid for uid in before.keys() | self.seen.keys() if before.get(uid) != self.seen.get(uid))
         for uid, problem in self.problems.items():
             if told.get(uid) != problem:
                 log.warning("redirects.not_seen", uid=uid, reason=problem)
-        return changed
+        return Seen(dict(self.seen), dict(self.problems))
 
     def _locate(self, numbers: Mapping[str, int | None]) -> None:
         """Bring ``_paths`` up to date: a path counts while the pod's interface leads to the namespace behind it."""

@@ -147,11 +147,12 @@ def capture_of(
         protocols: What Envoy takes a port for, where a Service says it.
         intended: As it will be once the redirect rules are seen; for previews, never for the kernel.
     """
+    outbound = {family: _bypasses(state.outbound_bypasses(family, intended=intended), family) for family in IpFamily}
     return Capture(
         state.inbound(interface, intended=intended),
         judges,
         dict(protocols or {}),
-        {family: _bypasses(state.outbound_bypasses(family, intended=intended), family) for family in IpFamily},
+        {family: bypasses for family, bypasses in outbound.items() if bypasses},
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from meshbridge.agent.bypasses import bypasses_json
-from meshbridge.agent.redirects import Redirects
+from meshbridge.agent.redirects import Redirects, Seen
 from meshbridge.bypass import annotations as a
 from meshbridge.bypass.annotations import MeshDefaults
 from meshbridge.bypass.initargs import parse_init_args
@@ -56,7 +56,7 @@ def link(name: str = "vpod") -> Link:
     return found
 
 
-def look(redirects: Redirects, *links: Link) -> frozenset[str]:
+def look(redirects: Redirects, *links: Link) -> Seen:
     return in_namespace(str(NETNS / NODE), lambda: redirects.look({"pod-uid": links}))
 
 
@@ -65,45 +65,42 @@ def write_rules(netns: str = POD) -> None:
     run("nsenter", f"--net={NETNS / netns}", "iptables-nft-restore", text=restore_text(config, IpFamily.IPV4))
 
 
-def test_rules_are_found_behind_the_veth_and_changes_are_told(node: None) -> None:
+def test_rules_are_found_behind_the_veth_and_changes_are_seen(node: None) -> None:
     redirects = Redirects()
-    assert look(redirects, link()) == {"pod-uid"}
-    assert redirects.seen["pod-uid"].rule_sets == ()
+    assert look(redirects, link()).rules["pod-uid"].rule_sets == ()
     write_rules()
-    assert look(redirects, link()) == {"pod-uid"}
-    assert look(redirects, link()) == frozenset()
-    assert redirects.problems == {}
+    seen = look(redirects, link())
+    assert seen.rules["pod-uid"].rule_sets
+    assert look(redirects, link()) == seen
+    assert seen.problems == {}
     run("nsenter", f"--net={NETNS / POD}", "iptables-nft", "-t", "nat", "-F")
-    assert look(redirects, link()) == {"pod-uid"}
+    assert look(redirects, link()) != seen
 
 
 def test_an_announced_namespace_is_believed_only_if_the_interface_leads_there(node: None) -> None:
     write_rules(OTHER)
-    redirects = Redirects()
-    redirects.announce("pod-uid", str(NETNS / OTHER))
-    look(redirects, link())
-    assert redirects.seen["pod-uid"].rule_sets == ()
-    redirects.announce("pod-uid", "/etc/passwd")
-    look(redirects, link())
-    assert redirects.seen["pod-uid"].rule_sets == ()
+    for path in (NETNS / OTHER, "/etc/passwd", "/no/such/file"):
+        redirects = Redirects()
+        redirects.announce("pod-uid", str(path))
+        assert look(redirects, link()).rules["pod-uid"].rule_sets == ()
+    redirects.announce("pod-uid", str(NETNS / POD))
+    assert look(redirects, link()).rules["pod-uid"].rule_sets == ()
 
 
 def test_a_pod_without_a_known_namespace_has_no_rules_that_were_seen(node: None) -> None:
     write_rules()
     redirects = Redirects()
-    look(redirects, link())
-    assert look(redirects) == {"pod-uid"}
-    assert redirects.seen == {}
-    assert "not found" in redirects.problems["pod-uid"]
-    assert look(redirects, link(), link("vother")) == frozenset()
-    assert redirects.seen == {}
+    assert look(redirects, link()).rules
+    for links in ((), (link(), link("vother"))):
+        seen = look(redirects, *links)
+        assert seen.rules == {}
+        assert "not found" in seen.problems["pod-uid"]
 
 
 def test_a_pod_that_is_gone_is_forgotten(node: None) -> None:
     redirects = Redirects()
     look(redirects, link())
-    assert in_namespace(str(NETNS / NODE), lambda: redirects.look({})) == {"pod-uid"}
-    assert (redirects.seen, redirects.problems) == ({}, {})
+    assert in_namespace(str(NETNS / NODE), lambda: redirects.look({})) == Seen()
 
 
 def test_the_report_follows_the_rules_that_were_seen(node: None) -> None:
