@@ -90,3 +90,26 @@ def table(section: Section) -> list[list[str]]:
     lines = [[column.title for column in section.columns]]
     lines += [[column.show(row.get(column.key)) for column in section.columns] for row in section.rows]
     return lines
+
+
+def markdown(report: Report) -> str:
+    """The report as docs/benchmarks.md holds it."""
+    lines = [", ".join(f"{key} {value}" for key, value in report.machine.items())]
+    for section in report.sections:
+        titles, *rows = table(section)
+        lines += [
+            "",
+            f"### {section.title}",
+            "",
+            _markdown_row(titles),
+            _markdown_row([":--", *["--:"] * len(titles[1:])]),
+        ]
+        lines += map(_markdown_row, rows)
+        remarks = [*(f"**{target}**" if not target.met else str(target) for target in section.targets), *section.notes]
+        lines += ["", *(f"- {remark}" for remark in remarks)] if remarks else []
+    lines += [f"\n{failure.name}: not measured: {failure.reason}" for failure in report.failures]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from meshbridge.bench.figures import Report, Section, table
+from meshbridge.bench.figures import Report, Section, markdown, table
 from meshbridge.bench.runner import PARTS, run
 
 EXIT_FAILED = 1
@@ -22,7 +22,7 @@ MIN_WIDTH = 132  # of the widest table; a narrower terminal wraps lines instead 
 @click.command(name="bench", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--only", "names", multiple=True, type=click.Choice(list(PARTS)), help="Only this part; repeatable.")
 @click.option("--quick", is_flag=True, help="Fewer repeats and smaller sizes: a look, not a figure.")
-@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("-o", "--output", type=click.Choice(["table", "json", "markdown"]), default="table", show_default=True)
 @click.option("--list", "list_parts", is_flag=True, help="Name the parts and stop.")
 def command(names: tuple[str, ...], quick: bool, output: str, list_parts: bool) -> None:
     """Measure what MeshBridge costs, as ratios within one run, pinned to one core (root).
@@ -49,6 +49,8 @@ def command(names: tuple[str, ...], quick: bool, output: str, list_parts: bool) 
         report = run(wanted, quick=quick, tell=_LinePerPart())
     if output == "json":
         click.echo(json.dumps(report.record(), indent=2, ensure_ascii=False))
+    elif output == "markdown":
+        click.echo(markdown(report), nl=False)
     else:
         show(report)
     sys.exit(EXIT_FAILED if report.failures else EXIT_MISSED if report.missed else 0)

@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from meshbridge.bench.figures import Column, Failure, Report, Section, Target, table
+from meshbridge.bench.figures import Column, Failure, Report, Section, Target, markdown, table
 from meshbridge.bench.iptables import Backend, RuleList, restore_text
 from meshbridge.bench.network import stale_names
 from meshbridge.bench.runner import PARTS
@@ -47,6 +47,15 @@ def test_report_is_json_and_says_which_targets_were_missed() -> None:
     assert [target["met"] for target in record["sections"][0]["targets"]] == [False, True]
     assert record["sections"][0]["rows"][1] == {"variant": "none", "p50": None}
     assert record["failures"] == [{"name": "agent", "reason": "not there"}]
+
+
+def test_markdown_shows_every_figure_and_puts_missed_targets_in_bold() -> None:
+    text = markdown(Report({"cpu": "x"}, False, [section(Target("our p50", 1.2, 1.05))], [Failure("agent", "gone")]))
+    lines = text.splitlines()
+    assert "| path | p50 µs |" in lines
+    assert "| ours | 1.3 |" in lines
+    assert any(line.startswith("- **MISSED: our p50") for line in lines)
+    assert lines[-1] == "agent: not measured: gone"
 
 
 def test_rule_list_has_the_rules_asked_for_and_the_matching_ones_last() -> None:
