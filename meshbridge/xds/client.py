@@ -205,7 +205,6 @@ class ControllerClient:
             message.number for message in self._partial.changed[xds.REVISION].values() if isinstance(message, Revision)
         ]
         if self._undecodable:
-            self._versions[xds.REVISION].clear()  # so that it is sent again after a reconnect
             log.error("revision.withheld", revision=max(numbers, default=0), resources=len(self._undecodable))
             return
         self.revision_received = max(numbers, default=self.revision_received)

@@ -176,6 +176,27 @@ def test_a_revision_with_an_undecodable_policy_is_withheld_until_it_is_mended(tm
     run(body)
 
 
+def test_an_undecodable_policy_that_went_while_the_controller_was_away_withholds_nothing(tmp_path: Path) -> None:
+    async def body() -> None:
+        source = Source()
+        source.put(1, {xds.POLICY: {"good": Policy(name="1"), "broken": b"\xff\xff\xff"}})
+        follower = client(tmp_path / "s")
+        updates = follower.updates()
+        pending = asyncio.ensure_future(anext(updates))
+        async with serving(tmp_path / "s", source):
+            await until(lambda: follower.connected)
+            await asyncio.sleep(0.2)
+            assert not pending.done()
+        await until(lambda: not follower.connected)
+        source.put(2, {xds.POLICY: {"good": Policy(name="1")}})
+        async with serving(tmp_path / "s", source):
+            update = await pending
+            assert (update.revision, set(update.changed[xds.POLICY])) == (2, {"good"})
+        await updates.aclose()
+
+    run(body)
+
+
 def test_a_client_waits_until_its_snapshot_is_known(tmp_path: Path) -> None:
     async def body() -> None:
         source = Source()

@@ -157,6 +157,29 @@ def test_a_refused_change_leaves_the_last_good_version_and_its_return_costs_noth
     assert settle(session, client, good) == 0
 
 
+def test_what_was_refused_is_sent_again_after_something_else_was_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client()
+    session = connect(client, xds.LISTENER)
+    bad = snapshot({xds.LISTENER: {"inbound": BAD}})
+    settle(session, client, bad)
+    settle(session, client, snapshot({xds.LISTENER: {"inbound": b"1"}}))
+    monkeypatch.setattr(f"{__name__}.BAD", b"nothing is bad any more")
+    settle(session, client, bad)
+    assert client.held[xds.LISTENER]["inbound"] == bad.of(xds.LISTENER)["inbound"]
+
+
+def test_a_refusal_that_comes_after_the_server_was_done_is_heeded() -> None:
+    client = Client()
+    session = connect(client, xds.LISTENER)
+    state = snapshot({xds.LISTENER: {"inbound": BAD, "outbound": b"1"}})
+    response = session.next_response(state)
+    assert response is not None
+    assert session.next_response(state) is None
+    session.receive(client.take(response))
+    settle(session, client, state)
+    assert set(client.held[xds.LISTENER]) == {"outbound"}
+
+
 def test_clusters_come_before_and_go_after_the_listeners_that_name_them() -> None:
     client = Client()
     session = connect(client, xds.CLUSTER, xds.LISTENER)
