@@ -64,13 +64,13 @@ def create_nodes(nodes: Iterable[NodeLayout]) -> None:
             )
 
 
-def create_pod(node: NodeLayout, pod: PodNetwork) -> None:
-    """The pod has its namespace and a veth into its node; the default routes go through the node.
+def create_pod(node: NodeLayout, pod: PodNetwork, sysctls: Mapping[str, str] | None = None) -> None:
+    """The pod has its namespace, with ``sysctls``, and a veth into its node; the default routes go through the node.
 
     Both sides are up afterwards: the agent has to be told before anything runs in it.
     """
     _ip(f"netns add {pod.netns}")
-    _sysctl(pod.netns, _POD_SYSCTLS)
+    _sysctl(pod.netns, {**_POD_SYSCTLS, **(sysctls or {})})
     _batch(node.netns, [f"link add {pod.interface} type veth peer name eth0 netns {pod.netns}"])
     _batch(
         pod.netns,

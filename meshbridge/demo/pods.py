@@ -21,6 +21,8 @@ from meshbridge.identity.model import IpFamily
 
 IMAGE = DEMO / "image"  # where containers find this project's sample applications
 BIN = DEMO / "bin"
+PROMETHEUS_CACHE = Path("/var/cache/meshbridge/prometheus/current")  # where scripts/setup unpacks Debian's package
+PROMETHEUS_MOUNT = DEMO / "prometheus-package"
 STATUS_AGENT = "status-agent"
 ENVOY = "envoy"
 _READY_TIMEOUT_S = 30.0
@@ -33,7 +35,7 @@ def create(record: PodRecord, guarded: bool = True) -> PodRecord:
     before its containers start.
     """
     record = record.save()
-    network.create_pod(record.layout, record.network)
+    network.create_pod(record.layout, record.network, record.sysctls)
     if guarded:
         node_agent.add_endpoint(record, wait_ready=False)
     write_status(record, "Pending")
@@ -98,11 +100,13 @@ def container_env(env: Mapping[str, str]) -> dict[str, str]:
 
 def prepare_images() -> None:
     """Make the places that containers find their programs in; the pods' users may not be able to read this checkout."""
-    for directory in (IMAGE, BIN, sidecar.ENVOY_MOUNT):
+    for directory in (IMAGE, BIN, sidecar.ENVOY_MOUNT, PROMETHEUS_MOUNT):
         directory.mkdir(parents=True, exist_ok=True)
     for name in ("python", "python3"):
         (BIN / name).unlink(missing_ok=True)
         (BIN / name).symlink_to(python())
+    (BIN / "prometheus").unlink(missing_ok=True)
+    (BIN / "prometheus").symlink_to(PROMETHEUS_MOUNT / "usr" / "bin" / "prometheus")
     HOSTS.touch()
 
 
@@ -194,7 +198,8 @@ def _probers(record: PodRecord) -> str:
 
 
 def _mounts() -> list[tuple[Path, Path]]:
-    return [(HOSTS, Path("/etc/hosts")), (PROJECT, IMAGE)]
+    unpacked = [(PROMETHEUS_CACHE, PROMETHEUS_MOUNT)] if PROMETHEUS_CACHE.is_dir() else []
+    return [(HOSTS, Path("/etc/hosts")), (PROJECT, IMAGE), *unpacked]
 
 
 def _log(record: PodRecord, name: str) -> Path:

@@ -83,6 +83,12 @@ class PodRecord:
         return None
 
     @property
+    def sysctls(self) -> dict[str, str]:
+        """Those of the pod's network namespace."""
+        asked = (self.pod["spec"].get("securityContext") or {}).get("sysctls", ())
+        return {item["name"]: str(item["value"]) for item in asked if item["name"].startswith("net.")}
+
+    @property
     def path(self) -> Path:
         return PODS / f"{self.namespace}_{self.name}.json"
 

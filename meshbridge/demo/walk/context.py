@@ -155,14 +155,15 @@ class Walk:
             yield traffic
             traffic.stop()
 
-    def arrived(self) -> Arrived:
-        """The service's counters now."""
-        answer = http_get(self.service.netns, "127.0.0.1", COUNTERS_PORT, "/")
+    def arrived(self, record: PodRecord | None = None) -> Arrived:
+        """A server's counters now; the service's, when none is named."""
+        record = record or self.service
+        answer = http_get(record.netns, "127.0.0.1", COUNTERS_PORT, "/")
         if answer.status != 200:
-            raise DemoError(f"its counters do not answer: {answer.error}", where=f"pod {self.service.key}")
-        connections = sidecar.counters(self.service, _INBOUND_CONNECTIONS)
+            raise DemoError(f"its counters do not answer: {answer.error}", where=f"pod {record.key}")
+        connections = sidecar.counters(record, _INBOUND_CONNECTIONS)
         if not connections:
-            raise DemoError("has no counter of inbound connections", where=f"Envoy of {self.service.key}")
+            raise DemoError("has no counter of inbound connections", where=f"Envoy of {record.key}")
         return Arrived(json.loads(answer.body), max(connections.values()))
 
     def flows(self, node: str, since_ns: int, kind: FlowKind, source: PodRecord, destination: PodRecord) -> list[Flow]:
