@@ -70,9 +70,6 @@ class PortClasses:
         """The class of one port."""
         return next(r.port_class for r in self.ranges if r.first <= port <= r.last)
 
-    def every(self, port_class: PortClass) -> bool:
-        return all(r.port_class is port_class for r in self.ranges)
-
 
 def _joined(ranges: Iterable[PortRange]) -> Iterator[PortRange]:
     pending: PortRange | None = None

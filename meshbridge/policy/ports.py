@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-PREFIX_PROTOCOL = 0
 PREFIX_PORT = 16
 PREFIX_ANY = 17
 """Numbers as in bpf/abi.h, POLICY_PREFIX_*."""

@@ -190,10 +190,6 @@ def in_namespace(namespace: str) -> Requirement:
 IS_POD = Requirement(LabelSource.NAMESPACE, "", Operator.EXISTS)
 
 
-def match_labels(labels: Mapping[str, str], source: LabelSource = LabelSource.POD) -> list[Requirement]:
-    return [Requirement(source, key, Operator.IN, (value,)) for key, value in labels.items()]
-
-
 @dataclass(frozen=True, slots=True)
 class LabelKeys:
     """The label keys that some policy can tell peers apart by; all others may be dropped from a ``Peer``."""
