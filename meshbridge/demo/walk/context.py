@@ -27,8 +27,8 @@ SERVICE_PORT = 8080
 SERVICE_PATH = "/api/v1/process"
 SERVICE = "finance/transaction-service"
 EVENT_TIMEOUT_S = 3.0
-# Envoy's counters that move when anybody reaches the inbound listener.
-_INBOUND_CONNECTIONS = r"^listener\..*15006\.downstream_cx_total$|^listener\.inbound\.downstream_cx_total$"
+# Envoy's counters that move when anybody reaches the inbound listener, with a filter chain for it or (STRICT) without.
+_INBOUND_CONNECTIONS = r"^listener\.inbound\.(downstream_cx_total|no_filter_chain_match)$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class Walk:
         connections = sidecar.counters(record, _INBOUND_CONNECTIONS)
         if not connections:
             raise DemoError("has no counter of inbound connections", where=f"Envoy of {record.key}")
-        return Arrived(json.loads(answer.body), max(connections.values()))
+        return Arrived(json.loads(answer.body), sum(connections.values()))
 
     def flows(self, node: str, since_ns: int, kind: FlowKind, source: PodRecord, destination: PodRecord) -> list[Flow]:
         """What the node's agent recorded of new flows from one pod to another."""
