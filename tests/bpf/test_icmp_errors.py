@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import pytest
 from conftest import DENY, NODE4, PEER4, PEER6, POD4, POD6, Pod
-from harness import ACK, ICMP, ICMP6, SYN, TCP, fragment_header, icmp_error, icmp_header, ip, ping, tcp, tcp_header, udp
+from harness import (
+    ACK,
+    ICMP,
+    ICMP6,
+    SYN,
+    TCP,
+    Harness,
+    Layer,
+    entry,
+    fragment_header,
+    icmp,
+    icmp_error,
+    icmp_header,
+    ip,
+    ping,
+    tcp,
+    tcp_header,
+    udp,
+)
 
-from meshbridge.abi import DropReason
+from meshbridge.abi import DropReason, PolicyVerdict
 
 FAMILIES = pytest.mark.parametrize(("mine", "peer", "router"),
                                    [(POD4, PEER4, NODE4), (POD6, PEER6, "fd00::fe")], ids=["v4", "v6"])  # fmt: skip
@@ -122,3 +140,15 @@ def test_source_quench_is_judged_by_policy_like_any_message(pod: Pod) -> None:
     assert pod.receive(packet).passed
     pod.change(ingress=DENY)
     assert pod.receive(packet).reason == DropReason.DROP_POLICY
+
+
+@pytest.mark.parametrize("packet", [icmp(PEER4, POD4, 13), ping(PEER4, POD4, 0, reply=True)], ids=["request", "reply"])
+def test_a_message_that_is_judged_by_itself_opens_no_flow(kernel: Harness, pod: Pod, packet: bytes) -> None:
+    """Its key would be that of a ping whose identifier is 0."""
+    only = {(0, ICMP, kind, 16): entry() for kind in (0, 13)}
+    kernel.policy_set(3, Layer(only, default=PolicyVerdict.POLICY_DENY))
+    pod.change(ingress=3, egress=DENY)
+    assert pod.receive(packet).passed
+    assert pod.flows() == 0
+    assert not pod.receive(ping(PEER4, POD4, 0)).passed
+    assert not pod.send(ping(POD4, PEER4, 0, reply=True)).passed
