@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from meshbridge.bypass.findings import Finding, FindingCode, Severity
+from meshbridge.bypass.findings import Finding, FindingCode, Severity, shortened
 from meshbridge.bypass.initargs import FALSE, parse_bool
 from meshbridge.bypass.redirect_config import RedirectConfig, parse_prefix
 from meshbridge.identity.model import ProxyContainer, Workload
@@ -83,7 +83,7 @@ def check_injector(annotations: Mapping[str, str]) -> tuple[Finding, ...]:
                 Finding(
                     FindingCode.INJECTOR_REFUSES,
                     Severity.ERROR,
-                    f'annotation {name}: "{annotations[name][:200]}"',
+                    f'annotation {name}: "{shortened(annotations[name])}"',
                     reason,
                     _FIXES[check],
                 )
@@ -98,7 +98,7 @@ def check_cni(annotations: Mapping[str, str]) -> tuple[Finding, ...]:
         if name == KUBEVIRT_INTERFACES and REROUTE_INTERFACES in annotations:
             continue  # not looked at
         if name in annotations and (reason := check(annotations[name])):
-            subject = f'annotation {name}: "{annotations[name][:200]}"'
+            subject = f'annotation {name}: "{shortened(annotations[name])}"'
             what = f"{reason}: the CNI plugin fails and the pod never starts"
             found.append(Finding(FindingCode.NEVER_STARTS, Severity.ERROR, subject, what, _FIXES.get(check, "")))
     return tuple(found)
@@ -272,7 +272,7 @@ def cni_config(annotations: Mapping[str, str], proxy: ProxyContainer | None) -> 
             continue
         if annotation in annotations:
             values[name] = annotations[annotation]
-            sources[name] = f'annotation {annotation}: "{annotations[annotation]}"'
+            sources[name] = f'annotation {annotation}: "{shortened(annotations[annotation])}"'
     own = values["exclude_inbound_ports"].strip().removesuffix(",")
     values["exclude_inbound_ports"] = ",".join(dict.fromkeys([*(own.split(",") if own else []), *ISTIO_PORTS]))
     env = proxy.env if proxy else {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from meshbridge.bypass import annotations as asked
 from meshbridge.bypass.annotations import MeshDefaults
-from meshbridge.bypass.findings import Finding, FindingCode, Severity
+from meshbridge.bypass.findings import Finding, FindingCode, Severity, shortened
 from meshbridge.bypass.initargs import parse_init_args
 from meshbridge.bypass.redirect_config import RedirectConfig, RefusedError, istio_rules
 from meshbridge.bypass.state import Truth
@@ -75,7 +75,7 @@ def _predicted(workload: Workload, mesh: MeshDefaults) -> Expected:
     sources = dict(config.sources)
     for annotation, name in asked.FIELD_OF_ANNOTATION.items():
         if annotation in given:
-            sources[name] = f'annotation {annotation}: "{given[annotation]}"'
+            sources[name] = f'annotation {annotation}: "{shortened(given[annotation])}"'
     return _checked(workload, Truth.PREDICTED, replace(config, sources=sources), list(findings))
 
 
@@ -89,7 +89,7 @@ def _checked(workload: Workload, truth: Truth, config: RedirectConfig, findings:
             istio_rules(config, family)
     except RefusedError as error:
         subject = config.source(error.field) or error.field
-        what = f"{error.value!r}: {error.reason}: setting up redirection fails and the pod never starts"
+        what = f"{shortened(error.value)!r}: {error.reason}: setting up redirection fails and the pod never starts"
         findings.append(Finding(FindingCode.NEVER_STARTS, Severity.ERROR, subject, what))
         return Expected(truth, None, tuple(findings), starts=False, reason=str(error))
     return Expected(truth, config, tuple(findings))
@@ -118,13 +118,13 @@ def contradictions(workload: Workload, config: RedirectConfig) -> list[Finding]:
             )
             if missing or extra:
                 actual_source = config.source(name) or f"istio-init was given no value for {name}"
-                what = f'says "{wanted}", but {actual_source}: followed istio-init'
+                what = f'says "{shortened(wanted)}", but {actual_source}: followed istio-init'
                 fix = "restart the pod if the annotation was edited after it started"
                 found.append(
                     Finding(FindingCode.ARGUMENTS_CONTRADICT, Severity.WARNING, f"annotation {annotation}", what, fix)
                 )
         elif name.startswith("exclude") and (extra := _items(actual) - _added(annotation, given)):
-            listed = ",".join(sorted(extra))
+            listed = shortened(",".join(sorted(extra)))
             what = f"excludes {listed} although no annotation of the pod asks for it (mesh-wide global.proxy values?)"
             found.append(Finding(FindingCode.MESH_WIDE, Severity.INFO, config.source(name), what))
     return found

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
+
+SHOWN: Final = 200
+
+
+def shortened(value: str) -> str:
+    """A value as it is quoted: a pod may carry a quarter of a megabyte of it."""
+    return value if len(value) <= SHOWN else f"{value[:SHOWN]}…"
 
 
 class Severity(StrEnum):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from meshbridge.bypass.findings import Finding, FindingCode, Severity
+from meshbridge.bypass.findings import Finding, FindingCode, Severity, shortened
 from meshbridge.bypass.redirect_config import RedirectConfig
 
 MAX_ARGUMENTS: Final = 256
@@ -174,7 +174,7 @@ def _apply(
         findings.append(_fatal(f"istio-init argument {written}", f"invalid boolean {value!r}"))
         words.clear()
         return config
-    return _set(config, flag, value, f'istio-init argument {written} "{value}"')
+    return _set(config, flag, value, f'istio-init argument {written} "{shortened(value)}"')
 
 
 def _from_environment(env: Mapping[str, str]) -> RedirectConfig:
@@ -185,10 +185,11 @@ def _from_environment(env: Mapping[str, str]) -> RedirectConfig:
             value = env.get(variable)
             if value is None or len(value) > MAX_VALUE or (flag.boolean and parse_bool(value) is None):
                 continue
-            config = _set(config, flag, value, f'istio-init environment {variable}="{value}"')
+            config = _set(config, flag, value, f'istio-init environment {variable}="{shortened(value)}"')
     for variable, field in _VARIABLES_ONLY.items():
         if variable in env:
-            sources = {**config.sources, field: f'istio-init environment {variable}="{env[variable]}"'}
+            source = f'istio-init environment {variable}="{shortened(env[variable])}"'
+            sources = {**config.sources, field: source}
             config = replace(config, **{field: env[variable], "sources": sources})  # type: ignore[arg-type]
     return config
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import ip_network
+from itertools import islice
 from typing import Final
 
 from meshbridge.bypass.iptables import parse_rule
-from meshbridge.bypass.rules import Base, Hook, Rule, RuleSet, port_range
+from meshbridge.bypass.rules import MAX_RULES, Base, Hook, Rule, RuleSet, port_range
 from meshbridge.identity.model import IpFamily, IpNetwork
 
 LOOPBACK: Final = {IpFamily.IPV4: "127.0.0.1/32", IpFamily.IPV6: "::1/128"}
@@ -146,7 +147,10 @@ def istio_rules(config: RedirectConfig, family: IpFamily) -> RuleSet:
     if not config.writes_rules:
         return RuleSet("expected", family)
     chains: dict[str, list[Rule]] = {}
-    for table, line, origin in rule_lines(config, family):
+    lines = list(islice(rule_lines(config, family), MAX_RULES + 1))
+    if len(lines) > MAX_RULES:
+        return RuleSet("expected", family, problems=(f"the settings make more than {MAX_RULES} rules",))
+    for table, line, origin in lines:
         chain, rule = parse_rule(line, table, family, origin)
         chains.setdefault(chain, []).append(rule)
     bases = (

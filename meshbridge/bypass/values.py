@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import islice
 
 from meshbridge.bypass.annotations import EXCLUDE_INBOUND_PORTS, EXCLUDE_OUTBOUND_PORTS, ISTIO_PORTS
-from meshbridge.bypass.findings import Finding, FindingCode, Severity
+from meshbridge.bypass.findings import Finding, FindingCode, Severity, shortened
 from meshbridge.bypass.redirect_config import RedirectConfig, has_loopback, items
 from meshbridge.bypass.rules import SERVICE_PORTS, port_range
 from meshbridge.bypass.sets import IntSet, union
 from meshbridge.identity.model import Workload
 
+MAX_FINDINGS = 16
 _PORT_FIELDS = ("exclude_inbound_ports", "include_inbound_ports", "exclude_outbound_ports", "include_outbound_ports")
 
 
 def value_findings(workload: Workload, config: RedirectConfig, *, cni: bool) -> list[Finding]:
     """Everything worth saying about settings that istio-iptables accepts."""
-    found = [finding for name in _PORT_FIELDS for finding in _port_findings(config, name)]
+    found = [finding for name in _PORT_FIELDS for finding in islice(_port_findings(config, name), MAX_FINDINGS)]
     found += _inbound_findings(workload, config)
     found += _outbound_findings(workload, config, cni)
     if workload.init_containers and not cni:
@@ -72,7 +74,8 @@ def _inbound_findings(workload: Workload, config: RedirectConfig) -> Iterable[Fi
     if config.include_inbound_ports != "*":
         included = _ports(config.include_inbound_ports)
         if excluded - own:
-            what = f"is ignored: the list {config.include_inbound_ports!r} alone decides, all else bypasses Envoy"
+            listed = shortened(config.include_inbound_ports)
+            what = f"is ignored: the list {listed!r} alone decides, all else bypasses Envoy"
             fix = "remove one of the two"
             yield Finding(FindingCode.EXCLUDE_IGNORED, Severity.WARNING, subject, what, fix)
         captured, where = included & own, config.source("include_inbound_ports") or "includeInboundPorts"
@@ -87,7 +90,7 @@ def _inbound_findings(workload: Workload, config: RedirectConfig) -> Iterable[Fi
     named = EXCLUDE_INBOUND_PORTS in workload.annotations or excluded - own
     unknown = excluded - own - declared - probes
     if config.include_inbound_ports == "*" and named and unknown and declared:
-        what = f"excludes ports {unknown}, which no container declares"
+        what = f"excludes ports {shortened(str(unknown))}, which no container declares"
         yield Finding(FindingCode.UNKNOWN_PORT, Severity.WARNING, subject, what, f"declared are {declared}")
 
 

@@ -10,12 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshbridge.bypass import annotations as a
+from meshbridge.bypass.annotations import MeshDefaults
+from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.iptables import parse_iptables_save
 from meshbridge.bypass.nft import parse_nft_json
 from meshbridge.bypass.rules import Action, Hook, RuleSet
 from meshbridge.bypass.sets import Box
 from meshbridge.bypass.walk import Outcome, regions
-from meshbridge.identity.model import IpFamily
+from meshbridge.identity.model import IpFamily, ProxyClass, Workload
+from meshbridge.policy.capture import PortClass
 
 V4 = IpFamily.IPV4
 _OPTIONS = "-A -j -g -m -p -s -d -i -o ! --dport --dports --uid-owner --ctstate --mark --to-ports --set-xmark --comment"
@@ -138,3 +142,15 @@ def test_nftables_rules_read_from_json() -> None:
     # for IPv6 the rule, which asks for an IPv4 address, matches nothing
     (other,) = parse_nft_json(text, IpFamily.IPV6).chains["inet/t/c"]
     assert other.match.empty
+
+
+def test_an_annotation_of_every_port_there_is_ends_soon_and_captures_nothing() -> None:
+    every = ",".join(str(port) for port in range(65536))
+    annotations = {a.EXCLUDE_INBOUND_PORTS: every, a.EXCLUDE_OUTBOUND_PORTS: "," * 1000 + "0120," * 40000 + "1"}
+    arguments = a.render_init_args(annotations, MeshDefaults())
+    pod = Workload("shop", "web", "u", "n", (), annotations=annotations, proxy=ProxyClass.SIDECAR, init_args=arguments)
+    started = time.process_time()
+    state = capture_state(pod)
+    assert time.process_time() - started < 5
+    assert state.inbound(intended=True)[V4].at(80) is PortClass.EXCLUDED
+    assert sum(len(str(finding)) for finding in state.findings) < 100_000
