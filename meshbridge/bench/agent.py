@@ -124,7 +124,7 @@ def _measure_scale(bench: Workbench, scale: Scale, number: int) -> tuple[Footpri
     probes = change.probe_places(node)
     others = _other_endpoints(bench, node, scale, number)
     places = [*probes, *(place for place, _pod in others)]
-    system = start_system(bench, node, cluster.population(scale, places, node.address))
+    system = start_system(bench, node, cluster.population(scale, places, node.address), agent_core=bench.core)
     started = time.perf_counter()
     change.add_probes(system, node, probes)
     for place, pod in others:

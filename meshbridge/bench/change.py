@@ -48,7 +48,7 @@ _SMALL = Scale(endpoints=2, addresses=10, policies=10)
 def measure(bench: Workbench) -> list[Section]:
     node = create_node(bench.stack, "change", 0)
     places = probe_places(node)
-    system = start_system(bench, node, cluster.population(_SMALL, places, node.address))
+    system = start_system(bench, node, cluster.population(_SMALL, places, node.address), agent_core=bench.core)
     add_probes(system, node, places)
     changes = time_changes(bench, system, Prober(bench, node), bench.pick(200, 40))
     title = "From a changed policy file to the first packet judged by it"

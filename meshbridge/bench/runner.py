@@ -14,7 +14,7 @@ from pathlib import Path
 from meshbridge.bench import agent, change, denied, http, program, tcp
 from meshbridge.bench.errors import BenchError
 from meshbridge.bench.figures import Failure, Report, Section
-from meshbridge.bench.machine import describe, leave_core, measured_core
+from meshbridge.bench.machine import come_first, describe, leave_core, measured_core
 from meshbridge.bench.network import PREFIX
 from meshbridge.bench.processes import interrupt_on_terminate
 from meshbridge.bench.system import sweep
@@ -53,6 +53,7 @@ def run(names: Iterable[str], *, quick: bool, tell: Callable[[str], None]) -> Re
     core = measured_core()
     machine = {**describe(), "measured core": str(core)}
     leave_core(core)
+    come_first()
     started = time.monotonic()
     sections: list[Section] = []
     failures: list[Failure] = []

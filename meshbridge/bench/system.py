@@ -32,12 +32,16 @@ _TOKEN_LIFETIME = timedelta(hours=2)
 
 @dataclass(slots=True)
 class System:
-    """One controller, and one node with its agent; everything of it ends with the workbench's stack."""
+    """One controller, and one node with its agent; everything of it ends with the workbench's stack.
+
+    ``agent_core`` is the measured core where the agent is what is measured; else agents keep off it.
+    """
 
     bench: Workbench
     node: Node
     folder: Path
     controller: Process
+    agent_core: int | None
     agent: Process = field(init=False)
 
     @property
@@ -59,12 +63,12 @@ class System:
 
     def start_agent(self) -> Process:
         """Start the node's agent (again)."""
-        self.agent = self._start("agent")
+        self.agent = self._start("agent", self.agent_core)
         return self.agent
 
     def start_authz(self) -> Process:
         """Start the node's authz server; its socket is there when this returns."""
-        authz = self._start("authz", core=self.bench.core)
+        authz = self._start("authz", self.bench.core)
         wait_until(self.authz_socket.exists, "the authz server's socket", authz)
         return authz
 
@@ -121,7 +125,7 @@ class System:
         options = [("grpc.default_authority", "localhost")]
         return grpc.insecure_channel(f"unix:{RUN / self.node.name / 'agent.sock'}", options=options)
 
-    def _start(self, verb: str, core: int | None = None) -> Process:
+    def _start(self, verb: str, core: int | None) -> Process:
         self.controller.check()
         argv = [meshbridge(), verb, "--node", self.node.name, "--controller", f"unix:{self.folder / 'controller.sock'}"]
         argv += ["--token-file", str(self.folder / "node.token")]
@@ -132,10 +136,10 @@ class System:
         return process
 
 
-def start_system(bench: Workbench, node: Node, objects: Sequence[Object] = ()) -> System:
+def start_system(bench: Workbench, node: Node, objects: Sequence[Object], *, agent_core: int | None = None) -> System:
     """A controller that serves ``objects``, and the node's agent, both in the node's namespace."""
     folder = bench.folder / node.name
-    system = System(bench, node, folder, controller=_start_controller(bench, node, folder, objects))
+    system = System(bench, node, folder, _start_controller(bench, node, folder, objects), agent_core)
     system.start_agent()
     return system
 

@@ -10,7 +10,17 @@ from meshbridge.bench.cluster import Place
 from meshbridge.bench.errors import BenchError
 from meshbridge.bench.figures import Section, Target
 from meshbridge.bench.iptables import Backend, RuleList
-from meshbridge.bench.lanes import COLUMNS, PORT, Lane, compare, rows, run_client, start_server, without_generator
+from meshbridge.bench.lanes import (
+    COLUMNS,
+    PORT,
+    Lane,
+    compare,
+    cpu_section,
+    rows,
+    run_client,
+    start_server,
+    without_generator,
+)
 from meshbridge.bench.network import Node, create_node
 from meshbridge.bench.processes import Process
 from meshbridge.bench.samples import Sample, collect
@@ -36,7 +46,7 @@ _TITLES = {
 
 def measure(bench: Workbench) -> list[Section]:
     lanes = _build(bench)
-    return [_section(bench, lanes, client, title) for client, title in _TITLES.items()]
+    return [section for client, title in _TITLES.items() for section in _sections(bench, lanes, client, title)]
 
 
 def _build(bench: Workbench) -> dict[str, Lane]:
@@ -72,7 +82,7 @@ def enforce(bench: Workbench, node: Node) -> Process:
     return system.agent
 
 
-def _section(bench: Workbench, lanes: Mapping[str, Lane], client: str, title: str) -> Section:
+def _sections(bench: Workbench, lanes: Mapping[str, Lane], client: str, title: str) -> list[Section]:
     def measure_once(variant: str) -> Sample:
         bench.tell(f"tcp {client}: {variant}")
         return run_client(bench, lanes[variant], client)
@@ -86,4 +96,7 @@ def _section(bench: Workbench, lanes: Mapping[str, Lane], client: str, title: st
     ]
     ours = compare(samples, OURS, BASELINE, lambda sample: sample.p50_ns).median
     target = Target(f"our p50, {client}", ours, P50_LIMIT)
-    return Section(f"tcp-{client}", title, COLUMNS, rows(samples, BASELINE), [target], notes)
+    return [
+        Section(f"tcp-{client}", title, COLUMNS, rows(samples, BASELINE), [target], notes),
+        cpu_section(f"tcp-{client}-cpu", f"CPU time of one: {title[0].lower()}{title[1:]}", samples, ()),
+    ]

@@ -16,7 +16,7 @@ from meshbridge.bench.runner import PARTS, run
 
 EXIT_FAILED = 1
 EXIT_MISSED = 3
-MIN_WIDTH = 132  # of the widest table; a narrower terminal wraps lines instead of losing figures
+MIN_WIDTH = 140  # of the widest table; a narrower terminal wraps lines instead of losing figures
 
 
 @click.command(name="bench", context_settings={"help_option_names": ["-h", "--help"]})
