@@ -21,6 +21,8 @@ from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import Problem, ProblemReason
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Document
+from meshbridge.policy.parse.cluster import Service
+from meshbridge.policy.policyset import PolicySet
 from meshbridge.protos.agent_pb2 import Revision
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.auth import Caller, CallerKind
@@ -82,8 +84,8 @@ class Controller:
 
     Cost: a change of policies touches the nodes with an endpoint it selects before or after; their policies are
     gathered anew, and an equal result is the same snapshot and no revision. Sidecars are looked at afterwards, in
-    ``refresh_sidecars``, so that no node waits for them; a change of pods, Services or PeerAuthentications there costs
-    a look at every pod, any other a look at every connected sidecar.
+    ``maintain_sidecars``, so that no node waits for them; a change of pods, Services or PeerAuthentications there
+    costs a look at every pod, in a thread, any other a look at every connected sidecar.
     """
 
     def __init__(self, secrets: SecretStore, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
@@ -98,6 +100,7 @@ class Controller:
         self._mesh_resources: Resources = {"mesh": resource(mesh_message(self.cluster.mesh))}
         self._clients: dict[Caller, _Client] = {}
         self._destinations: tuple[MtlsDestination, ...] | None = None
+        self._destinations_stale = True
         self._revision = 0
         self._synced = False
 
@@ -144,21 +147,9 @@ class Controller:
                 self._update_node(client)
             else:
                 self._assemble(client, {})
-        if touched is None or touched.destinations:
-            self._destinations = None
+        self._destinations_stale |= touched is None or touched.destinations
         if touched is None or touched.sidecars or first:
             self.sidecars_stale.set()
-
-    def refresh_sidecars(self) -> None:
-        """Give every connected sidecar what it should have now, certificates included."""
-        self.sidecars_stale.clear()
-        for client in list(self._clients.values()):
-            if client.caller.kind is not CallerKind.POD:
-                continue
-            try:
-                self._update_pod(client)
-            except Exception:  # one pod's configuration may not keep policy from all others; its Envoy keeps the last
-                log.exception("sidecar.failed", pod=client.caller.node_id)
 
     async def maintain_sidecars(self) -> None:
         """Refresh sidecars whenever something they depend on changed or a certificate is due."""
@@ -168,8 +159,26 @@ class Controller:
                     await self.sidecars_stale.wait()
             due = self._secrets.next_rotation()
             if self.sidecars_stale.is_set() or (due is not None and due <= self._now()):
-                await asyncio.sleep(0)  # what nodes were just told goes out first
-                self.refresh_sidecars()
+                await self.refresh_sidecars()
+
+    async def refresh_sidecars(self) -> None:
+        """Give every connected sidecar what it should have now, certificates included."""
+        self.sidecars_stale.clear()
+        if self._destinations_stale and any(c.caller.kind is CallerKind.POD for c in self._clients.values()):
+            self._destinations_stale = False  # what changes from here on is looked at the next time
+            self._destinations = await asyncio.to_thread(mtls_destinations, *self._destination_inputs())
+        for client in list(self._clients.values()):
+            if client.caller.kind is not CallerKind.POD:
+                continue
+            try:
+                self._update_pod(client)
+            except Exception:  # one pod's configuration may not keep policy from all others; its Envoy keeps the last
+                log.exception("sidecar.failed", pod=client.caller.node_id)
+
+    def _destination_inputs(self) -> tuple[tuple[Workload, ...], tuple[Service, ...], PolicySet]:
+        """Copies, so that a thread may read them."""
+        cluster = self.cluster
+        return tuple(cluster.workloads), tuple(cluster.services.values()), cluster.peer_authentications()
 
     def _apply(self, changes: Mapping[Key, tuple[Document, ...]]) -> Touched | None:
         """What was touched; None: everything, as the mesh's own settings changed."""
@@ -268,9 +277,8 @@ class Controller:
             self._refuse(client, f"pod {caller.node_id} does not run as {caller.service_account!r}")
             return
         if self._destinations is None:
-            self._destinations = mtls_destinations(
-                self.cluster.workloads, self.cluster.services.values(), self.cluster.peer_authentications()
-            )
+            self.sidecars_stale.set()  # the first sidecar: it takes a look at every pod
+            return
         services = [service for service in self.cluster.services.values() if service.namespace == pod.namespace]
         sidecar = build_sidecar(pod, self.cluster.policies_of(pod), services, self._destinations)
         last = client.snapshot.types if client.snapshot is not None else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -95,7 +96,7 @@ class World:
     def apply(self, changes: Mapping[Key, tuple[Document, ...]]) -> None:
         self.woken.clear()
         self.controller.apply(changes, frozenset())
-        self.controller.refresh_sidecars()
+        asyncio.run(self.controller.refresh_sidecars())
 
     def names(self, feed: Feed, type_url: str) -> set[str]:
         assert feed.snapshot is not None
@@ -333,7 +334,7 @@ def test_certificates_are_renewed_over_the_same_stream(world: World) -> None:
     assert envoy.snapshot is not None
     before = envoy.snapshot
     world.now += SVID_LIFETIME / 2
-    world.controller.refresh_sidecars()
+    asyncio.run(world.controller.refresh_sidecars())
     assert envoy.snapshot.of(xds.SECRET)["default"] != before.of(xds.SECRET)["default"]
     assert envoy.snapshot.of(xds.LISTENER) is before.of(xds.LISTENER)
 
