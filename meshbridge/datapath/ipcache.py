@@ -1,4 +1,5 @@
-"""Who holds which address, as the kernel looks it up: exact addresses first, then the longest prefix, then world."""
+"""Who holds which address, as the kernel looks it up: exact addresses first, then the longest prefix, then the world
+of the address's family."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from meshbridge.identity.model import IpAddress, IpNetwork
 Prefix = tuple[int, bytes]
 """Bits and address of a prefix in the 16-byte form, ``struct ipcache_cidr_key``."""
 
-WORLD: Final = int(abi.ReservedIdentity.IDENTITY_WORLD)
+WORLD_IPV4: Final = int(abi.ReservedIdentity.IDENTITY_WORLD_IPV4)
+WORLD_IPV6: Final = int(abi.ReservedIdentity.IDENTITY_WORLD_IPV6)
+EVERY_IPV4: Final[Prefix] = (96, abi.V4_MAPPED + bytes(4))
+EVERY_ADDRESS: Final[Prefix] = (0, bytes(16))
+"""The prefix of all IPv6 addresses, which in this form also covers every IPv4 address that no longer one does."""
+
 _ADDRESS_BITS: Final = 128
 
 
@@ -26,9 +32,8 @@ class Identities(NamedTuple):
         return self.forwarded_identity or self.identity
 
 
-UNKNOWN: Final = Identities(WORLD)
-EVERYTHING: Final[Prefix] = (0, bytes(16))
-"""The prefix that covers every address of both families."""
+_NOBODY_IPV4: Final = Identities(WORLD_IPV4)
+_NOBODY_IPV6: Final = Identities(WORLD_IPV6)
 
 
 def ipcache_key(address: IpAddress) -> bytes:
@@ -50,10 +55,10 @@ class Ipcache:
 
     def lookup(self, address: bytes) -> Identities:
         """The identities of an address."""
-        found = self.exact.get(address)
-        return self.covering((_ADDRESS_BITS, address)) if found is None else found
+        nobody = _NOBODY_IPV4 if address.startswith(abi.V4_MAPPED) else _NOBODY_IPV6
+        return self.exact.get(address) or self.covering((_ADDRESS_BITS, address)) or nobody
 
-    def covering(self, prefix: Prefix) -> Identities:
+    def covering(self, prefix: Prefix) -> Identities | None:
         """The identities of those addresses of ``prefix`` for which nothing more specific is written."""
         longest, address = prefix
         for bits in self._lengths:
@@ -61,7 +66,7 @@ class Ipcache:
                 found = self.prefixes.get((bits, masked(address, bits)))
                 if found is not None:
                     return found
-        return UNKNOWN
+        return None
 
 
 def masked(address: bytes, bits: int) -> bytes:
@@ -86,4 +91,13 @@ def _changed_lookups(before: Ipcache, after: Ipcache) -> Iterator[tuple[Identiti
                 yield before.lookup(address), after.lookup(address)
     for prefix in before.prefixes.keys() | after.prefixes.keys():
         if before.prefixes.get(prefix) != after.prefixes.get(prefix):
-            yield before.covering(prefix), after.covering(prefix)
+            for nobody in _worlds(prefix):
+                yield before.covering(prefix) or nobody, after.covering(prefix) or nobody
+
+
+def _worlds(prefix: Prefix) -> tuple[Identities, ...]:
+    """Who is behind addresses of this prefix that nobody holds."""
+    bits, address = prefix
+    if bits < EVERY_IPV4[0]:
+        return (_NOBODY_IPV4, _NOBODY_IPV6)
+    return (_NOBODY_IPV4,) if address.startswith(abi.V4_MAPPED) else (_NOBODY_IPV6,)

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from meshbridge import abi
-from meshbridge.datapath.ipcache import EVERYTHING, WORLD, Identities, Ipcache, moves
+from meshbridge.datapath.ipcache import (
+    EVERY_ADDRESS,
+    EVERY_IPV4,
+    WORLD_IPV4,
+    WORLD_IPV6,
+    Identities,
+    Ipcache,
+    moves,
+)
 from meshbridge.datapath.policysets import SET_ID, PackedSet, differing, layout, overlay, read_sets
 from meshbridge.datapath.tables import Item, Table, TableName
 from meshbridge.identity.model import IpAddress, IpFamily
@@ -159,7 +167,7 @@ def plan(observed: ObservedState, desired: DesiredState) -> Plan:
 
 
 def _with_aliases(ipcache: Ipcache, aliases: Mapping[int, int]) -> Ipcache:
-    """The same holders under their aliases; what nobody holds gets the alias of world from a prefix that covers all."""
+    """The same holders under their aliases; what nobody holds gets the alias of its world from a prefix over all."""
     if not aliases:
         return ipcache
 
@@ -167,8 +175,10 @@ def _with_aliases(ipcache: Ipcache, aliases: Mapping[int, int]) -> Ipcache:
         return Identities(*(aliases.get(number, number) for number in value))
 
     prefixes = {key: renamed(value) for key, value in ipcache.prefixes.items()}
-    if WORLD in aliases:
-        prefixes.setdefault(EVERYTHING, Identities(aliases[WORLD]))
+    if not aliases.keys().isdisjoint((WORLD_IPV4, WORLD_IPV6)):
+        # both: the prefix of IPv6 would answer for IPv4 as well
+        prefixes.setdefault(EVERY_IPV4, renamed(Identities(WORLD_IPV4)))
+        prefixes.setdefault(EVERY_ADDRESS, renamed(Identities(WORLD_IPV6)))
     return Ipcache({key: renamed(value) for key, value in ipcache.exact.items()}, prefixes)
 
 

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reconcile_cases import (
+    ADDRESSES,
+    API,
+    IDENTITIES,
+    NODE,
+    PEERS,
+    PORTS,
+    PREFIXES,
+    RULES,
+    SETS,
+    TRANSITIONS,
+    WEB,
+)
 
 from meshbridge import abi
-from meshbridge.datapath.ipcache import WORLD, Identities, Ipcache, ipcache_key, ipcache_prefix, masked
+from meshbridge.datapath.ipcache import WORLD_IPV4, WORLD_IPV6, Identities, Ipcache, ipcache_key, ipcache_prefix, masked
 from meshbridge.datapath.policysets import PackedSet, RuleIds, differing, overlay, pack_map
 from meshbridge.datapath.reconcile import (
     READY,
@@ -26,14 +39,8 @@ from meshbridge.datapath.reconcile import (
     plan,
 )
 from meshbridge.datapath.tables import Item, TableName
-from meshbridge.policy.model import Layer, LayerDefault, Origin, PolicyEntry, PolicyKey, PolicyMap, Verdict
-
-NODE, WEB, API, NEW = 1, 300, 301, 302
-IDENTITIES = (WORLD, NODE, WEB, API, NEW)
-ADDRESSES = tuple(IPv4Address(f"10.0.0.{n}") for n in range(1, 5))
-PREFIXES = tuple(IPv4Network(text) for text in ("0.0.0.0/0", "10.0.0.0/8", "10.0.0.0/24", "10.0.0.0/30", "10.0.0.4/32"))
-PORTS = (80, 443)
-RULES = RuleIds()
+from meshbridge.identity.model import IpFamily
+from meshbridge.policy.model import Direction, Layer, LayerDefault, Origin, PolicyEntry, PolicyKey, PolicyMap, Verdict
 
 
 @dataclass
@@ -75,7 +82,7 @@ def apply(tables: Tables, result: Plan, *, until: int | None = None) -> None:
 class Packet:
     ifindex: int
     slot: int
-    peer: IPv4Address
+    peer: IPv4Address | IPv6Address
     forwarded: bool
     port: int
 
@@ -85,7 +92,7 @@ class Moment:
 
     def __init__(self, tables: Mapping[TableName, Mapping[bytes, bytes]]) -> None:
         self.tables = tables
-        self._identities: dict[tuple[IPv4Address, bool], int] = {}
+        self._identities: dict[tuple[IPv4Address | IPv6Address, bool], int] = {}
         self._answers: dict[tuple[int, int, int, bool], bool] = {}
         self._endpoints = {
             abi.EndpointKey.from_buffer_copy(key).ifindex: abi.EndpointValue.from_buffer_copy(value)
@@ -102,7 +109,7 @@ class Moment:
             self._identities[key] = self._lookup(*key)
         return self._identities[key]
 
-    def _lookup(self, peer: IPv4Address, forwarded: bool) -> int:
+    def _lookup(self, peer: IPv4Address | IPv6Address, forwarded: bool) -> int:
         address = ipcache_key(peer)
         raw = self.tables[TableName.IPCACHE].get(address)
         if raw is None:
@@ -112,7 +119,7 @@ class Moment:
                 if prefix.prefix_bits > best and masked(address, prefix.prefix_bits) == bytes(prefix.address):
                     best, raw = prefix.prefix_bits, value
         if raw is None:
-            return WORLD
+            return WORLD_IPV4 if peer.version == 4 else WORLD_IPV6
         value = abi.IpcacheValue.from_buffer_copy(raw)
         return int(value.forwarded_identity or value.identity) if forwarded else int(value.identity)
 
@@ -175,63 +182,11 @@ def layer_passes(
     return verdict in (abi.PolicyVerdict.POLICY_ALLOW, abi.PolicyVerdict.POLICY_NEEDS_L7)
 
 
-# Random states
-
-
-@st.composite
-def policy_maps(draw: st.DrawFn) -> PolicyMap:
-    entries: dict[PolicyKey, PolicyEntry] = {}
-    for _ in range(draw(st.integers(0, 6))):
-        prefix = draw(st.sampled_from((0, 16, 17)))
-        key = PolicyKey(
-            draw(st.sampled_from((0, *IDENTITIES))),
-            draw(st.sampled_from(Layer)),
-            0 if prefix == 17 else 6,
-            draw(st.sampled_from(PORTS)) if prefix == 16 else 0,
-            prefix,
-        )
-        origin = Origin("CiliumNetworkPolicy", "shop", draw(st.sampled_from("abc")))
-        entries[key] = PolicyEntry(draw(st.sampled_from(Verdict)), draw(st.integers(0, 3)), (origin,))
-    defaults = st.builds(LayerDefault, st.sampled_from((Verdict.ALLOW, Verdict.DENY)))
-    return PolicyMap(entries, draw(defaults), draw(defaults))
-
-
-SETS = policy_maps().map(lambda policy: pack_map(policy, RULES))
-OTHERS = tuple(identity for identity in IDENTITIES if identity != NODE)
-HOLDERS = st.one_of(
-    st.builds(Identities, st.sampled_from(OTHERS), st.sampled_from((0, *OTHERS))),
-    st.builds(Identities, st.just(NODE), st.sampled_from(OTHERS)),  # forwarded, it is never the node itself
-)
-CACHES = st.builds(
-    Ipcache,
-    st.dictionaries(st.sampled_from(ADDRESSES).map(ipcache_key), HOLDERS, max_size=4),
-    st.dictionaries(st.sampled_from(PREFIXES).map(ipcache_prefix), HOLDERS, max_size=4),
-)
-
-
-@st.composite
-def states(draw: st.DrawFn, pool: Sequence[PackedSet]) -> DesiredState:
-    endpoints: dict[int, DesiredEndpoint] = {}
-    for ifindex in draw(st.sets(st.sampled_from((7, 8)))):
-        slots = st.tuples(*[st.sampled_from(pool)] * 4)
-        endpoints[ifindex] = DesiredEndpoint(
-            ifindex=ifindex,
-            id=ifindex,
-            # mostly the same pod, so that most transitions are between two policies
-            incarnation=draw(st.sampled_from((1, 1, 1, 2))),
-            identity=draw(st.sampled_from(IDENTITIES)),
-            sets=draw(st.one_of(slots, slots, slots, st.none())),
-            addresses=frozenset(draw(st.sets(st.sampled_from(ADDRESSES), max_size=2))),
-        )
-    return DesiredState(endpoints, draw(CACHES))
-
-
-TRANSITIONS = st.lists(SETS, min_size=1, max_size=3).flatmap(lambda pool: st.tuples(states(pool), states(pool)))
 PACKETS = [
-    Packet(ifindex, slot, peer, forwarded, port)
+    Packet(ifindex, direction * 2 + IpFamily.of(peer), peer, forwarded, port)
     for ifindex in (7, 8)
-    for slot in (0, 2)  # ingress and egress
-    for peer in (*ADDRESSES, IPv4Address("10.9.9.9"), IPv4Address("192.0.2.1"))
+    for direction in Direction
+    for peer in PEERS
     for forwarded in (False, True)
     for port in PORTS
 ]
@@ -433,13 +388,13 @@ def test_labels_and_policy_that_change_together_never_shut_out_who_was_always_al
 def test_nested_prefixes_appear_longest_first_and_go_shortest_first() -> None:
     both = {
         PolicyKey(who, Layer.NETWORK, 0, 0, 17): PolicyEntry(Verdict.ALLOW, 1, (Origin("CNP", "s", "p"),))
-        for who in (WORLD, API)
+        for who in (WORLD_IPV4, API)
     }
     policy = PolicyMap(both, LayerDefault(Verdict.DENY, (Origin("CNP", "s", "p"),), 133))  # whoever is WEB is denied
     nested = {ipcache_prefix(PREFIXES[1]): Identities(WEB), ipcache_prefix(PREFIXES[2]): Identities(API)}
     plain = state(policy)
     with_nested = DesiredState(plain.endpoints, Ipcache({}, nested))
-    always = {p: True for p in PACKETS if p.ifindex == 7 and p.peer in ADDRESSES}
+    always = {p: True for p in PACKETS if p.ifindex == 7 and p.peer in ADDRESSES[:4]}
     for before, after in ((plain, with_nested), (with_nested, plain)):
         tables = settled(before)
         assert_no_packet_is_misjudged(tables, plan(observe(tables), after), always)
@@ -447,7 +402,7 @@ def test_nested_prefixes_appear_longest_first_and_go_shortest_first() -> None:
 
 def test_an_address_that_nobody_holds_any_more_is_answered_as_the_new_policy_says_of_the_world() -> None:
     def policy(world: Verdict, web: Verdict) -> PolicyMap:
-        verdicts = {WORLD: world, WEB: web, API: web}
+        verdicts = {WORLD_IPV4: world, WEB: web, API: web}
         entries = {
             PolicyKey(who, Layer.NETWORK, 0, 0, 17): PolicyEntry(verdict, 1, (Origin("CNP", "s", "p"),))
             for who, verdict in verdicts.items()
