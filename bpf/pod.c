@@ -426,14 +426,14 @@ static __always_inline int find_flow(const struct endpoint_value *endpoint, cons
 	/* Only the order of the two lookups; most packets need one then. */
 	bool replies = !is_client_port(packet->flow.source_port) && is_client_port(packet->flow.destination_port);
 
-		/* Without an entry a reply does not show how its flow came in: the lesser claim holds. */
+	/* Without an entry a reply does not show how its flow came in: the lesser claim holds. */
 	verdict->other_forwarded = 1;
 	for (int turn = 0; turn < 2; turn++) {
 		struct conntrack_value *entry;
 		bool other = turn != replies;
 
 		if (other ? opens || packet->kind == KIND_STATELESS : packet->kind != KIND_FLOW)
-						continue;
+			continue;
 		if (other)
 			reverse_flow(&packet->flow, &reverse);
 		entry = bpf_map_lookup_elem(flows, other ? &reverse : (void *)&packet->flow);
