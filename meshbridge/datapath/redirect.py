@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import socket
 import struct
@@ -117,9 +118,10 @@ class RedirectReader:
                 continue
             answer = self._run(f"{tool}-nft-save")
             answers.append(answer)
-            rule_sets.append(parse_iptables_save(answer.text, family, f"{tool}-nft"))
-            printed |= {(own, line[1:].strip()) for line in answer.text.splitlines() if line.startswith("*")}
-        # a table that has a name of iptables and was not printed is somebody else's
+            text = _whole_tables(answer.text)
+            rule_sets.append(parse_iptables_save(text, family, f"{tool}-nft"))
+            printed |= {(own, line[1:].strip()) for line in text.splitlines() if line.startswith("*")}
+        # a table that has a name of iptables and was not printed whole is, at least in part, somebody else's
         if tables is None or any(table[0] in ("ip", "ip6", "inet") and table not in printed for table in tables):
             native = self._run("nft", "-j", "list", "ruleset")
             answers.append(native)
@@ -168,6 +170,18 @@ class RedirectReader:
         if status != 0:
             return _Answer(problem=f"{tool} ended with status {status}")
         return _Answer(output.decode(errors="replace"))
+
+
+def _whole_tables(text: str) -> str:
+    """What iptables-nft-save prints without the tables of which it says that it cannot show all."""
+    partly = set(re.findall(r"^# Table `([^']+)'", text, re.MULTILINE))
+    kept, table = [], ""
+    for line in text.splitlines():
+        if line.startswith("*"):
+            table = line[1:].strip()
+        if table not in partly:
+            kept.append(line)
+    return "\n".join(kept)
 
 
 def _seen(rule_sets: Iterable[RuleSet], answers: Iterable[_Answer]) -> SeenRules:

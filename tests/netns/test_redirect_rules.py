@@ -445,3 +445,15 @@ def test_a_namespace_without_a_name_is_found_through_a_process_in_it(pair: None,
             assert RedirectReader().read(found[number]).problems == ()
         finally:
             process.kill()
+
+
+def test_a_native_table_with_a_name_of_iptables_is_read_as_well(servers: None, clean: None) -> None:
+    """Debian's own nftables examples call their table ``ip nat``; iptables-save does not show such a one."""
+    rules = "table ip nat { chain pre { type nat hook prerouting priority -100; tcp dport 80 redirect to :15006; }; }"
+    in_pod("nft", "-f", "-", text=rules)
+    seen = RedirectReader().read(NETNS / POD)
+    state = capture_state(workload({}), seen=seen)
+    classes = state.inbound()[IpFamily.IPV4]
+    assert (classes.at(80), classes.at(8080)) == (PortClass.CAPTURED, PortClass.EXCLUDED)
+    own = ADDRESSES[IpFamily.IPV4][0]
+    assert [ask(PEER, own, port) for port in (80, 8080)] == ["envoy 15006", "8080"]
