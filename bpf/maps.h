@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only
  *
  * The maps of abi.h, declared once. Sizes are defaults: Python creates the maps and may choose others (MapSizes).
- * Maps that only user space fills are not preallocated, so that their memory follows their content; maps that the
- * programs fill are, so that no packet depends on an allocation.
+ * Maps that only user space fills are not preallocated: their memory follows their content, but for 16 bytes per entry
+ * of their size. Maps that the programs fill are preallocated, so that no packet depends on an allocation.
  */
 #ifndef MESHBRIDGE_MAPS_H
 #define MESHBRIDGE_MAPS_H
@@ -10,9 +10,9 @@
 BPF_F_TABLE("hash", struct endpoint_key, struct endpoint_value, endpoints, 4096, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", struct endpoint_address_key, struct endpoint_address_value, endpoint_addresses, 16384,
             BPF_F_NO_PREALLOC);
-BPF_F_TABLE("hash", struct ipcache_key, struct ipcache_value, ipcache, 1048576, BPF_F_NO_PREALLOC);
-BPF_LPM_TRIE(ipcache_cidr, struct ipcache_cidr_key, struct ipcache_value, 262144);
-BPF_F_TABLE("hash", struct policy_key, struct policy_value, policy, 4194304, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct ipcache_key, struct ipcache_value, ipcache, 262144, BPF_F_NO_PREALLOC);
+BPF_LPM_TRIE(ipcache_cidr, struct ipcache_cidr_key, struct ipcache_value, 65536);
+BPF_F_TABLE("hash", struct policy_key, struct policy_value, policy, 1048576, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", struct policy_set_key, struct policy_set_value, policy_sets, 65536, BPF_F_NO_PREALLOC);
 
 /* The inner map is a template: every endpoint incarnation has one of its own. */

@@ -21,7 +21,7 @@ _EVENT_BYTES: Final = ctypes.sizeof(abi.FlowEvent)
 
 
 class EventReader:
-    """Takes events out of the ring; ``fileno`` becomes readable when there are some, so an event loop can wait on it."""
+    """Takes events out of the ring; ``fileno`` becomes readable when some wait, so an event loop can watch it."""
 
     def __init__(self, events_fd: int) -> None:
         """Map the ring behind a descriptor (``Maps.events_fd``), which stays the caller's to close."""
