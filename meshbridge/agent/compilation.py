@@ -11,6 +11,8 @@ import structlog
 
 from meshbridge.agent.view import LocalPod
 from meshbridge.bypass.capture import capture_state
+from meshbridge.bypass.findings import Finding, FindingCode
+from meshbridge.bypass.findings import Severity as FindingSeverity
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.datapath.policysets import PackedSet, RuleIds, pack_map
 from meshbridge.identity.model import IpAddress, IpFamily, Peer, ProxyClass, Workload
@@ -39,12 +41,14 @@ _MAX_CAPTURES: Final = 1024
 class Compiled:
     """One pod's policy. ``sets`` None: it could not be compiled, for the reason in ``fault``.
 
-    ``isolating`` are the policies that isolate it, by direction.
+    ``isolating`` are the policies that isolate it, by direction; ``notes`` say where its redirect rules are not what
+    its specification asks for.
     """
 
     sets: tuple[PackedSet, ...] | None
     isolating: Mapping[Direction, tuple[Origin, ...]] = field(default_factory=dict)
     fault: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -105,7 +109,7 @@ class Compilation:
     ) -> bool:
         """Whether some policy of the pod may pick one of the new peers by what it is."""
         selecting = policies.selecting(workload)
-        if selecting.authorization or selecting.refusals or self._captures.of(workload, seen).outbound:
+        if selecting.authorization or selecting.refusals or self._captures.of(workload, seen)[0].outbound:
             return True
         return any(_picks(rule, peer) for rule in selecting.network for peer in added.values())
 
@@ -114,12 +118,12 @@ class Compilation:
 class CaptureCache:
     """Captures by what they depend on: the replicas of a Deployment, and all pods without annotations, share one."""
 
-    _known: dict[tuple[object, ...], Capture] = field(default_factory=dict)
+    _known: dict[tuple[object, ...], tuple[Capture, tuple[str, ...]]] = field(default_factory=dict)
 
-    def of(self, workload: Workload, seen: SeenRules | None) -> Capture:
-        """How the pod's TCP reaches Envoy, by the redirect rules that were seen; who judges there."""
+    def of(self, workload: Workload, seen: SeenRules | None) -> tuple[Capture, tuple[str, ...]]:
+        """How the pod's TCP reaches Envoy, by the redirect rules that were seen; and what is wrong with those."""
         if workload.proxy is not ProxyClass.SIDECAR:
-            return Capture.none()
+            return Capture.none(), ()
         asked = _anonymous(workload)
         key = (asked, seen, *(tuple(sorted(m.items())) for m in _mappings_of(asked)))
         found = self._known.get(key)
@@ -127,7 +131,8 @@ class CaptureCache:
             if len(self._known) >= _MAX_CAPTURES:
                 self._known.clear()
             # Outbound bypasses are left out: of no destination does a node know for certain that it has all policies.
-            found = Capture(capture_state(asked, seen=seen).inbound(), _JUDGES)
+            state = capture_state(asked, seen=seen)
+            found = Capture(state.inbound(), _JUDGES), tuple(map(_note, filter(_is_wrong, state.findings)))
             self._known[key] = found
         return found
 
@@ -145,8 +150,9 @@ class _Batch:
 
     def compile(self, workload: Workload, seen: SeenRules | None) -> Compiled:
         try:
-            policy = self.compiler.endpoint(workload, self.policies, self.captures.of(workload, seen))
-            return Compiled(self._pack(policy), {d: _isolating(policy, d) for d in Direction})
+            capture, notes = self.captures.of(workload, seen)
+            policy = self.compiler.endpoint(workload, self.policies, capture)
+            return Compiled(self._pack(policy), {d: _isolating(policy, d) for d in Direction}, notes=notes)
         except Exception as error:  # whatever it is: this pod closes, the others go on, and it is said why
             log.exception("endpoint.not_compiled", pod=workload.key)
             return Compiled(None, fault=f"its policy cannot be compiled, so all its packets are dropped: {error}")
@@ -160,6 +166,15 @@ class _Batch:
             packed = pack_map(policy, self.rules)
             known = self._packed[id(policy)] = (policy, self._by_content.setdefault(packed, packed))
         return known[1]
+
+
+def _is_wrong(finding: Finding) -> bool:
+    return finding.severity is FindingSeverity.ERROR or finding.code is FindingCode.RULE_NOT_UNDERSTOOD
+
+
+def _note(finding: Finding) -> str:
+    """A finding of a pod without a name, for whoever knows the name."""
+    return f"{finding.subject.removeprefix('pod /').removeprefix(', ') or 'redirect rules'}: {finding.what}"
 
 
 def _anonymous(workload: Workload) -> Workload:

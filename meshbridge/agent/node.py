@@ -346,7 +346,8 @@ class Node:
         elif compiled.sets is None:
             state.state, state.message = "not-ready", compiled.fault
         else:
-            state.state, state.message = "ready", self._seen.problems.get(hooked.uid, "")
+            unseen = self._seen.problems.get(hooked.uid)
+            state.state, state.message = "ready", "; ".join([unseen] if unseen else compiled.notes)
             for direction, enforced, policies in (
                 (Direction.INGRESS, "ingress_enforced", state.ingress_policies),
                 (Direction.EGRESS, "egress_enforced", state.egress_policies),

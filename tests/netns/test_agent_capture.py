@@ -103,6 +103,7 @@ def test_what_needs_envoy_passes_only_while_redirect_rules_are_there(node: NodeH
     run(*inside(api.netns, "nft", "flush", "ruleset"))
     assert eventually(lambda: not node.reaches(web.netns, api.ipv4, 8080)) < 5
     assert "rules-missing" in {finding["code"] for finding in bypasses(node)["findings"]}
+    assert any("should be redirected to Envoy" in problem for problem in node.client.status().problems)
 
 
 def test_an_excluded_port_is_open_to_whom_the_mesh_would_have_let_in(node: NodeHarness) -> None:
