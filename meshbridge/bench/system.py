@@ -27,6 +27,7 @@ from meshbridge.xds.auth import load_or_create_key, mint_token, node_caller
 RUN = Path("/run/meshbridge")
 ENDPOINT_TIMEOUT_S = 60  # a controller that reads ten thousand pods first takes its time
 _POLL_S = 0.005
+_STATUS_POLL_S = 0.03  # asking costs the agent a connection: not so often that it slows what is timed
 _TOKEN_LIFETIME = timedelta(hours=2)
 
 
@@ -109,7 +110,8 @@ class System:
             found.append(status)
             return status.revision_programmed >= status.revision_received > 0
 
-        wait_until(programmed, f"{endpoints} endpoints and {policies} policies in the kernel", self.agent, timeout_s)
+        what = f"{endpoints} endpoints and {policies} policies in the kernel"
+        wait_until(programmed, what, self.agent, timeout_s, _STATUS_POLL_S)
         return found[-1]
 
     def policy_entries(self) -> int:
@@ -190,13 +192,16 @@ def sweep() -> None:
             remove(name)
 
 
-def wait_until(condition: Callable[[], bool], what: str, process: Process, timeout_s: float = 20) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str, process: Process, timeout_s: float = 20, poll_s: float = _POLL_S
+) -> None:
+    """``condition`` holds; BenchError when ``process`` ends first, or the time is up."""
     until = time.monotonic() + timeout_s
     while not condition():
         process.check()
         if time.monotonic() > until:
             raise BenchError(f"no {what} after {timeout_s:g} s: {process.last_lines()}", where=process.name)
-        time.sleep(_POLL_S)
+        time.sleep(poll_s)
 
 
 def meshbridge() -> str:
