@@ -464,3 +464,32 @@ def test_a_rule_number_is_never_given_to_other_origins() -> None:
     assert rules.origins(rules.number(two)) == two
     assert rules.origins(99) == ()
     assert rules.number(()) == 0
+
+
+def test_open_flows_are_judged_again_when_an_address_changes_hands() -> None:
+    tables = settled(state(ALLOW_WEB, count=2, a1=WEB))
+    before = observe(tables)
+    result = plan(before, state(ALLOW_WEB, count=2, a1=API))
+    assert all(
+        result.after.endpoints[ifindex].revision > record.revision for ifindex, record in before.endpoints.items()
+    )
+    moved = max(n for n, step in enumerate(result.steps) if getattr(step, "table", None) is TableName.IPCACHE)
+    judged = max(n for n, step in enumerate(result.steps) if getattr(step, "table", None) is TableName.ENDPOINTS)
+    assert judged > moved, "judged before it, they would have been found to be as they were"
+
+
+def test_the_nodes_own_processes_stay_admitted_while_one_of_its_addresses_goes() -> None:
+    def policy(world: Verdict, name: str) -> PolicyMap:
+        origin = (Origin("CNP", "s", name),)
+        entry = PolicyEntry(world, 1, origin)
+        return PolicyMap(
+            {PolicyKey(WORLD_IPV4, Layer.NETWORK, 0, 0, 17): entry}, LayerDefault(Verdict.DENY, origin, 133)
+        )
+
+    own = {ipcache_key(ADDRESSES[0]): Identities(NODE, WEB)}
+    before = DesiredState(state(policy(Verdict.DENY, "old")).endpoints, Ipcache(own, {}))
+    after = state(policy(Verdict.ALLOW, "new"))
+    always = {p: True for p in PACKETS if (p.ifindex, p.slot, p.peer, p.forwarded) == (7, 0, ADDRESSES[0], False)}
+    assert unchanged(before, after).items() >= always.items()
+    tables = settled(before)
+    assert_no_packet_is_misjudged(tables, plan(observe(tables), after), always)
