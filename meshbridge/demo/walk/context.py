@@ -63,6 +63,14 @@ class Arrived:
         return self.counters.get(name, 0) - earlier.counters.get(name, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a command printed, and its exit code."""
+
+    code: int
+    lines: list[str]
+
+
 @dataclass(slots=True)
 class Traffic:
     """A running traffic program; ``attempts`` are there once it was stopped."""
@@ -191,10 +199,18 @@ class Walk:
 
     def command(self, *argv: str) -> list[str]:
         """Run a `meshbridge` command, show it and what it printed; returns its lines."""
-        done = subprocess.run([meshbridge(), *argv], capture_output=True, text=True, timeout=30, check=False)
-        lines = (done.stdout + done.stderr).splitlines()
-        self.report.quote(f"meshbridge {' '.join(argv)}", lines)
+        lines = self.output(*argv).lines
+        self.quote(argv, lines)
         return lines
+
+    def output(self, *argv: str) -> Output:
+        """Run a `meshbridge` command without showing it."""
+        done = subprocess.run([meshbridge(), *argv], capture_output=True, text=True, timeout=60, check=False)
+        return Output(done.returncode, (done.stdout + done.stderr).splitlines())
+
+    def quote(self, argv: Sequence[str], lines: list[str]) -> None:
+        """Show a `meshbridge` command with those of its lines that matter."""
+        self.report.quote(f"meshbridge {' '.join(argv)}", lines)
 
     def uplink(self, node: str) -> str:
         """The interface by which the other node's packets come in."""
