@@ -18,7 +18,10 @@ from meshbridge.policy.model import Origin, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Compensation:
-    """``enforced`` False: nothing is left to enforce, and ``why`` says so. Sources are names of an Inventory."""
+    """``enforced`` False: nothing is left to enforce, and ``why`` says so. Sources are names of an Inventory.
+
+    ``refused`` of an outbound port are the destinations that refuse, as ``pod:port``.
+    """
 
     enforced: bool
     why: str
@@ -26,12 +29,15 @@ class Compensation:
     refused: tuple[str, ...] = ()
     weakened: tuple[str, ...] = ()
     origins: tuple[Origin, ...] = ()
+    outbound: bool = False
 
     @property
     def summary(self) -> str:
         """One line: ``none`` with its reason, or how many of the known sources the kernel lets in."""
         if not self.enforced:
             return f"none: {self.why}"
+        if self.outbound:
+            return f"the destination's kernel: {len(self.refused)} known ports refuse this pod"
         return f"kernel: lets in {len(self.allowed)} of {len(self.allowed) + len(self.refused)} known sources"
 
 

@@ -116,7 +116,7 @@ def outbound_guarantees(
     """Every guarantee of what a pod sends past its own Envoy.
 
     Args:
-        destination_drops: Some known destination refuses this source on these ports, so the source drops it as well.
+        destination_drops: Some known destination refuses this source on these ports.
         registry_only: outboundTrafficPolicy REGISTRY_ONLY; None: not known.
     """
     found = [
@@ -129,7 +129,7 @@ def outbound_guarantees(
     ]  # fmt: skip
     if destination_drops:
         text = "destinations' policies decided by the client's certificate"
-        stands_in = "what the destinations' policies refuse is dropped at the source, by address"
+        stands_in = "what the destinations' policies refuse is dropped where it arrives, by address"
         found.append(Guarantee(GuaranteeKind.AUTHORIZATION, text, Fate.WEAKENED, stands_in))
     if registry_only is not False:
         text = "only hosts of the registry were reachable" + ("" if registry_only else ", if the mesh is REGISTRY_ONLY")

@@ -160,7 +160,7 @@ def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
     refusing = _refusing_destinations(workload, span, inventory)
     known = any(other is not workload for other in inventory.workloads)
     if refusing:
-        why = "what these destinations' policies refuse is dropped at the source already"
+        why = "what these destinations' policies refuse is dropped where it arrives, by address"
     elif known:
         why = "no known destination's policy refuses this pod on these ports; identity and encryption are lost"
     else:
@@ -174,7 +174,7 @@ def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
         span.route,
         _destinations(span),
         outbound_guarantees(destination_drops=bool(refusing)),
-        Compensation(bool(refusing), why, refused=refusing),
+        Compensation(bool(refusing), why, refused=refusing, outbound=True),
     )
 
 

@@ -196,12 +196,13 @@ def test_probes_of_the_own_node_are_reported_as_weakened() -> None:
     assert compensation.weakened
 
 
-def test_outbound_says_what_destinations_refuse_at_the_source() -> None:
+def test_outbound_says_which_destinations_refuse() -> None:
     closed = ONLY_MONITORING.replace("[monitoring]", "[finance]")
     found = of(NAMESPACES, pod("finance/api", "10.0.0.1", EXCLUDED), PROMETHEUS, closed)
     outbound = row(found, "monitoring/prometheus", Direction.EGRESS)
     assert outbound.compensation is not None
     assert outbound.compensation.refused == ("finance/api:8080",)
+    assert "1 known ports refuse" in outbound.compensation.summary
     assert fates(outbound)[GuaranteeKind.REGISTRY_ONLY] == [Fate.LOST]
     open_to_all = row(
         of(NAMESPACES, pod("finance/api", "10.0.0.1", EXCLUDED), PROMETHEUS), "monitoring/prometheus", Direction.EGRESS
