@@ -29,9 +29,13 @@ ALLOW_OTHER = ALLOW_WEB.replace("app: web", "app: other")
 NOT_UNDERSTOOD = ALLOW_WEB.replace("fromEndpoints", "fromNowhere")
 
 
-@pytest.fixture(params=["tcx", "clsact"])
+both_ways = pytest.mark.parametrize("node", ["tcx", "clsact"], indirect=True)
+"""Where the way programs are attached can make a difference; the rest runs with TCX."""
+
+
+@pytest.fixture
 def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[NodeHarness]:
-    harness = NodeHarness(tmp_path, attach=request.param)
+    harness = NodeHarness(tmp_path, attach=getattr(request, "param", "tcx"))
     try:
         harness.open()
         harness.start_agent()
@@ -45,6 +49,7 @@ def drops(node: NodeHarness, source: str) -> list[Flow]:
     return [flow for flow in node.flows() if flow.kind is FlowKind.DROP and str(flow.source.address) == source]
 
 
+@both_ways
 def test_policy_decides_who_gets_through_and_says_why(node: NodeHarness) -> None:
     api = node.add_pod("shop", "api")
     web = node.add_pod("shop", "web")
@@ -64,6 +69,7 @@ def test_policy_decides_who_gets_through_and_says_why(node: NodeHarness) -> None
     assert any("isolated by: CiliumNetworkPolicy shop/api" in line and "policies.yaml:" in line for line in lines)
 
 
+@both_ways
 def test_nothing_passes_before_the_policy_is_known(node: NodeHarness) -> None:
     api = node.add_pod("shop", "api")
     node.listen(api, 80)
@@ -97,6 +103,7 @@ def test_a_policy_change_cuts_an_open_connection_and_its_return_heals(node: Node
     assert result["worst"] > 0.25
 
 
+@both_ways
 def test_killed_under_traffic_it_loses_nothing_and_lets_nothing_through(node: NodeHarness) -> None:
     api, web, other = (node.add_pod("shop", name) for name in ("api", "web", "other"))
     node.listen(api, 80)
@@ -119,6 +126,7 @@ def test_killed_under_traffic_it_loses_nothing_and_lets_nothing_through(node: No
     assert {state.pod: state.id for state in node.client.endpoints()} == before
 
 
+@both_ways
 def test_pods_that_were_there_before_are_found_by_their_routes(node: NodeHarness) -> None:
     api = node.add_pod("shop", "api", announce=False)
     web = node.add_pod("shop", "web", announce=False)
@@ -130,6 +138,7 @@ def test_pods_that_were_there_before_are_found_by_their_routes(node: NodeHarness
     assert not node.reaches(web.netns, api.ipv4, 80)
 
 
+@both_ways
 def test_a_pod_that_takes_over_an_address_inherits_nothing(node: NodeHarness) -> None:
     api, web = node.add_pod("shop", "api"), node.add_pod("shop", "web")
     node.listen(api, 80)
@@ -203,6 +212,7 @@ def test_a_refused_policy_isolates_and_is_named(node: NodeHarness) -> None:
     assert any("CiliumNetworkPolicy shop/api" in problem and "fromNowhere" in problem for problem in problems), problems
 
 
+@both_ways
 def test_cleanup_leaves_nothing(node: NodeHarness) -> None:
     api, web = node.add_pod("shop", "api"), node.add_pod("shop", "web")
     node.listen(api, 80)
