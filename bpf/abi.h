@@ -84,6 +84,7 @@ enum drop_reason {
 	DROP_IPV6_EXTENSION = 227,       /* more extension headers than we follow, or one we do not know */
 	DROP_FORBIDDEN_ARP = 228,        /* ARP that speaks for an address that is not the pod's */
 	DROP_COMPENSATION = 229,         /* the port bypasses Envoy and the mesh's policy would not have allowed it */
+	DROP_NO_SERVICE_BACKENDS = 230,  /* a Service's address, and nobody known to answer behind it */
 };
 
 /* Identity numbers below IDENTITY_FIRST_LOCAL are reserved; names and numbers are Cilium's. */

@@ -93,6 +93,7 @@ class DropReason(IntEnum):
     DROP_IPV6_EXTENSION = 227
     DROP_FORBIDDEN_ARP = 228
     DROP_COMPENSATION = 229
+    DROP_NO_SERVICE_BACKENDS = 230
 
 class ReservedIdentity(IntEnum):
     IDENTITY_ANY = 0

@@ -41,6 +41,11 @@ _REASONS = (
         "use TCP, UDP, SCTP or ICMP between pods",
     ),
     DropReason(
+        150, "UNKNOWN_L3_TARGET", "Unknown L3 target address",
+        "the packet was routed to this pod's interface, and its destination is no address of the pod",
+        "see why the node routes the address here; a further address of the pod belongs in its status.podIPs",
+    ),
+    DropReason(
         157, "IP_FRAGMENTATION_NOT_SUPPORTED", "IP fragmentation not supported",
         "the table of fragments could not be read or written",
         "avoid fragments (path MTU, smaller datagrams)",
@@ -124,6 +129,11 @@ _REASONS = (
         229, "COMPENSATION", "Compensation denied",
         "the port bypasses Envoy, and the mesh's policy would not have allowed this without Envoy's check",
         "remove the port from the pod's traffic.sidecar.istio.io/exclude annotations, or allow the peer without L7",
+    ),
+    DropReason(
+        230, "NO_SERVICE_BACKENDS", "No service backends known",
+        "the address is a Service's, and no pod is known to answer behind this port, so policy cannot say who it is",
+        "start a pod that the Service selects, correct its selector or targetPort, or allow the pod all egress",
     ),
 )  # fmt: skip
 

@@ -28,6 +28,7 @@ class DropReason(IntEnum):
     NO_L7_JUDGE = 222
     SERVICE_BACKENDS_DIFFER = 223
     COMPENSATION = 229
+    NO_SERVICE_BACKENDS = 230
 
 
 class Strength(IntEnum):

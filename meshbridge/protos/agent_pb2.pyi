@@ -186,17 +186,49 @@ class Address(_message.Message):
     ports: _containers.RepeatedCompositeFieldContainer[ContainerPort]
     def __init__(self, address: _Optional[bytes] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., namespace_labels: _Optional[_Mapping[str, str]] = ..., service_account: _Optional[str] = ..., cluster: _Optional[str] = ..., trust_domain: _Optional[str] = ..., proxy: _Optional[str] = ..., entities: _Optional[_Iterable[str]] = ..., node: _Optional[str] = ..., uid: _Optional[str] = ..., ports: _Optional[_Iterable[_Union[ContainerPort, _Mapping]]] = ...) -> None: ...
 
+class Service(_message.Message):
+    __slots__ = ("namespace", "name", "addresses", "ports")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    PORTS_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    name: str
+    addresses: _containers.RepeatedScalarFieldContainer[bytes]
+    ports: _containers.RepeatedCompositeFieldContainer[ServicePort]
+    def __init__(self, namespace: _Optional[str] = ..., name: _Optional[str] = ..., addresses: _Optional[_Iterable[bytes]] = ..., ports: _Optional[_Iterable[_Union[ServicePort, _Mapping]]] = ...) -> None: ...
+
+class ServicePort(_message.Message):
+    __slots__ = ("protocol", "port", "backends")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    protocol: str
+    port: int
+    backends: _containers.RepeatedCompositeFieldContainer[ServiceBackends]
+    def __init__(self, protocol: _Optional[str] = ..., port: _Optional[int] = ..., backends: _Optional[_Iterable[_Union[ServiceBackends, _Mapping]]] = ...) -> None: ...
+
+class ServiceBackends(_message.Message):
+    __slots__ = ("port", "addresses")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    addresses: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, port: _Optional[int] = ..., addresses: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class Mesh(_message.Message):
-    __slots__ = ("root_namespace", "trust_domain", "trust_domain_aliases", "cluster")
+    __slots__ = ("root_namespace", "trust_domain", "trust_domain_aliases", "cluster", "all_mesh_policies")
     ROOT_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TRUST_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     TRUST_DOMAIN_ALIASES_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    ALL_MESH_POLICIES_FIELD_NUMBER: _ClassVar[int]
     root_namespace: str
     trust_domain: str
     trust_domain_aliases: _containers.RepeatedScalarFieldContainer[str]
     cluster: str
-    def __init__(self, root_namespace: _Optional[str] = ..., trust_domain: _Optional[str] = ..., trust_domain_aliases: _Optional[_Iterable[str]] = ..., cluster: _Optional[str] = ...) -> None: ...
+    all_mesh_policies: bool
+    def __init__(self, root_namespace: _Optional[str] = ..., trust_domain: _Optional[str] = ..., trust_domain_aliases: _Optional[_Iterable[str]] = ..., cluster: _Optional[str] = ..., all_mesh_policies: _Optional[bool] = ...) -> None: ...
 
 class Problem(_message.Message):
     __slots__ = ("text", "file", "line", "reason")

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc.status_pb2 import Status
 
 from meshbridge.errors import MeshBridgeError
-from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy, Problem, Revision
+from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy, Problem, Revision, Service
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.bearer import bearer
 
@@ -29,6 +29,7 @@ log = structlog.get_logger()
 MESSAGES: Final[Mapping[str, type[Message]]] = {
     xds.POLICY: Policy,
     xds.ADDRESS: Address,
+    xds.SERVICE: Service,
     xds.MESH: Mesh,
     xds.ENDPOINT: Endpoint,
     xds.PROBLEM: Problem,

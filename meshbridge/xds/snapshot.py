@@ -29,6 +29,7 @@ EXTENSION_CONFIG: Final = PREFIX + "envoy.config.core.v3.TypedExtensionConfig"
 POLICY: Final = PREFIX + "meshbridge.agent.v1.Policy"
 ADDRESS: Final = PREFIX + "meshbridge.agent.v1.Address"
 MESH: Final = PREFIX + "meshbridge.agent.v1.Mesh"
+SERVICE: Final = PREFIX + "meshbridge.agent.v1.Service"
 ENDPOINT: Final = PREFIX + "meshbridge.agent.v1.Endpoint"
 PROBLEM: Final = PREFIX + "meshbridge.agent.v1.Problem"
 REVISION: Final = PREFIX + "meshbridge.agent.v1.Revision"
@@ -62,6 +63,7 @@ _PHASES: Final = (
     (CLUSTER, _Part.REMOVALS),
     (POLICY, _Part.BOTH),
     (ADDRESS, _Part.BOTH),
+    (SERVICE, _Part.BOTH),
     (MESH, _Part.BOTH),
     (ENDPOINT, _Part.BOTH),
     (PROBLEM, _Part.BOTH),

@@ -160,7 +160,10 @@ IN: dict[str, tuple[DropReason, bytes, Prepare]] = {
 IN |= {
     f"an entry that says {reason.name}": (
         reason, SYN4, policy(Layer({ANY: entry(PolicyVerdict.POLICY_DENY, deny_reason=reason)})))
-    for reason in (DropReason.DROP_NO_L7_JUDGE, DropReason.DROP_SERVICE_BACKENDS_DIFFER, DropReason.DROP_COMPENSATION)
+    for reason in (
+        DropReason.DROP_NO_L7_JUDGE, DropReason.DROP_SERVICE_BACKENDS_DIFFER, DropReason.DROP_COMPENSATION,
+        DropReason.DROP_NO_SERVICE_BACKENDS,
+    )
 }  # fmt: skip
 
 OUT: dict[str, tuple[DropReason, bytes, Prepare]] = {
