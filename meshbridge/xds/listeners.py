@@ -78,7 +78,7 @@ INSPECT_OUTBOUND = timedelta(milliseconds=200)
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
-    """One row of the inbound table. ``transport`` "" is any; without ``alpn`` whatever is left."""
+    """One row of the inbound table; without ``alpn`` whatever is left of its transport."""
 
     transport: str
     alpn: tuple[str, ...]
@@ -147,7 +147,7 @@ def _inbound_chains(sidecar: Sidecar, port: int | None) -> Iterator[FilterChain]
         else:
             filters = tcp_filters(client_first=client_first, stat_prefix=stat_prefix)
             tls_alpn = ALPN_MESH_TCP[:1]
-        opaque = "" if row.terminates_tls or row.transport != TLS else "_tls_opaque"
+        opaque = "_tls_opaque" if row.transport == TLS and not row.terminates_tls else ""
         yield _filter_chain(
             f"{port or 'any'}_{kind}{opaque}",
             filters,
@@ -160,6 +160,8 @@ def _inbound_chains(sidecar: Sidecar, port: int | None) -> Iterator[FilterChain]
 
 def _rows(mode: MtlsMode, protocol: AppProtocol) -> tuple[_Chain, ...]:
     """Which chains a port has; what matches none of them is closed at once.
+
+    Each transport gets a row for what is left: a chain for any transport is not tried once one names the transport.
 
     STRICT terminates every TLS and has nothing for plaintext. PERMISSIVE terminates the mesh's own TLS, which it knows
     by ALPN; other TLS belongs to the application and passes without a principal, as plaintext does.
@@ -174,19 +176,12 @@ def _rows(mode: MtlsMode, protocol: AppProtocol) -> tuple[_Chain, ...]:
                 _Chain(TLS, (), terminates_tls=True, http=False),
             )
         return (_Chain(TLS, (), terminates_tls=True, http=http_only),)
-    plaintext: tuple[_Chain, ...]
-    if http_only:
-        plaintext = (
-            _Chain(PLAINTEXT, (), terminates_tls=False, http=True),
-            _Chain(TLS, (), terminates_tls=False, http=False),
-        )
-    elif detect:
-        plaintext = (
-            _Chain(PLAINTEXT, _INSPECTED_HTTP, terminates_tls=False, http=True),
-            _Chain("", (), terminates_tls=False, http=False),
-        )
-    else:
-        plaintext = (_Chain("", (), terminates_tls=False, http=False),)
+    found_http = (_Chain(PLAINTEXT, _INSPECTED_HTTP, terminates_tls=False, http=True),) if detect else ()
+    plaintext = (
+        *found_http,
+        _Chain(PLAINTEXT, (), terminates_tls=False, http=http_only),
+        _Chain(TLS, (), terminates_tls=False, http=False),
+    )
     if mode is MtlsMode.DISABLE:
         return plaintext
     if detect:

@@ -33,6 +33,7 @@ ORIGIN = Origin("RequestAuthentication", "finance", "jwt")
 GREETING = b"220 hello from the server\n"
 
 HTTP, TCP, AUTO, STRICT_TCP, PLAIN_HTTP, GREETER, MYSQL = 8080, 9000, 7000, 9443, 8081, 9025, 3306
+AUTO_ECHO = 7007
 JWT_KEY = ec.generate_private_key(ec.SECP256R1())
 
 
@@ -146,7 +147,7 @@ def mesh(directory: Path) -> Iterator[Mesh]:
         ]
         client_side = Sidecar(client.workload, destinations=tuple(to_server))
         apps = {HTTP: http_app, PLAIN_HTTP: http_app, AUTO: http_app, STRICT_TCP: echo_app, TCP: echo_app}
-        apps |= {GREETER: greeting_app, MYSQL: greeting_app}
+        apps |= {AUTO_ECHO: echo_app, GREETER: greeting_app, MYSQL: greeting_app}
         with (
             sidecar_envoy(server, server_side, authority, directory, judge.path) as ads,
             sidecar_envoy(client, client_side, authority, directory, judge.path),
@@ -185,6 +186,28 @@ def test_permissive_port_takes_plaintext_without_a_principal(mesh: Mesh) -> None
     with plaintext(mesh, HTTP) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    [question] = mesh.judge.questions
+    assert question.attributes.source.principal == ""
+
+
+def own_hello() -> bytes:
+    """What a client of TLS that is no part of the mesh sends first."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="elsewhere.test")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
+
+
+FIRST_BYTES = {"no HTTP": b"hello\n", "a TLS hello that is not the mesh's": own_hello()}
+
+
+@pytest.mark.parametrize("first", FIRST_BYTES.values(), ids=FIRST_BYTES.keys())
+@pytest.mark.parametrize("port", [TCP, AUTO_ECHO], ids=["declared", "undeclared"])
+def test_permissive_port_passes_on_what_it_does_not_know(mesh: Mesh, port: int, first: bytes) -> None:
+    with plaintext(mesh, port) as connection:
+        connection.sendall(first)
+        assert read_exactly(connection, len(first)) == first
     [question] = mesh.judge.questions
     assert question.attributes.source.principal == ""
 

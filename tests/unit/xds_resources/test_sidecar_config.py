@@ -150,6 +150,30 @@ def test_no_two_chains_match_the_same(mode: MtlsMode, protocol: AppProtocol) -> 
         assert len(keys) == len(set(keys))
 
 
+FIRST_BYTES = {
+    "a request in the clear": ("raw_buffer", ("http/1.1",)),
+    "bytes of another protocol, or none": ("raw_buffer", ()),
+    "a TLS hello without ALPN": ("tls", ()),
+    "a TLS hello of a client of HTTP": ("tls", ("h2", "http/1.1")),
+}
+
+
+@pytest.mark.parametrize("first", FIRST_BYTES.values(), ids=FIRST_BYTES.keys())
+@pytest.mark.parametrize("mode", [MtlsMode.PERMISSIVE, MtlsMode.DISABLE])
+@pytest.mark.parametrize("protocol", list(AppProtocol))
+def test_nothing_is_closed_for_what_it_speaks_where_mtls_is_not_demanded(
+    mode: MtlsMode, protocol: AppProtocol, first: tuple[str, tuple[str, ...]]
+) -> None:
+    """As Envoy looks for a chain: by transport, then by ALPN, and never back."""
+    transport, offered = first
+    listener = inbound_listener(Sidecar(POD, mtls=EffectiveMtls(mode, ORIGIN), protocols={80: protocol}))
+    for port in (80, None):
+        found = chains(listener, port)
+        transports = {transport for transport, *_ in found}
+        of_transport = [alpn for t, alpn, _ in found if t == (transport if transport in transports else "")]
+        assert any(not alpn or not set(alpn).isdisjoint(offered) for alpn in of_transport)
+
+
 def test_every_http_chain_asks_us_and_every_tcp_chain_too() -> None:
     for sidecar in SIDECARS.values():
         text = json.dumps(inbound_listener(sidecar).to_dict())
