@@ -139,6 +139,11 @@ IN: dict[str, tuple[DropReason, bytes, Prepare]] = {
     "no next header": (DropReason.DROP_IPV6_EXTENSION, ip(PEER6, POD6, 59, b""), nothing),
     "hop-by-hop options that do not come first": (
         DropReason.DROP_IPV6_EXTENSION, extension(2, 0), nothing),
+    "a fragment of a fragment": (
+        DropReason.DROP_IPV6_EXTENSION,
+        fragment6(0, False, fragment_header(UDP, 0, False) + udp_header(1, 2), protocol=44),
+        nothing,
+    ),
     "a routing header that leads on": (DropReason.DROP_IPV6_EXTENSION, routing(1), nothing),
     "policy, by default": (
         DropReason.DROP_POLICY, SYN4, policy(Layer(default=PolicyVerdict.POLICY_DENY))),
