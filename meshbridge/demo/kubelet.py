@@ -67,7 +67,10 @@ class Kubelet:
         """Reconcile until told to stop. Jobs under way are left as they are: `down` finds them in the records."""
         register_nodes()
         while not self.stopping:
-            self.sync(time.monotonic())
+            try:
+                self.sync(time.monotonic())
+            except Exception:  # whatever a pass stumbles over, the pods that run are not to be left alone
+                log.exception("pass.failed")
             time.sleep(TICK_S)
 
     def sync(self, now: float) -> None:

@@ -186,6 +186,8 @@ def wait_pods(say: Say, timeout_s: float = _PODS_TIMEOUT_S) -> None:
     waiting = _unsettled({*wanted, *pod_states()}, wanted)
 
     def settled() -> bool:
+        if not is_up():
+            raise DemoError("the kubelet has ended", where="demo", fix=f"look into {LOGS / 'kubelet.log'}")
         unsettled = _unsettled(waiting, wanted)
         for key in sorted(waiting - unsettled):
             record = records.load_pods().get(key)

@@ -104,7 +104,10 @@ def load_pods() -> dict[str, PodRecord]:
     """Every recorded pod by namespace/name."""
     records = {}
     for path in sorted(PODS.glob("*.json")):
-        data = json.loads(path.read_text())
+        try:
+            data = json.loads(path.read_text())
+        except FileNotFoundError:  # removed since it was listed
+            continue
         data["processes"] = {name: ProcessId(**process) for name, process in data["processes"].items()}
         data["stage"] = Stage(data["stage"])
         record = PodRecord(**data)

@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from meshbridge.demo import records
 from meshbridge.demo.kubelet import Backoff, allocate
 from meshbridge.demo.layout import NODES
 from meshbridge.demo.processes import Command, ProcessId, end, identify, send
@@ -103,3 +105,11 @@ def test_the_report_counts_and_its_file_holds_every_check(tmp_path: Path) -> Non
     document = json.loads((tmp_path / "report.json").read_text())
     assert (document["passed"], document["failed"]) == (1, 1)
     assert document["checks"][1]["saw"] == "3 bytes"
+
+
+def test_a_record_that_goes_while_records_are_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "PODS", tmp_path)
+    spec = {"metadata": {}, "spec": {"nodeName": "node-1", "containers": []}}
+    kept = allocate(DesiredPod("shop", "a", spec), {}).save()
+    (tmp_path / "shop_b.json").symlink_to(tmp_path / "gone")  # listed, but not there any more when it is opened
+    assert list(records.load_pods()) == [kept.key]
