@@ -11,6 +11,7 @@ from typing import Any, Final
 from meshbridge.controller.addresses import AddressBook, Holder
 from meshbridge.controller.policies import PolicyItem, problems_of, read_policy
 from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
+from meshbridge.controller.services import ServiceBook
 from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import Problem, ProblemReason
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
@@ -60,6 +61,7 @@ class Cluster:
         self.policies: dict[str, PolicyItem] = {}
         self.services: dict[Key, Service] = {}
         self._names: dict[Key, tuple[str, ...]] = {}
+        self.service_book = ServiceBook()
         self._policies_in: dict[str | None, set[str]] = {}
         self._namespaces: dict[str, Namespace] = {}
         self._written: dict[Key, Workload] = {}
@@ -122,8 +124,13 @@ class Cluster:
         if (key[0], key[1]) in POLICY_KINDS:
             self._put_policies(key, documents, touched)
             return
+        self.service_book.refresh(self._backends_in)
         parsed = parse(documents[0]) if documents else None
         read = parsed.objects[0] if parsed is not None and parsed.objects else None
+    def _backends_in(self, namespace: str) -> Iterable[Workload]:
+        pods = (self._pods[key] for key in self._pods_in.get(namespace, ()))
+        return [pod for pod in pods if pod.addresses and pod.phase not in TERMINAL_PHASES]
+
         problems = problems_of(parsed) if parsed is not None else ()
         if isinstance(read, Workload):
             problems += _extra_address_problems(read, documents[0])
@@ -138,8 +145,10 @@ class Cluster:
                 self._put_node(key, read if isinstance(read, Node) else None, documents, touched)
             case ("", "Service"):
                 touched.sidecars = touched.destinations = True
-                if isinstance(read, Service):
-                    self.services[key] = read
+                service = read if isinstance(read, Service) else None
+                self.service_book.put(key, service)
+                if service is not None:
+                    self.services[key] = service
                 else:
                     self.services.pop(key, None)
             case _:
@@ -221,6 +230,7 @@ class Cluster:
     def _join_class(self, pod: Workload) -> None:
         key = _class_key(pod)
         classes = self._classes.setdefault(pod.namespace, {})
+        self.service_book.pod_changed(old, new)
         pods = classes.get(key)
         if pods is None:
             pods = classes[key] = _Class(pod.peer(cluster=self.mesh.cluster))

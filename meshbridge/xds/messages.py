@@ -19,6 +19,7 @@ from meshbridge.identity.model import (
 )
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document, Source
+from meshbridge.policy.parse.ports import LAST_PORT, PROTOCOLS
 from meshbridge.protos import agent_pb2
 
 
@@ -116,6 +117,47 @@ def holder_of(message: agent_pb2.Address) -> AddressHolder:
         ports=frozenset(_ports(message.ports)),
     )
     return AddressHolder(address, peer, message.name, message.uid, message.node)
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    """A port of a Service; ``backends`` are addresses of pods with their own port, none when nobody is known."""
+
+    protocol: int
+    port: int
+    backends: tuple[tuple[IpAddress, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceFrontends:
+    """The addresses of a Service and who answers behind its ports; ``name`` is ``namespace/name``."""
+
+    name: str
+    addresses: tuple[IpAddress, ...]
+    ports: tuple[ServicePort, ...]
+
+
+def service_of(message: agent_pb2.Service) -> ServiceFrontends:
+    """The Service of a Service message.
+
+    Raises:
+        MessageError: an address of a wrong length, an unknown protocol, a port above 65535.
+    """
+    name = f"{message.namespace}/{message.name}"
+    where = f"Service {name}"
+    ports = []
+    for port in message.ports:
+        protocol = PROTOCOLS.get(port.protocol)
+        if protocol is None:
+            raise MessageError(f"unknown protocol {port.protocol!r}", where=where, fix="update this node's MeshBridge")
+        for number in (port.port, *(backends.port for backends in port.backends)):
+            if number > LAST_PORT:
+                raise MessageError(f"no port: {number}", where=where)
+        backends = tuple(
+            (address_of(packed, where), same_port.port) for same_port in port.backends for packed in same_port.addresses
+        )
+        ports.append(ServicePort(protocol, port.port, backends))
+    return ServiceFrontends(name, tuple(address_of(packed, where) for packed in message.addresses), tuple(ports))
 
 
 def mesh_of(message: agent_pb2.Mesh) -> MeshSettings:

@@ -57,7 +57,7 @@ def mtls_destinations(
     taking = {pod.uid: _destination(pod, policies) for pod in pods if pod.proxy is ProxyClass.SIDECAR}
     found = [destination for destinations in taking.values() for destination in destinations]
     for service in services:
-        endpoints = [pod for pod in pods if _is_endpoint(pod, service)]
+        endpoints = [pod for pod in pods if service.selects(pod)]
         ports = frozenset(
             port.port
             for port in service.ports
@@ -76,20 +76,8 @@ def _destination(pod: Workload, policies: PolicySet) -> tuple[MtlsDestination, .
 
 
 def _takes_mtls(pod: Workload, port: ServicePort, destinations: tuple[MtlsDestination, ...]) -> bool:
-    target = _pod_port(pod, port)
+    target = port.target_at(pod.ports)
     return target is not None and any(destination.accepts_mtls(target) for destination in destinations)
-
-
-def _is_endpoint(pod: Workload, service: Service) -> bool:
-    if not service.selector or pod.namespace != service.namespace:
-        return False
-    return all(pod.labels.get(key) == value for key, value in service.selector.items())
-
-
-def _pod_port(pod: Workload, port: ServicePort) -> int | None:
-    if isinstance(port.target, int):
-        return port.target
-    return next((p.port for p in pod.ports if p.name == port.target and p.protocol == port.protocol), None)
 
 
 def _declared_protocols(
@@ -102,10 +90,10 @@ def _declared_protocols(
     declared: dict[int, set[AppProtocol]] = {}
     server_first: set[int] = set()
     for service in services:
-        if not _is_endpoint(workload, service):
+        if not service.selects(workload):
             continue
         for port in service.ports:
-            target = _pod_port(workload, port)
+            target = port.target_at(workload.ports)
             if target is None or port.protocol != "TCP":
                 continue
             word = (port.app_protocol or port.name.partition("-")[0]).lower()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from meshbridge.identity.model import IpAddress
+from meshbridge.identity.model import ContainerPort, IpAddress, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +31,33 @@ class ServicePort:
     protocol: str = "TCP"
     app_protocol: str = ""
 
+    def target_at(self, ports: Iterable[ContainerPort]) -> int | None:
+        """The port at a pod with these container ports; None: the pod has none of that name, so it is no backend."""
+        if isinstance(self.target, int):
+            return self.target
+        return next((port.port for port in ports if (port.name, port.protocol) == (self.target, self.protocol)), None)
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """``selector`` None: its endpoints are somebody else's business."""
+    """``selector`` None: its endpoints are somebody else's business.
+
+    ``addresses`` are its ClusterIPs, ``outside_addresses`` further ones that nodes translate: external IPs and those
+    of a load balancer, but where its packets have to pass through the load balancer itself.
+    """
 
     namespace: str
     name: str
     addresses: tuple[IpAddress, ...] = ()
     ports: tuple[ServicePort, ...] = ()
     selector: Mapping[str, str] | None = field(default=None, hash=False)
+    outside_addresses: tuple[IpAddress, ...] = ()
+
+    def selects(self, pod: Workload) -> bool:
+        """Whether the pod is one of its endpoints, as far as labels say; an empty selector picks nobody."""
+        if not self.selector or pod.namespace != self.namespace:
+            return False
+        return all(pod.labels.get(key) == value for key, value in self.selector.items())
 
 
 @dataclass(frozen=True, slots=True)

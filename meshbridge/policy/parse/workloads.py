@@ -159,20 +159,31 @@ def _service(document: Document, root: Reader) -> Service:
     for item in _list(spec, "ports"):
         number = _child(item, "port").integer(1, 65535)
         target = _child(item, "targetPort").value
-        if target is None:
+        if target in (None, 0, ""):
             target = number
-        if isinstance(target, bool) or not isinstance(target, int | str):
+        if isinstance(target, bool) or not (
+            isinstance(target, str) or (isinstance(target, int) and 0 < target < 65536)
+        ):
             item.refuse(f"targetPort {shown(target)} is no port", "write a number or a port's name")
         protocol = _text(item, "protocol") or "TCP"
         ports.append(ServicePort(_text(item, "name"), number, target, protocol, _text(item, "appProtocol")))
     selector = _child(spec, "selector")
+    external_name = _text(spec, "type") == "ExternalName"
     return Service(
         document.namespace,
         document.name,
-        tuple(dict.fromkeys(_address(text) for text in texts)),
+        () if external_name else tuple(dict.fromkeys(_address(text) for text in texts)),
         tuple(ports),
         _strings(spec, "selector") if selector.value is not None else None,
+        () if external_name else tuple(dict.fromkeys(map(_address, _outside_addresses(root, spec)))),
     )
+
+
+def _outside_addresses(root: Reader, spec: Reader) -> list[Reader]:
+    load_balancer = _child(_child(root, "status"), "loadBalancer")
+    ingress = [item for item in _list(load_balancer, "ingress") if _text(item, "ipMode") != "Proxy"]
+    by_load_balancer = [ip for item in ingress if (ip := _child(item, "ip")).value not in (None, "")]
+    return [*_list(spec, "externalIPs"), *by_load_balancer]
 
 
 def _child(at: Reader, name: str) -> Reader:

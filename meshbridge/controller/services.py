@@ -1,0 +1,85 @@
+"""Services with the pods behind them, as resources: what a node has to know to judge a Service's address."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from meshbridge.controller.messages import resource, service_message
+from meshbridge.identity.model import Workload
+from meshbridge.kube.manifests import Key
+from meshbridge.policy.parse.cluster import Service
+from meshbridge.xds.snapshot import Resource, Resources
+
+_Pair = tuple[str, str]
+
+
+@dataclass(slots=True)
+class ServiceBook:
+    """The Services of a cluster, kept up with single changes of them and of pods.
+
+    A pod counts as a backend from its first address to its end, ready or not: readiness changes faster than it travels,
+    and a frontend passes only where every backend would.
+
+    Cost: a pod that comes, goes or changes is looked at by the Services of its namespace; those that select it are made
+    anew together, with one pass over the namespace's pods.
+    """
+
+    resources: Resources = field(default_factory=dict)
+    """By ``namespace/name``; the same mapping until something changes."""
+    _by_namespace: dict[str, dict[str, Service]] = field(default_factory=dict)
+    _stale: dict[str, set[str]] = field(default_factory=dict)
+
+    def put(self, key: Key, service: Service | None) -> None:
+        """This is the Service now, or, with None, there is none."""
+        _, _, namespace, name = key
+        services = self._by_namespace.setdefault(namespace, {})
+        if service is None:
+            services.pop(name, None)
+        else:
+            services[name] = service
+        self._stale.setdefault(namespace, set()).add(name)
+
+    def pod_changed(self, old: Workload | None, new: Workload | None) -> None:
+        """A pod came, went or is another now."""
+        pods = [pod for pod in (old, new) if pod is not None]
+        for namespace in {pod.namespace for pod in pods}:
+            for name, service in self._by_namespace.get(namespace, {}).items():
+                if any(service.selects(pod) for pod in pods):
+                    self._stale.setdefault(namespace, set()).add(name)
+
+    def refresh(self, pods_in: Callable[[str], Iterable[Workload]]) -> None:
+        """Bring ``resources`` up to date; ``pods_in`` are the pods of a namespace that hold addresses."""
+        if not self._stale:
+            return
+        stale, self._stale = self._stale, {}
+        updated: dict[str, Resource] = dict(self.resources)
+        for namespace, names in stale.items():
+            services = self._by_namespace.get(namespace, {})
+            known = {name: services[name] for name in names if name in services}
+            for name in names - known.keys():
+                updated.pop(f"{namespace}/{name}", None)
+            for name, pods in _selected(known, pods_in(namespace)).items():
+                service = known[name]
+                if service.addresses or service.outside_addresses:
+                    updated[f"{namespace}/{name}"] = resource(service_message(service, pods))
+                else:
+                    updated.pop(f"{namespace}/{name}", None)
+        if updated != self.resources:
+            self.resources = updated
+
+
+def _selected(services: dict[str, Service], pods: Iterable[Workload]) -> dict[str, list[Workload]]:
+    """The pods of each Service, found by one label of its selector."""
+    by_pair: dict[_Pair, list[str]] = {}
+    for name, service in services.items():
+        if service.selector:
+            by_pair.setdefault(min(service.selector.items()), []).append(name)
+    found: dict[str, list[Workload]] = {name: [] for name in services}
+    if by_pair:
+        for pod in pods:
+            for pair in pod.labels.items():
+                for name in by_pair.get(pair, ()):
+                    if services[name].selects(pod):
+                        found[name].append(pod)
+    return found
