@@ -109,7 +109,8 @@ class Compilation:
     ) -> bool:
         """Whether some policy of the pod may pick one of the new peers by what it is."""
         selecting = policies.selecting(workload)
-        if selecting.authorization or selecting.refusals or self._captures.of(workload, seen)[0].outbound:
+        of_mesh = selecting.authorization or selecting.peer_authentication or selecting.request_authentication
+        if of_mesh or selecting.refusals or self._captures.of(workload, seen)[0].outbound:
             return True
         return any(_picks(rule, peer) for rule in selecting.network for peer in added.values())
 
