@@ -14,9 +14,10 @@ from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.findings import Finding, FindingCode
 from meshbridge.bypass.findings import Severity as FindingSeverity
 from meshbridge.bypass.rules import SeenRules
+from meshbridge.bypass.state import capture_of
 from meshbridge.datapath.policysets import PackedSet, RuleIds, pack_map
 from meshbridge.identity.model import IpAddress, IpFamily, Peer, ProxyClass, Workload
-from meshbridge.policy.capture import Capture
+from meshbridge.policy.capture import Capture, PortClasses
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.model import (
     Anything,
@@ -61,6 +62,8 @@ class Compilation:
 
     rules: RuleIds
     compiled: dict[str, Compiled] = field(default_factory=dict)
+    knows_destinations: bool = False
+    """Whether the policies are all of the mesh's, so that it is known what destinations refuse."""
     _pods: dict[str, Workload] = field(default_factory=dict)
     _seen: dict[str, SeenRules | None] = field(default_factory=dict)
     _captures: CaptureCache = field(default_factory=lambda: CaptureCache())
@@ -95,10 +98,12 @@ class Compilation:
             or self.compiled[uid].sets is None
             or self._seen.get(uid) != rules.get(uid)
             or _concerns(changed, pod.workload)
+            or (_concerns_destinations(changed) and self._captures.of(pod.workload, rules.get(uid))[0].outbound)
             or (added and self._tells_apart(policies, pod.workload, rules.get(uid), added))
         ]
         if stale:
-            batch = _Batch(Compiler(identities), policies, self.rules, self._captures)
+            destinations = _sidecars(identities) if self.knows_destinations else {}
+            batch = _Batch(Compiler(identities, destinations), policies, self.rules, self._captures)
             for uid in stale:
                 self.compiled[uid] = batch.compile(pods[uid].workload, rules.get(uid))
                 self._pods[uid], self._seen[uid] = pods[uid].workload, rules.get(uid)
@@ -131,9 +136,8 @@ class CaptureCache:
         if found is None:
             if len(self._known) >= _MAX_CAPTURES:
                 self._known.clear()
-            # Outbound bypasses are left out: of no destination does a node know for certain that it has all policies.
             state = capture_state(asked, seen=seen)
-            found = Capture(state.inbound(), _JUDGES), tuple(map(_note, filter(_is_wrong, state.findings)))
+            found = capture_of(state, judges=_JUDGES), tuple(map(_note, filter(_is_wrong, state.findings)))
             self._known[key] = found
         return found
 
@@ -167,6 +171,20 @@ class _Batch:
             packed = pack_map(policy, self.rules)
             known = self._packed[id(policy)] = (policy, self._by_content.setdefault(packed, packed))
         return known[1]
+
+
+def _sidecars(identities: Mapping[int, Peer]) -> dict[int, Mapping[IpFamily, PortClasses]]:
+    """Every destination whose own Envoy or kernel judges: as if captured, so that only what is certain is dropped.
+
+    What its node excludes is closed to more than that, by that node.
+    """
+    captured = Capture.sidecar().inbound
+    return {number: captured for number, peer in identities.items() if peer.proxy is ProxyClass.SIDECAR}
+
+
+def _concerns_destinations(changed: PolicySet) -> bool:
+    refused = any(refusal.layer is Layer.MESH for refusal in changed.refusals)
+    return bool(changed.authorization or changed.peer_authentication or refused)
 
 
 def _is_wrong(finding: Finding) -> bool:

@@ -200,6 +200,7 @@ class Node:
         if self._pending.everything and not self._compilation.compiled:
             # what is captured now stays captured when an agent takes over
             self._seen = self.first_look(self._sidecars())
+        self._compilation.knows_destinations = self._view.all_mesh_policies
         compiled = self._compilation.update(pods, self._policies, self._peers.identities, touched, self._seen.rules)
         compiled_s = time.perf_counter() - started
         applied = self.enforcer.apply(DesiredState(self._desired_endpoints(pods), self._peers.ipcache))

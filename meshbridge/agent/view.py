@@ -80,6 +80,7 @@ class NodeView:
     holders: dict[bytes, Holder] = field(default_factory=dict)
     policies: dict[str, Parsed] = field(default_factory=dict)
     mesh: MeshSettings = DEFAULT_MESH
+    all_mesh_policies: bool = False
     problems: dict[str, str] = field(default_factory=dict)
     unusable: dict[tuple[str, str], str] = field(default_factory=dict)
     _peers: dict[tuple[object, ...], Peer] = field(default_factory=dict)
@@ -135,7 +136,7 @@ class NodeView:
         elif type_url == xds.POLICY:
             self.policies[name] = self._compact(parse(document_of(message)))
         elif type_url == xds.MESH:
-            self.mesh = mesh_of(message)
+            self.mesh, self.all_mesh_policies = mesh_of(message), message.all_mesh_policies
         elif type_url == xds.PROBLEM:
             self.problems[name] = message.text
 
@@ -148,7 +149,7 @@ class NodeView:
         elif type_url == xds.POLICY:
             self.policies.pop(name, None)
         elif type_url == xds.MESH:
-            self.mesh = DEFAULT_MESH
+            self.mesh, self.all_mesh_policies = DEFAULT_MESH, False
         elif type_url == xds.PROBLEM:
             self.problems.pop(name, None)
 

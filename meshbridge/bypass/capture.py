@@ -77,6 +77,15 @@ def capture_state(
     return CaptureState(workload.key, Truth.RULES, spans, intended, tuple(findings), expected.starts)
 
 
+def bypasses_outbound(workload: Workload) -> bool:
+    """Whether the pod's specification lets its application send past its own sidecar."""
+    if workload.proxy is not ProxyClass.SIDECAR:
+        return False
+    state = capture_state(workload)
+    families = {IpFamily.of(address) for address in workload.addresses}
+    return any(state.outbound_bypasses(family, intended=True) for family in families)
+
+
 @dataclass(frozen=True, slots=True)
 class _Settings:
     """All that spans depend on besides rules that were read; pods of one template share it.

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_network
 from typing import Any, Final
 
+from meshbridge.bypass.capture import bypasses_outbound
 from meshbridge.controller.addresses import AddressBook, Holder
 from meshbridge.controller.policies import PolicyItem, problems_of, read_policy
 from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
-from meshbridge.controller.services import ServiceBook
 from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import Problem, ProblemReason
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
@@ -61,13 +61,14 @@ class Cluster:
         self.policies: dict[str, PolicyItem] = {}
         self.services: dict[Key, Service] = {}
         self._names: dict[Key, tuple[str, ...]] = {}
-        self.service_book = ServiceBook()
         self._policies_in: dict[str | None, set[str]] = {}
         self._namespaces: dict[str, Namespace] = {}
         self._written: dict[Key, Workload] = {}
         self._pods: dict[Key, Workload] = {}
         self._pods_on: dict[str, dict[Key, Workload]] = {}
         self._pods_in: dict[str, set[Key]] = {}
+        self._mesh_policies: set[str] = set()
+        self._bypassing_on: dict[str, set[Key]] = {}
         self._node_addresses: dict[Key, tuple[IpAddress, ...]] = {}
         self._classes: dict[str, dict[_ClassKey, _Class]] = {}
         self._classes_on: dict[str, dict[_ClassKey, _Class]] = {}
@@ -98,9 +99,13 @@ class Cluster:
         """The pods on ``node`` whose traffic its kernel can tell apart by address."""
         return [pod for pod in self._pods_on.get(node, {}).values() if _is_endpoint(pod)]
 
+    def needs_all_mesh_policies(self, node: str) -> bool:
+        """Whether an endpoint on ``node`` sends past its own sidecar, so that its node has to know what refuses it."""
+        return bool(self._bypassing_on.get(node))
+
     def policies_on(self, node: str) -> list[PolicyItem]:
-        """The policies that select an endpoint on ``node``, in order of name."""
-        names: set[str] = set()
+        """The policies that select an endpoint on ``node``, and all of the mesh's where it needs them; by name."""
+        names: set[str] = set(self._mesh_policies) if self.needs_all_mesh_policies(node) else set()
         for pods in self._classes_on.get(node, {}).values():
             names |= pods.policies
         return [self.policies[name] for name in sorted(names)]
@@ -124,13 +129,8 @@ class Cluster:
         if (key[0], key[1]) in POLICY_KINDS:
             self._put_policies(key, documents, touched)
             return
-        self.service_book.refresh(self._backends_in)
         parsed = parse(documents[0]) if documents else None
         read = parsed.objects[0] if parsed is not None and parsed.objects else None
-    def _backends_in(self, namespace: str) -> Iterable[Workload]:
-        pods = (self._pods[key] for key in self._pods_in.get(namespace, ()))
-        return [pod for pod in pods if pod.addresses and pod.phase not in TERMINAL_PHASES]
-
         problems = problems_of(parsed) if parsed is not None else ()
         if isinstance(read, Workload):
             problems += _extra_address_problems(read, documents[0])
@@ -145,10 +145,8 @@ class Cluster:
                 self._put_node(key, read if isinstance(read, Node) else None, documents, touched)
             case ("", "Service"):
                 touched.sidecars = touched.destinations = True
-                service = read if isinstance(read, Service) else None
-                self.service_book.put(key, service)
-                if service is not None:
-                    self.services[key] = service
+                if isinstance(read, Service):
+                    self.services[key] = read
                 else:
                     self.services.pop(key, None)
             case _:
@@ -163,6 +161,7 @@ class Cluster:
             self._problems[key] = problems
         for name in self._names.pop(key, ()):
             old = self.policies.pop(name)
+            self._forget_mesh_policy(name, touched)
             for namespace in _index_keys(old):
                 self._policies_in[namespace].discard(name)
             for pods in self._classes_in(old.namespaces):
@@ -173,12 +172,20 @@ class Cluster:
             self._names[key] = tuple(item.name for item in items)
         for item in items:
             self.policies[item.name] = item
+            if item.is_of_mesh:
+                self._mesh_policies.add(item.name)
+                touched.nodes.update(self._bypassing_on)
             for namespace in _index_keys(item):
                 self._policies_in.setdefault(namespace, set()).add(item.name)
             for pods in self._classes_in(item.namespaces):
                 if item.concerns(pods.peer):
                     pods.policies.add(item.name)
                     touched.nodes.update(pods.nodes)
+
+    def _forget_mesh_policy(self, name: str, touched: Touched) -> None:
+        if name in self._mesh_policies:
+            self._mesh_policies.remove(name)
+            touched.nodes.update(self._bypassing_on)
 
     def _classes_in(self, namespaces: frozenset[str] | None) -> Iterable[_Class]:
         for namespace in self._classes if namespaces is None else namespaces:
@@ -220,17 +227,22 @@ class Cluster:
     def _place(self, key: Key, old: Workload | None, new: Workload | None) -> None:
         if old is not None:
             self._pods_on[old.node].pop(key)
+            if bypassing := self._bypassing_on.get(old.node):
+                bypassing.discard(key)
+                if not bypassing:
+                    del self._bypassing_on[old.node]
             if _is_endpoint(old):
                 self._leave_class(old)
         if new is not None:
             self._pods_on.setdefault(new.node, {})[key] = new
+            if _is_endpoint(new) and bypasses_outbound(new):
+                self._bypassing_on.setdefault(new.node, set()).add(key)
             if _is_endpoint(new):
                 self._join_class(new)
 
     def _join_class(self, pod: Workload) -> None:
         key = _class_key(pod)
         classes = self._classes.setdefault(pod.namespace, {})
-        self.service_book.pod_changed(old, new)
         pods = classes.get(key)
         if pods is None:
             pods = classes[key] = _Class(pod.peer(cluster=self.mesh.cluster))

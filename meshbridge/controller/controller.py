@@ -97,7 +97,7 @@ class Controller:
         self._read_problems: frozenset[Problem] = frozenset()
         self._problems: frozenset[Problem] = frozenset()
         self._problem_resources: Resources = {}
-        self._mesh_resources: Resources = {"mesh": resource(mesh_message(self.cluster.mesh))}
+        self._mesh_resources = _mesh_resources(self.cluster.mesh)
         self._clients: dict[Caller, _Client] = {}
         self._destinations: tuple[MtlsDestination, ...] | None = None
         self._destinations_stale = True
@@ -190,7 +190,7 @@ class Controller:
         log.info("mesh.changed", trust_domain=mesh.trust_domain, root_namespace=mesh.root_namespace)
         self.cluster = Cluster(mesh)
         self.cluster.apply(self._documents)
-        self._mesh_resources = {"mesh": resource(mesh_message(mesh))}
+        self._mesh_resources = _mesh_resources(mesh)
         return None
 
     def _read_mesh(self, documents: tuple[Document, ...]) -> MeshSettings:
@@ -245,9 +245,8 @@ class Controller:
         last = client.snapshot.types if client.snapshot is not None else {}
         types = {
             xds.POLICY: last.get(xds.POLICY, {}),
-            xds.SERVICE: self.cluster.service_book.resources,
             xds.ADDRESS: self.cluster.addresses.view(client.distinctions),
-            xds.MESH: self._mesh_resources,
+            xds.MESH: self._mesh_resources[self.cluster.needs_all_mesh_policies(client.caller.node)],
             xds.ENDPOINT: last.get(xds.ENDPOINT, {}),
             xds.PROBLEM: self._problem_resources,
             **parts,
@@ -302,6 +301,11 @@ class Controller:
 
     def _spiffe_id(self, pod: Workload) -> SpiffeId:
         return SpiffeId(self.cluster.mesh.trust_domain, pod.namespace, pod.service_account)
+
+
+def _mesh_resources(mesh: MeshSettings) -> dict[bool, Resources]:
+    """The mesh's settings for nodes that are sent all of its policies, and for the others."""
+    return {every: {"mesh": resource(mesh_message(mesh, all_policies=every))} for every in (False, True)}
 
 
 def _same(last: Resources | None, resources: Resources) -> Resources:

@@ -15,8 +15,6 @@ from meshbridge.identity.model import ContainerPort, IpAddress, Peer, Workload
 from meshbridge.kube.problems import Problem
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document
-from meshbridge.policy.parse.cluster import Service
-from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.protos import agent_pb2
 from meshbridge.xds.snapshot import Resource
 
@@ -78,26 +76,6 @@ def address_message(
     )
 
 
-def service_message(service: Service, pods: Iterable[Workload]) -> agent_pb2.Service:
-    """A Service with those of ``pods``, all of its own, that answer behind each port."""
-    backends = sorted(pods, key=lambda pod: pod.key)
-    message = agent_pb2.Service(namespace=service.namespace, name=service.name)
-    message.addresses.extend(
-        address.packed for address in dict.fromkeys((*service.addresses, *service.outside_addresses))
-    )
-    for port in service.ports:
-        if port.protocol not in PROTOCOLS:
-            continue  # nobody translates it either
-        by_target: dict[int, list[bytes]] = {}
-        for pod in backends:
-            target = port.target_at(pod.ports)
-            if target is not None:
-                by_target.setdefault(target, []).extend(address.packed for address in pod.addresses)
-        found = [agent_pb2.ServiceBackends(port=target, addresses=by_target[target]) for target in sorted(by_target)]
-        message.ports.append(agent_pb2.ServicePort(protocol=port.protocol, port=port.port, backends=found))
-    return message
-
-
 def policy_message(document: Document) -> agent_pb2.Policy:
     """The object as written, without what servers add to it: status and managed fields."""
     data = {name: value for name, value in document.data.items() if name != "status"}
@@ -117,8 +95,10 @@ def policy_message(document: Document) -> agent_pb2.Policy:
     )
 
 
-def mesh_message(mesh: MeshSettings) -> agent_pb2.Mesh:
+def mesh_message(mesh: MeshSettings, *, all_policies: bool = False) -> agent_pb2.Mesh:
+    """``all_policies``: the node is sent every policy of the mesh, whomever it selects."""
     return agent_pb2.Mesh(
+        all_mesh_policies=all_policies,
         root_namespace=mesh.root_namespace,
         trust_domain=mesh.trust_domain,
         trust_domain_aliases=mesh.trust_domain_aliases,

@@ -26,6 +26,13 @@ class PolicyItem:
     namespaces: frozenset[str] | None
     resource: Resource
 
+    @property
+    def is_of_mesh(self) -> bool:
+        """Whether it may restrict what a sidecar lets in."""
+        alone = self.alone
+        refused = any(refusal.layer is Layer.MESH for refusal in alone.refusals)
+        return bool(alone.authorization or alone.peer_authentication or refused)
+
     def concerns(self, peer: Peer) -> bool:
         """Whether it selects ``peer``, or was refused and may select it."""
         selecting = self.alone.selecting(peer)

@@ -141,6 +141,7 @@ class NodeHarness:
     directory: Path
     name: str = ""
     attach: str = "auto"
+    all_mesh_policies: bool = False
     pods: dict[str, Pod] = field(default_factory=dict)
     policies: dict[str, Document] = field(default_factory=dict)
     controller: ScriptedController = field(init=False)
@@ -271,7 +272,7 @@ class NodeHarness:
                 xds.ADDRESS: addresses,
                 xds.POLICY: {key: policy_message(document) for key, document in self.policies.items()},
                 xds.MESH: {"mesh": agent_pb2.Mesh(root_namespace="istio-system", trust_domain="cluster.local",
-                                                  cluster="default")},
+                                                  cluster="default", all_mesh_policies=self.all_mesh_policies)},
             }
         )  # fmt: skip
         if wait:

@@ -19,6 +19,7 @@ from meshbridge.bypass.initargs import parse_init_args
 from meshbridge.bypass.redirect_config import restore_text
 from meshbridge.identity.model import ContainerPort, IpFamily, ProxyClass
 from meshbridge.observe.flow import FlowKind
+from meshbridge.policy.model import Direction
 
 pytestmark = pytest.mark.root
 
@@ -139,3 +140,35 @@ def test_an_agent_that_takes_over_cuts_nothing_that_is_captured(node: NodeHarnes
     result = stream.finish()
     assert result["bad"] == 0
     assert result["retransmits"] == 0, result
+
+
+CLOSED = """
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: closed, namespace: shop}
+spec: {selector: {matchLabels: {app: api}}, action: DENY, rules: [{to: [{operation: {ports: ["8080"]}}]}]}
+"""
+
+
+def test_what_a_destination_certainly_refuses_is_dropped_where_it_is_sent_past_envoy(node: NodeHarness) -> None:
+    api = with_sidecar(node, "shop", "api")
+    scraper = with_sidecar(node, "monitoring", "scraper", excludeOutboundPorts="8080,9090")
+    plain = node.add_pod("monitoring", "plain")
+    redirect(api)
+    redirect(scraper)
+    node.listen(api, ENVOY_PORT)
+    node.apply(CLOSED)
+    node.all_mesh_policies = True
+    node.sync()
+    eventually(lambda: not excluded(node, api) and node.reaches(scraper.netns, api.ipv4, 9090))
+    for client, direction in ((scraper, Direction.EGRESS), (plain, Direction.INGRESS)):
+        for address in (api.ipv4, api.ipv6):
+            assert not node.reaches(client.netns, address, 8080)
+        time.sleep(0.2)
+        dropped = [
+            flow
+            for flow in node.flows()
+            if flow.kind is FlowKind.DROP and str(flow.source.address) in (client.ipv4, client.ipv6)
+        ]
+        assert {flow.direction for flow in dropped} == {direction}
+        assert {origin.name for flow in dropped for origin in flow.mesh_rules} == {"closed"}
