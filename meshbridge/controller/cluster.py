@@ -11,6 +11,7 @@ from typing import Any, Final
 from meshbridge.bypass.capture import bypasses_outbound
 from meshbridge.controller.addresses import AddressBook, Holder
 from meshbridge.controller.policies import PolicyItem, problems_of, read_policy
+from meshbridge.controller.services import ServiceBook
 from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
 from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import Problem, ProblemReason
@@ -60,6 +61,7 @@ class Cluster:
         self.addresses = AddressBook()
         self.policies: dict[str, PolicyItem] = {}
         self.services: dict[Key, Service] = {}
+        self.service_book = ServiceBook()
         self._names: dict[Key, tuple[str, ...]] = {}
         self._policies_in: dict[str | None, set[str]] = {}
         self._namespaces: dict[str, Namespace] = {}
@@ -122,7 +124,12 @@ class Cluster:
         for key in sorted(changes, key=_in_order):
             self._put(key, changes[key], touched)
         self._find_contested()
+        self.service_book.refresh(self._backends_in)
         return touched
+
+    def _backends_in(self, namespace: str) -> Iterable[Workload]:
+        pods = (self._pods[key] for key in self._pods_in.get(namespace, ()))
+        return [pod for pod in pods if pod.addresses and pod.phase not in TERMINAL_PHASES]
 
     def _put(self, key: Key, documents: tuple[Document, ...], touched: Touched) -> None:
         self._problems.pop(key, None)
@@ -145,8 +152,10 @@ class Cluster:
                 self._put_node(key, read if isinstance(read, Node) else None, documents, touched)
             case ("", "Service"):
                 touched.sidecars = touched.destinations = True
-                if isinstance(read, Service):
-                    self.services[key] = read
+                service = read if isinstance(read, Service) else None
+                self.service_book.put(key, service)
+                if service is not None:
+                    self.services[key] = service
                 else:
                     self.services.pop(key, None)
             case _:
@@ -221,6 +230,7 @@ class Cluster:
         for pod in (old, new):
             if pod is not None and pod.node:
                 touched.nodes.add(pod.node)
+        self.service_book.pod_changed(old, new)
         self._place(key, old, new)
         self._claim_addresses(f"pod {key[2]}/{key[3]}", old, new, touched)
 

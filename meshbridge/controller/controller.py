@@ -245,6 +245,7 @@ class Controller:
         last = client.snapshot.types if client.snapshot is not None else {}
         types = {
             xds.POLICY: last.get(xds.POLICY, {}),
+            xds.SERVICE: self.cluster.service_book.resources,
             xds.ADDRESS: self.cluster.addresses.view(client.distinctions),
             xds.MESH: self._mesh_resources[self.cluster.needs_all_mesh_policies(client.caller.node)],
             xds.ENDPOINT: last.get(xds.ENDPOINT, {}),

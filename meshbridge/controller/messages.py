@@ -15,6 +15,8 @@ from meshbridge.identity.model import ContainerPort, IpAddress, Peer, Workload
 from meshbridge.kube.problems import Problem
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document
+from meshbridge.policy.parse.cluster import Service
+from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.protos import agent_pb2
 from meshbridge.xds.snapshot import Resource
 
@@ -74,6 +76,26 @@ def address_message(
         uid=uid,
         ports=_ports(sorted(peer.ports, key=lambda port: (port.name, port.port, port.protocol))),
     )
+
+
+def service_message(service: Service, pods: Iterable[Workload]) -> agent_pb2.Service:
+    """A Service with those of ``pods``, all of its own, that answer behind each port."""
+    backends = sorted(pods, key=lambda pod: pod.key)
+    message = agent_pb2.Service(namespace=service.namespace, name=service.name)
+    message.addresses.extend(
+        address.packed for address in dict.fromkeys((*service.addresses, *service.outside_addresses))
+    )
+    for port in service.ports:
+        if port.protocol not in PROTOCOLS:
+            continue  # nobody translates it either
+        by_target: dict[int, list[bytes]] = {}
+        for pod in backends:
+            target = port.target_at(pod.ports)
+            if target is not None:
+                by_target.setdefault(target, []).extend(address.packed for address in pod.addresses)
+        found = [agent_pb2.ServiceBackends(port=target, addresses=by_target[target]) for target in sorted(by_target)]
+        message.ports.append(agent_pb2.ServicePort(protocol=port.protocol, port=port.port, backends=found))
+    return message
 
 
 def policy_message(document: Document) -> agent_pb2.Policy:
