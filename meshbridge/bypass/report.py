@@ -160,7 +160,7 @@ def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
     refusing = _refusing_destinations(workload, span, inventory)
     known = any(other is not workload for other in inventory.workloads)
     if refusing:
-        why = "what these destinations' policies refuse is dropped where it arrives, by address"
+        why = "what these destinations refuse is dropped where it arrives; under any name, at the source already"
     elif known:
         why = "no known destination's policy refuses this pod on these ports; identity and encryption are lost"
     else:
