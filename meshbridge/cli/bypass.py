@@ -185,10 +185,10 @@ def ports_text(ranges: Iterable[Sequence[int]]) -> str:
 
 
 def _list_lines(rows: Sequence[dict[str, Any]], record: dict[str, Any]) -> list[str]:
-    table = [("POD", "PORTS", "DIRECTION", "ROUTE", "LOST", "WEAKENED", "STANDS IN")]
+    table = [("POD", "PORTS", "DIRECTION", "ROUTE", "CLASS", "LOST", "WEAKENED", "STANDS IN")]
     for row in rows:
         fates = {fate: _kinds(row, fate) for fate in _FATES}
-        stands_in = row["compensation"]["summary"] if row["compensation"] else row["class"]
+        stands_in = row["compensation"]["summary"] if row["compensation"] else "-"
         where = f" to {','.join(row['destinations'])}" if row["destinations"] else ""
         table.append(
             (
@@ -196,6 +196,7 @@ def _list_lines(rows: Sequence[dict[str, Any]], record: dict[str, Any]) -> list[
                 ports_text(row["ports"]) + where,
                 row["direction"],
                 row["route"]["kind"],
+                row["class"],
                 fates["lost"],
                 fates["weakened"],
                 stands_in,
