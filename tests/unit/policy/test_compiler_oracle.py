@@ -17,8 +17,10 @@ from meshbridge.identity.numbering import Numbering, number_peers
 from meshbridge.policy.capture import AppProtocol, Capture, PortClass, PortClasses
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.evaluate import evaluate
+from meshbridge.policy.frontends import Backend, FrontendPort, with_frontends
 from meshbridge.policy.model import Direction, Document, PolicyMap, Verdict
 from meshbridge.policy.policyset import PolicySet
+from meshbridge.policy.precedence import DropReason
 
 DIRECTIONS = {INGRESS: Direction.INGRESS, EGRESS: Direction.EGRESS}
 CHECKED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -97,6 +99,37 @@ def test_network_policies_mean_what_the_texts_say(seed: int) -> None:
         policy_map = policy.map(DIRECTIONS[flow.direction], IpFamily.of(flow.endpoint.address))
         passes = verdict_at(policy_map, numbering, flow) is not Verdict.DENY
         assert passes is network_allows(objects, flow), (flow, objects)
+
+
+@CHECKED
+@given(SEEDS)
+def test_a_service_passes_where_every_pod_behind_it_would(seed: int) -> None:
+    """The source sees a Service's address and port; the texts mean the pod behind it, at the pod's own port."""
+    rng = random.Random(seed)
+    pods = [pod for pod in random_pods(rng, 5) if pod.address.version == 4]
+    everybody = pods + outsiders()
+    objects = random_policies(rng)
+    policies = PolicySet.of(documents_of(objects))
+    numbering = numbered(everybody, policies)
+    number = numbering.highest + 1
+    service = replace(peer_of(outsiders()[-2]), service="shop/api")
+    compiler = Compiler({**numbering.identities, number: service})
+    for _ in range(20):
+        backends = [(rng.choice(pods), rng.choice(PORTS)) for _ in range(rng.randint(1, 3))]
+        protocol, endpoint = rng.choice((6, 17)), rng.choice(pods)
+        behind = tuple(Backend(numbering.addresses[pod.address].identity, port) for pod, port in backends)
+        policy = compiler.endpoint(workload_of([endpoint]), policies, Capture.none())
+        egress = policy.map(Direction.EGRESS, IpFamily.IPV4)
+        answered = with_frontends(egress, {number: [FrontendPort(protocol, 80, behind)]})
+        expected = [network_allows(objects, Flow(endpoint, pod, EGRESS, protocol, port)) for pod, port in backends]
+        decision = evaluate(answered, number, protocol, 80)
+        assert decision.passes is all(expected), (endpoint, backends, objects)
+        if any(expected) and not all(expected):
+            assert decision.deny_reason == DropReason.SERVICE_BACKENDS_DIFFER
+        unknown = with_frontends(egress, {number: [FrontendPort(protocol, 80, ())]})
+        if evaluate(unknown, number, protocol, 80).passes:
+            anybody = [Flow(endpoint, peer, EGRESS, protocol, rng.choice(PORTS)) for peer in everybody]
+            assert all(network_allows(objects, flow) for flow in anybody if flow.peer.address.version == 4), objects
 
 
 def answers(objects: list[dict[str, Any]], flow: Flow, protocol: AppProtocol) -> set[bool]:

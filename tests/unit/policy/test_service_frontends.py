@@ -39,7 +39,14 @@ CASES: dict[str, tuple[str, list[tuple[Workload, int]], int]] = {
     "a deny of the backend": (
         "egress: [{toEntities: [all]}], egressDeny: [{toEndpoints: [{matchLabels: {app: api}}]}]",
         [(API, 8080)], DropReason.POLICY_DENY),
-    "without backends there is nothing to refuse": (TO_API, [], 0),
+    "nobody is known to answer": (TO_API, [], DropReason.NO_SERVICE_BACKENDS),
+    "nobody is known to answer, and the world is allowed": (
+        "egress: [{toEntities: [world]}]", [], DropReason.NO_SERVICE_BACKENDS),
+    "nobody is known to answer, and some are denied": (
+        "egress: [{toEntities: [all]}], egressDeny: [{toEndpoints: [{matchLabels: {app: api}}]}]",
+        [], DropReason.NO_SERVICE_BACKENDS),
+    "nobody is known to answer, and one port of anybody is allowed": (
+        "egress: [{toPorts: [{ports: [{port: '80', protocol: TCP}]}]}]", [], DropReason.NO_SERVICE_BACKENDS),
 }  # fmt: skip
 
 
@@ -55,6 +62,35 @@ def test_a_service_frontend(rules: str, backends: list[tuple[Workload, int]], re
     for address in (API.addresses[0], LEDGER.addresses[0]):
         identity = numbering.addresses[address].identity
         assert evaluate(answered, identity, 6, 8080) == evaluate(base, identity, 6, 8080)
+
+
+ANYBODY = {
+    "every egress is allowed": "egress: [{}]",
+    "every egress of the protocol": "egress: [{ports: [{protocol: TCP}]}]",
+}
+
+
+@pytest.mark.parametrize("rules", ANYBODY.values(), ids=ANYBODY.keys())
+def test_whoever_may_reach_anybody_needs_no_known_backend(rules: str) -> None:
+    policy = f"""
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: p, namespace: shop}}
+spec: {{podSelector: {{}}, policyTypes: [Egress], {rules}}}
+"""
+    found = policies(policy)
+    base = compile_endpoint(WEB, found, numbered(found).identities, Capture.none()).map(Direction.EGRESS, IpFamily.IPV4)
+    answered = with_frontends(base, {SERVICE: [FrontendPort(6, 80, ())]})
+    assert evaluate(answered, SERVICE, 6, 80).passes
+
+
+def test_what_the_map_says_anyway_is_not_written_again() -> None:
+    found = policies(egress(TO_API))
+    numbering = numbered(found)
+    base = compile_endpoint(WEB, found, numbering.identities, Capture.none()).map(Direction.EGRESS, IpFamily.IPV4)
+    ledger = numbering.addresses[LEDGER.addresses[0]].identity
+    denied = {SERVICE + n: [FrontendPort(6, 80, (Backend(ledger, 80),))] for n in range(5)}
+    assert with_frontends(base, denied) is base
 
 
 def test_a_map_that_restricts_nothing_stays_as_it_is() -> None:
