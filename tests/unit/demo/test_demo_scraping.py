@@ -85,3 +85,19 @@ def test_every_target_is_excluded_on_the_metrics_port() -> None:
     for item in scraping.sources()["targets.yaml"]:
         assert item["metadata"]["annotations"] == {f"{EXCLUSIONS}excludeInboundPorts": str(scraping.METRICS_PORT)}
         assert item["metadata"]["labels"]["prometheus.io/scrape"] == "true"
+
+
+TARGETS = b"""{"status": "success", "data": {"activeTargets": [
+ {"labels": {"pod": "finance/ledger"}, "health": "up", "lastError": "", "lastScrape": "2026-11-24T08:03:37.123456789Z"},
+ {"labels": {"pod": "finance/statements"}, "health": "down", "lastError": "i/o timeout",
+  "lastScrape": "2026-11-24T09:03:38.5+01:00"},
+ {"labels": {"pod": "marketing/campaigns"}, "health": "unknown", "lastError": "", "lastScrape": "0001-01-01T00:00:00Z"}
+]}}"""
+
+
+def test_health_is_what_prometheus_says_of_targets_it_has_scraped() -> None:
+    found = scraping.read_health(TARGETS)
+    assert set(found) == {"finance/ledger", "finance/statements"}
+    assert found["finance/ledger"].up
+    assert str(found["finance/statements"]) == "down (i/o timeout)"
+    assert 1.3 < found["finance/statements"].scraped_at - found["finance/ledger"].scraped_at < 1.4
