@@ -37,13 +37,11 @@ class Size:
 
 
 def program(maps: Maps, size: Size) -> None:
-    """The maps hold exactly one endpoint isolated by ``size.entries`` allows, and the peers they name.
+    """Fresh maps hold an endpoint isolated by ``size.entries`` allows, and the peers they name.
 
     Entries are ten ports for each identity, as a policy of ten ports for each of n peers compiles. Addresses are
     shared out among the identities; the other endpoints have a set of their own with one entry each.
     """
-    for table in (maps.policy, maps.policy_sets, maps.ipcache, maps.endpoints, maps.endpoint_addresses):
-        table.clear()
     prefixes = 1 << abi.POLICY_PREFIX_PORT
     allow = abi.PolicyValue(precedence=1, rule_id=1, verdict=abi.PolicyVerdict.POLICY_ALLOW)
     maps.policy.put_many((_key(SET_ID, index), allow) for index in range(size.entries))
