@@ -92,7 +92,8 @@ def measure(bench: Workbench) -> list[Section]:
         "BPF_PROG_TEST_RUN of to-pod, nanoseconds as the kernel counts them; an allowed SYN: parse, look up, write the "
         "flow, send an event within the limit.",
         "New flow: one run per packet, every packet a new flow from a random peer to a random port, after twenty "
-        "thousand like it; cold: the first thousand, after other tables were used; less the clock itself. Repeated: one packet.",
+        "thousand like it; cold: the first thousand, after other tables were used; both less the cost of the clock. "
+        "Repeated: the same packet each time.",
         "Entries are ten ports for each peer identity, so identities grow with them. 1,000 addresses where the row "
         "does not say (10,000 with 100,000 entries).",
     )
