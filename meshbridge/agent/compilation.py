@@ -19,6 +19,7 @@ from meshbridge.datapath.policysets import PackedSet, RuleIds, pack_map
 from meshbridge.identity.model import IpAddress, IpFamily, Peer, ProxyClass, Workload
 from meshbridge.policy.capture import Capture, PortClasses
 from meshbridge.policy.compile import Compiler
+from meshbridge.policy.frontends import FrontendPort, restricts, with_frontends
 from meshbridge.policy.model import (
     Anything,
     Direction,
@@ -37,27 +38,30 @@ _JUDGES: Final = frozenset(Judge)
 _FAMILIES: Final[Mapping[int, IpAddress]] = {4: IPv4Address("192.0.2.1"), 6: IPv6Address("2001:db8::1")}
 _MAX_CAPTURES: Final = 1024
 
+Frontends = Mapping[int, tuple[FrontendPort, ...]]
+
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """One pod's policy. ``sets`` None: it could not be compiled, for the reason in ``fault``.
 
     ``isolating`` are the policies that isolate it, by direction; ``notes`` say where its redirect rules are not what
-    its specification asks for.
+    its specification asks for. ``judges_services``: its egress is restricted, so it depends on who is behind Services.
     """
 
     sets: tuple[PackedSet, ...] | None
     isolating: Mapping[Direction, tuple[Origin, ...]] = field(default_factory=dict)
     fault: str = ""
     notes: tuple[str, ...] = ()
+    judges_services: bool = False
 
 
 @dataclass(slots=True)
 class Compilation:
     """The compiled policies of this node's pods.
 
-    A pod is compiled again when it changed, when the redirect rules seen of it or a policy that selects it did, or when
-    identities did that its policies could tell from others.
+    A pod is compiled again when it changed, when the redirect rules seen of it or a policy that selects it did, when
+    identities did that its policies could tell from others, or who is behind Services, where its egress is restricted.
     """
 
     rules: RuleIds
@@ -68,6 +72,7 @@ class Compilation:
     _seen: dict[str, SeenRules | None] = field(default_factory=dict)
     _captures: CaptureCache = field(default_factory=lambda: CaptureCache())
     _identities: Mapping[int, Peer] = field(default_factory=dict)
+    _frontends: Frontends = field(default_factory=dict)
 
     def update(
         self,
@@ -76,6 +81,7 @@ class Compilation:
         identities: Mapping[int, Peer],
         changed: PolicySet | None = None,
         seen: Mapping[str, SeenRules] | None = None,
+        frontends: Frontends | None = None,
     ) -> int:
         """Bring ``compiled`` up to date for these pods, by UID; returns how many had to be compiled.
 
@@ -83,12 +89,16 @@ class Compilation:
             seen: the redirect rules in the pods' namespaces, as far as they were read; without them nothing of a pod
                 counts as captured.
             changed: the policies that changed, as they were and as they are; None: any may have.
+            frontends: the ports of Services, by the identity of their addresses.
         """
         for uid in self.compiled.keys() - pods.keys():
             del self.compiled[uid], self._pods[uid], self._seen[uid]
         rules = seen or {}
         added = _added(self._identities, identities)
         self._identities = identities
+        services = frontends or {}
+        moved = services != self._frontends
+        self._frontends = services
         stale = [
             uid
             for uid, pod in pods.items()
@@ -97,13 +107,14 @@ class Compilation:
             or not _same(self._pods.get(uid), pod.workload)
             or self.compiled[uid].sets is None
             or self._seen.get(uid) != rules.get(uid)
+            or (moved and self.compiled[uid].judges_services)
             or _concerns(changed, pod.workload)
             or (_concerns_destinations(changed) and self._captures.of(pod.workload, rules.get(uid))[0].outbound)
             or (added and self._tells_apart(policies, pod.workload, rules.get(uid), added))
         ]
         if stale:
             destinations = _sidecars(identities) if self.knows_destinations else {}
-            batch = _Batch(Compiler(identities, destinations), policies, self.rules, self._captures)
+            batch = _Batch(Compiler(identities, destinations), policies, services, self.rules, self._captures)
             for uid in stale:
                 self.compiled[uid] = batch.compile(pods[uid].workload, rules.get(uid))
                 self._pods[uid], self._seen[uid] = pods[uid].workload, rules.get(uid)
@@ -148,8 +159,10 @@ class _Batch:
 
     compiler: Compiler
     policies: PolicySet
+    frontends: Frontends
     rules: RuleIds
     captures: CaptureCache
+    _answering: dict[int, tuple[PolicyMap, PolicyMap]] = field(default_factory=dict)
     _packed: dict[int, tuple[PolicyMap, PackedSet]] = field(default_factory=dict)
     _by_content: dict[PackedSet, PackedSet] = field(default_factory=dict)
 
@@ -157,13 +170,24 @@ class _Batch:
         try:
             capture, notes = self.captures.of(workload, seen)
             policy = self.compiler.endpoint(workload, self.policies, capture)
-            return Compiled(self._pack(policy), {d: _isolating(policy, d) for d in Direction}, notes=notes)
+            judges = any(restricts(policy.map(Direction.EGRESS, family)) for family in IpFamily)
+            isolating = {direction: _isolating(policy, direction) for direction in Direction}
+            return Compiled(self._pack(policy), isolating, notes=notes, judges_services=judges)
         except Exception as error:  # whatever it is: this pod closes, the others go on, and it is said why
             log.exception("endpoint.not_compiled", pod=workload.key)
             return Compiled(None, fault=f"its policy cannot be compiled, so all its packets are dropped: {error}")
 
     def _pack(self, policy: EndpointPolicy) -> tuple[PackedSet, ...]:
-        return tuple(self._pack_map(policy.map(direction, family)) for direction in Direction for family in IpFamily)
+        ingress = tuple(self._pack_map(policy.map(Direction.INGRESS, family)) for family in IpFamily)
+        return ingress + tuple(
+            self._pack_map(self._with_services(policy.map(Direction.EGRESS, family))) for family in IpFamily
+        )
+
+    def _with_services(self, egress: PolicyMap) -> PolicyMap:
+        known = self._answering.get(id(egress))
+        if known is None:
+            known = self._answering[id(egress)] = (egress, with_frontends(egress, self.frontends))
+        return known[1]
 
     def _pack_map(self, policy: PolicyMap) -> PackedSet:
         known = self._packed.get(id(policy))

@@ -104,19 +104,20 @@ class Names:
             namespace=peer.namespace or "",
             pod=holder.name if holder else "",
             entities=tuple(sorted(entity.value for entity in entities)),
-            labels=labels_of(peer),
+            labels=labels_of(known if known and known.service else peer),
         )
 
 
 def labels_of(peer: Peer) -> tuple[str, ...]:
-    """``k8s:key=value`` of a pod, sorted, as Cilium writes them."""
+    """``k8s:key=value`` of a pod, sorted, as Cilium writes them; a Service's address has its name besides."""
+    services = [f"service:{name}" for name in peer.service.split(", ") if name]
     if not peer.is_pod:
-        return tuple(sorted(f"reserved:{entity.value}" for entity in peer.entities))
+        return tuple(sorted([*(f"reserved:{entity.value}" for entity in peer.entities), *services]))
     found = [f"k8s:{key}={value}" if value else f"k8s:{key}" for key, value in peer.labels.items()]
     found.append(f"k8s:io.kubernetes.pod.namespace={peer.namespace}")
     if peer.service_account:
         found.append(f"k8s:io.cilium.k8s.policy.serviceaccount={peer.service_account}")
-    return tuple(sorted(found))
+    return tuple(sorted([*found, *services]))
 
 
 def _deciding_layer(event: abi.FlowEvent) -> Layer | None:

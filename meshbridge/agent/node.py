@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Final
 
 import structlog
@@ -201,7 +202,10 @@ class Node:
             # what is captured now stays captured when an agent takes over
             self._seen = self.first_look(self._sidecars())
         self._compilation.knows_destinations = self._view.all_mesh_policies
-        compiled = self._compilation.update(pods, self._policies, self._peers.identities, touched, self._seen.rules)
+        compiled = self._compilation.update(
+            pods, self._policies, self._peers.identities, touched, self._seen.rules,
+            self._view.services.frontends(self._peers.number),
+        )  # fmt: skip
         compiled_s = time.perf_counter() - started
         applied = self.enforcer.apply(DesiredState(self._desired_endpoints(pods), self._peers.ipcache))
         for hooked in fresh:
@@ -243,19 +247,21 @@ class Node:
 
     def _renumber(self, networks: frozenset[IpNetwork]) -> None:
         first = not self._peers.identities
-        holders = {address: holder.peer for address, holder in self._view.holders.items()}
+        known = (self._view.holders.keys(), self._own_addresses, self._view.services.addresses())
+        holders = {address: self._holder(address) for address in dict.fromkeys(chain(*known))}
         self._peers.renumber(
-            holders | {address: self._own_address(address) for address in self._own_addresses},
+            {address: peer for address, peer in holders.items() if peer is not None},
             networks,
             observed=self.enforcer.identities_of_addresses() if first else None,
             highest=self.enforcer.highest_identity() if first else 0,
         )
 
     def _holder(self, address: bytes) -> Peer | None:
-        if address in self._own_addresses:
-            return self._own_address(address)
         told = self._view.holders.get(address)
-        return told.peer if told else None
+        peer = told.peer if told else None
+        if address in self._own_addresses:
+            peer = self._own_address(address)
+        return self._view.services.peer(address, peer)
 
     def _own_address(self, address: bytes) -> Peer:
         """The node's own addresses are ``host`` here, whatever they are called elsewhere."""

@@ -9,6 +9,7 @@ from sys import intern
 from typing import Any, TypeVar
 
 from meshbridge.abi import address_bytes
+from meshbridge.agent.services import Services
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import IpAddress, Peer, Workload
 from meshbridge.identity.numbering import class_of
@@ -19,7 +20,7 @@ from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.selectors import PeerSelector, Selector
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.client import Update
-from meshbridge.xds.messages import MessageError, address_of, document_of, holder_of, mesh_of, workload_of
+from meshbridge.xds.messages import MessageError, address_of, document_of, holder_of, mesh_of, service_of, workload_of
 
 GONE_PHASES = frozenset({"Succeeded", "Failed"})
 MAX_PARTS = 1 << 14
@@ -81,6 +82,7 @@ class NodeView:
     policies: dict[str, Parsed] = field(default_factory=dict)
     mesh: MeshSettings = DEFAULT_MESH
     all_mesh_policies: bool = False
+    services: Services = field(default_factory=Services)
     problems: dict[str, str] = field(default_factory=dict)
     unusable: dict[tuple[str, str], str] = field(default_factory=dict)
     _peers: dict[tuple[object, ...], Peer] = field(default_factory=dict)
@@ -92,6 +94,8 @@ class NodeView:
         The update is used up: its messages are freed as they are read, so that a first update never stands in memory
         beside all that is made of it.
         """
+        services = _touched(update, xds.SERVICE)
+        addresses = set(self.services.addresses(services))
         before = {name: self.policies.get(name) for name in _touched(update, xds.POLICY)}
         for type_url, names in update.removed.items():
             for name in names:
@@ -110,7 +114,7 @@ class NodeView:
         if len(self._peers) > 2 * len(self.holders) + 1024:
             self._peers = {class_of(holder.peer): holder.peer for holder in self.holders.values()}
         policies = (*before.values(), *(self.policies.get(name) for name in before))
-        addresses = set()
+        addresses.update(self.services.addresses(services))
         for name in touched[xds.ADDRESS]:
             with suppress(ValueError):
                 addresses.add(address_bytes(ip_address(name)))
@@ -135,6 +139,8 @@ class NodeView:
             self.holders[address_bytes(held.address)] = Holder(self._shared(held.peer), held.name, intern(held.node))
         elif type_url == xds.POLICY:
             self.policies[name] = self._compact(parse(document_of(message)))
+        elif type_url == xds.SERVICE:
+            self.services.put(name, service_of(message))
         elif type_url == xds.MESH:
             self.mesh, self.all_mesh_policies = mesh_of(message), message.all_mesh_policies
         elif type_url == xds.PROBLEM:
@@ -148,6 +154,8 @@ class NodeView:
                 self.holders.pop(address_bytes(ip_address(name)), None)
         elif type_url == xds.POLICY:
             self.policies.pop(name, None)
+        elif type_url == xds.SERVICE:
+            self.services.put(name, None)
         elif type_url == xds.MESH:
             self.mesh, self.all_mesh_policies = DEFAULT_MESH, False
         elif type_url == xds.PROBLEM:

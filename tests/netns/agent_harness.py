@@ -144,6 +144,7 @@ class NodeHarness:
     all_mesh_policies: bool = False
     pods: dict[str, Pod] = field(default_factory=dict)
     policies: dict[str, Document] = field(default_factory=dict)
+    services: dict[str, agent_pb2.Service] = field(default_factory=dict)
     controller: ScriptedController = field(init=False)
     agent: subprocess.Popen[bytes] | None = None
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -270,6 +271,7 @@ class NodeHarness:
             {
                 xds.ENDPOINT: {pod.workload.uid: endpoint_message(pod.workload) for pod in self.pods.values()},
                 xds.ADDRESS: addresses,
+                xds.SERVICE: self.services,
                 xds.POLICY: {key: policy_message(document) for key, document in self.policies.items()},
                 xds.MESH: {"mesh": agent_pb2.Mesh(root_namespace="istio-system", trust_domain="cluster.local",
                                                   cluster="default", all_mesh_policies=self.all_mesh_policies)},

@@ -64,6 +64,15 @@ def test_an_event_of_losses_only_is_one_record() -> None:
     assert [f.lost for f in names().flows(event(type=abi.EventType.EVENT_LOST, lost=3))] == [3]
 
 
+def test_a_services_address_is_shown_with_the_services_name() -> None:
+    known = names()
+    world = frozenset({Entity.WORLD, Entity.WORLD_IPV6})
+    known.identities = {**known.identities, 301: Peer(entities=world, service="shop/api, shop/old")}
+    (flow,) = known.flows(event())
+    assert {"service:shop/api", "service:shop/old"} < set(flow.destination.labels)
+    assert flow.destination.pod == ""
+
+
 def test_what_the_kernel_took_an_address_for_counts() -> None:
     (flow,) = names().flows(event(source_identity=1))
     assert (flow.source.identity, flow.source.entities) == (1, ("host",))
