@@ -14,10 +14,13 @@ from meshbridge.demo.walk.scraping import (
     PROMETHEUS,
     SCRAPED,
     STATEMENTS,
+    WEB_PORT,
 )
+from meshbridge.demo.walk.sniffer import Sniffer
 from meshbridge.demo.walk.sources import ENVOY_COUNTERS, Round, Source, call_all, wait_event
 from meshbridge.observe.flow import FlowKind
 from meshbridge.observe.reasons import drop_reason
+from meshbridge.policy.model import Direction
 from meshbridge.policy.precedence import DropReason
 
 LETTER = "g"
@@ -53,6 +56,7 @@ def run(walk: Walk) -> None:
         "the rounds above",
     )
     _path_asked_for(walk)
+    _refused_from_anybody(walk)
     walk.command("bypass", "list")
 
 
@@ -147,6 +151,21 @@ def _path_asked_for(walk: Walk) -> None:
         bool(told),
         told[0].strip() if told else "no line names the policy, its path and that it is lost",
         "the command above",
+    )
+
+
+def _refused_from_anybody(walk: Walk) -> None:
+    """No policy of ledger opens 9090, and Prometheus's outbound 9090 is excluded: it is dropped where it is sent."""
+    scraper, ledger = LET_IN[0], walk.pod(LEDGER)
+    with Sniffer(ledger.layout.netns, walk.uplink(ledger.node), scraper.addresses(walk), port=WEB_PORT) as between:
+        made = call_all(walk, (scraper,), (LEDGER,), WEB_PORT, METRICS_PATH, timeout_s=_REFUSED_TIMEOUT_S)
+    drop = wait_event(walk, made.since_ns, FlowKind.DROP, scraper, LEDGER, WEB_PORT)
+    walk.report.check(
+        "excluded outbound, refused by ledger from anybody: dropped at the source",
+        drop is not None and drop.direction is Direction.EGRESS and not between.packets and not between.lost,
+        f"{_answers(made, scraper)}, {between.packets} packets between the nodes; "
+        + (f"{_why(drop.reason)} at {drop.node}, {rules_text(drop)}" if drop else "no drop event"),
+        f"{PROMETHEUS}'s request on {WEB_PORT} over both families, packet socket on {ledger.node}'s uplink",
     )
 
 
