@@ -144,7 +144,7 @@ def _path_asked_for(walk: Walk) -> None:
         + (f"dropped on {drop.node}, {rules_text(drop)}" if drop else "no drop event"),
         "Prometheus's API, counters of the application, the agents' events",
     )
-    lines = walk.command("bypass", "show", STATEMENTS)
+    lines = walk.command("bypass", "show", STATEMENTS, "--node", walk.pod(STATEMENTS).node)
     told = [line for line in lines if "statements-metrics" in line and "lost" in line and "paths" in line]
     walk.report.check(
         "bypass show says which guarantee that is",

@@ -104,7 +104,7 @@ def _rules_change(walk: Walk) -> None:
 
 
 def _named(walk: Walk, pod: str, code: str, quoted: str, what: str) -> None:
-    argv = ("bypass", "show", pod)
+    argv = ("bypass", "show", pod, "--node", walk.pod(pod).node)
     told = [line for line in walk.output(*argv).lines if code in line and quoted in line]
     walk.quote(argv, told)
     walk.report.check(f"{what}: named", bool(told), code if told else "not named", "the command above")
