@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from meshbridge.authz.view import NodeView
-from meshbridge.identity.model import IpAddress, Peer, Workload
+from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse import Parsed, parse
@@ -14,9 +14,10 @@ from meshbridge.policy.policyset import PolicySet
 
 @dataclass(slots=True)
 class ViewBuilder:
-    """The node's state between revisions. Documents are parsed when they come, not once per revision."""
+    """The state of ``node`` between revisions. Documents are parsed when they come, not once per revision."""
 
     mesh: MeshSettings = field(default_factory=MeshSettings)
+    node: str = ""
     _workloads: dict[str, Workload] = field(default_factory=dict)
     _holders: dict[str, tuple[IpAddress, Peer]] = field(default_factory=dict)
     _parsed: dict[str, Parsed] = field(default_factory=dict)
@@ -24,7 +25,10 @@ class ViewBuilder:
     def put_workload(self, name: str, workload: Workload) -> None:
         self._workloads[name] = workload
 
-    def put_holder(self, name: str, address: IpAddress, holder: Peer) -> None:
+    def put_holder(self, name: str, address: IpAddress, holder: Peer, node: str = "") -> None:
+        """``node`` is where the holder is; this node's own addresses are ``host`` here, as they are to its kernel."""
+        if node and node == self.node and Entity.REMOTE_NODE in holder.entities:
+            holder = replace(holder, entities=holder.entities - {Entity.REMOTE_NODE} | {Entity.HOST})
         self._holders[name] = (address, holder)
 
     def put_document(self, name: str, document: Document) -> None:

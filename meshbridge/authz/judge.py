@@ -103,7 +103,7 @@ class Judge:
             return _refuse_identity(check, view)
         judge = view.judge_of(workload)
         token = self._token(check, judge.jwt_rules)
-        return _answer_of(judge.decide(_request_of(check, token, view.peer_at(check.source))))
+        return _answer_of(judge.decide(_request_of(check, token, view.source_at(check.source))))
 
     def _destination(self, view: NodeView, address: IpAddress) -> tuple[NodeView, Workload | None]:
         """The pod at ``address``; one that has just been created may be in the next revision."""
@@ -128,7 +128,7 @@ class Judge:
         return self._tokens.claims_of(rules, check.http.headers, check.http.path)
 
 
-def _request_of(check: Check, token: Claims | BadToken | None, peer: Peer | None) -> Request:
+def _request_of(check: Check, token: Claims | BadToken | None, peer: Peer) -> Request:
     """The request as policies see it."""
     http = check.http or NOT_HTTP
     return Request(

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Final
 
-from meshbridge.identity.model import IpAddress, Peer, Workload
+from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
 from meshbridge.identity.networks import NetworkIndex
 from meshbridge.policy.l7 import RequestJudge
 from meshbridge.policy.policyset import PolicySet
@@ -72,6 +73,16 @@ class NodeView:
         # Bounded by the addresses the controller has sent: others never get here.
         found = self._peers[address] = replace(holder, networks=self._networks.containing(address))
         return found
+
+    def source_at(self, address: IpAddress) -> Peer:
+        """Who network policies take a source for: an address that nobody known holds is the world's."""
+        return self.peer_at(address) or replace(_WORLD[address.version], networks=self._networks.containing(address))
+
+
+_WORLD: Final = {
+    4: Peer(entities=frozenset({Entity.WORLD, Entity.WORLD_IPV4})),
+    6: Peer(entities=frozenset({Entity.WORLD, Entity.WORLD_IPV6})),
+}
 
 
 class CurrentView:

@@ -53,16 +53,16 @@ def command(
     current = CurrentView()
     server = AuthzServer(listen or f"unix:/run/meshbridge/{node}/authz.sock", Judge(current).check)
     client = ControllerClient(controller, node, lambda: token_file.read_text().strip())
-    asyncio.run(_serve(client, current, server))
+    asyncio.run(_serve(client, current, server, node))
 
 
-async def _serve(client: ControllerClient, current: CurrentView, server: AuthzServer) -> None:
+async def _serve(client: ControllerClient, current: CurrentView, server: AuthzServer, node: str) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     server.start()
     log.info("authz.started")
-    follower = asyncio.create_task(_follow(client, current, server.set_ready), name="follow-controller")
+    follower = asyncio.create_task(_follow(client, current, server.set_ready, node), name="follow-controller")
     stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
     done, _ = await asyncio.wait({follower, stopped}, return_when=asyncio.FIRST_COMPLETED)
     log.info("authz.draining")
@@ -74,9 +74,9 @@ async def _serve(client: ControllerClient, current: CurrentView, server: AuthzSe
         follower.result()
 
 
-async def _follow(client: ControllerClient, current: CurrentView, ready: Callable[[], None]) -> None:
+async def _follow(client: ControllerClient, current: CurrentView, ready: Callable[[], None], node: str) -> None:
     """Make every whole revision the current view. One that says something unknown is withheld, as it might tighten."""
-    state = _State()
+    state = _State(ViewBuilder(node=node))
     async for update in client.updates():
         state.apply(update)
         if state.unreadable:
@@ -92,7 +92,7 @@ async def _follow(client: ControllerClient, current: CurrentView, ready: Callabl
 
 @dataclass(slots=True)
 class _State:
-    builder: ViewBuilder = field(default_factory=ViewBuilder)
+    builder: ViewBuilder
     unreadable: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def apply(self, update: Update) -> None:
@@ -116,7 +116,7 @@ class _State:
                 self.builder.put_document(name, document_of(message))
             case Address():
                 holder = holder_of(message)
-                self.builder.put_holder(name, holder.address, holder.peer)
+                self.builder.put_holder(name, holder.address, holder.peer, holder.node)
             case Mesh():
                 self.builder.mesh = mesh_of(message)
 

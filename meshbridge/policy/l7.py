@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, NamedTuple
 
-from meshbridge.identity.model import Workload
+from meshbridge.identity.model import Entity, IpNetwork, Peer, Workload
 from meshbridge.policy.attributes import Request, request_matches
 from meshbridge.policy.baseline import FALSE, TRUE, Guard, rule_matches
 from meshbridge.policy.capture import AppProtocol
@@ -194,22 +194,30 @@ class RequestJudge:
     def _network_denial(self, request: Request) -> _Denial | None:
         """The L7 half of CiliumNetworkPolicies: some rule that covers peer and port has to match the request.
 
-        The kernel has judged the L4 half, denies included; where a rule without HTTP part allows, nothing is left.
+        The kernel has judged the L4 half, denies included; where a rule without HTTP part allows, nothing is left. What
+        no rule covers came in as the node's own, whose addresses are not all known here, or where nothing isolates; a
+        pod that came in otherwise, on a port with HTTP rules, is another to the kernel than to us.
         """
-        covering = [rule for rule in self.http_rules if rule.verdict is not FALSE and self._covers(rule, request)]
+        if not any(rule.http and self._covers_port(rule, request.port) for rule in self.http_rules):
+            return None
+        covering = self._covering(request, request.peer)
+        if not covering and (request.peer is None or not request.peer.is_pod):
+            networks = request.peer.networks if request.peer else frozenset[IpNetwork]()
+            covering = self._covering(request, Peer(entities=frozenset({Entity.HOST}), networks=networks))
+        elif not covering and any(rule.default_deny for rule in self.http_rules):
+            return _Denial("no rule of any network policy covers the source", _isolating(self.http_rules))
         if not any(rule.http for rule in covering) or any(not rule.http for rule in covering):
             return None
         if request.http and any(http_rule_matches(match, request) for rule in covering for match in rule.http):
             return None
         return _Denial("no http rule of any network policy matches", tuple(sorted({r.origin for r in covering})))
 
-    def _covers(self, rule: NetworkRule, request: Request) -> bool:
-        if not isinstance(rule.ports, Anything) and not any(self._is_port(p, request.port) for p in rule.ports):
-            return False
-        if isinstance(rule.peers, Anything):
-            return True
-        peer = request.peer
-        return peer is not None and any(selector.matches(peer) for selector in rule.peers)
+    def _covering(self, request: Request, peer: Peer | None) -> list[NetworkRule]:
+        allowing = (rule for rule in self.http_rules if rule.verdict is not FALSE)
+        return [rule for rule in allowing if self._covers_port(rule, request.port) and _covers_peer(rule, peer)]
+
+    def _covers_port(self, rule: NetworkRule, port: int) -> bool:
+        return isinstance(rule.ports, Anything) or any(self._is_port(match, port) for match in rule.ports)
 
     def _is_port(self, match: PortMatch, port: int) -> bool:
         if match.protocol not in (0, PROTOCOLS["TCP"]):
@@ -224,6 +232,16 @@ class _Denial:
     reason: str
     origins: tuple[Origin, ...]
     unauthenticated: bool = False
+
+
+def _covers_peer(rule: NetworkRule, peer: Peer | None) -> bool:
+    if isinstance(rule.peers, Anything):
+        return True
+    return peer is not None and any(selector.matches(peer) for selector in rule.peers)
+
+
+def _isolating(rules: Iterable[NetworkRule]) -> tuple[Origin, ...]:
+    return tuple(sorted({rule.origin for rule in rules if rule.default_deny}))
 
 
 def decide_request(workload: Workload, policies: PolicySet, request: Request) -> RequestDecision:

@@ -166,6 +166,34 @@ CASES = {
 }
 
 
+HTTP_RULES = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: reads-only, namespace: finance}
+spec:
+  endpointSelector: {matchLabels: {app: server}}
+  ingress:
+  - fromEntities: [ENTITY]
+    toPorts: [{ports: [{port: "8080", protocol: TCP}], rules: {http: [{method: GET}]}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("entity", "source"), [("world", "192.0.2.1"), ("host", "10.0.0.9"), ("remote-node", "10.0.1.9")]
+)
+def test_http_rules_are_asked_of_whoever_has_no_labels(entity: str, source: str) -> None:
+    made = ViewBuilder(node="node-a")
+    made.put_workload("uid-server", pod("server", "10.0.0.1"))
+    for address, node in (("10.0.0.9", "node-a"), ("10.0.1.9", "node-b")):
+        made.put_holder(address, ip_address(address), Peer(entities=frozenset({Entity.REMOTE_NODE})), node)
+    for document in documents(HTTP_RULES.replace("ENTITY", entity)):
+        made.put_document(document.name, document)
+    current = CurrentView()
+    current.set(made.view(1))
+    assert ask(current, source=source, method="GET").status.code == 0
+    assert ask(current, source=source, method="POST").denied_response.status.code == 403
+
+
 @pytest.mark.parametrize(("changes", "status"), CASES.values(), ids=CASES.keys())
 def test_decision(current: CurrentView, changes: dict[str, Any], status: int) -> None:
     response = ask(current, **changes)

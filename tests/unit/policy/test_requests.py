@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 import pytest
-from policycast import API, WEB, policies
+from policycast import API, LEDGER, WEB, policies
 
+from meshbridge.identity.model import Entity, Peer
 from meshbridge.policy.l7 import Request, RequestJudge, decide_request
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Verdict
@@ -318,6 +319,35 @@ spec:
 def test_http_rules_of_a_network_policy(change: dict[str, object], expected: bool) -> None:
     request = replace(BASE, peer=WEB.peer(), **change)  # type: ignore[arg-type]
     assert decide_request(API, policies(HTTP_RULES), request).allowed is expected
+
+
+def world(*networks: str) -> Peer:
+    return Peer(entities=frozenset({Entity.WORLD, Entity.WORLD_IPV4}), networks=frozenset(map(ip_network, networks)))
+
+
+HOST_PEER, REMOTE_PEER = (Peer(entities=frozenset({entity})) for entity in (Entity.HOST, Entity.REMOTE_NODE))
+HTTP_SOURCES: dict[str, tuple[str, Peer | None, bool]] = {
+    "the world by its entity": ("fromEntities: [world]", world(), False),
+    "the world by a CIDR": ("fromCIDR: [203.0.113.0/24]", world("203.0.113.0/24"), False),
+    "the node by its entity": ("fromEntities: [host]", HOST_PEER, False),
+    "an address nobody holds may be the node's": ("fromEntities: [host]", None, False),
+    "the node, which nothing but localhost lets in": ("fromEndpoints: [{}]", HOST_PEER, True),
+    "another node": ("fromEntities: [remote-node]", REMOTE_PEER, False),
+    "a pod that no rule covers": ("fromEntities: [world]", WEB.peer(), False),
+}
+
+
+@pytest.mark.parametrize(("sources", "peer", "expected"), HTTP_SOURCES.values(), ids=HTTP_SOURCES.keys())
+def test_http_rules_hold_for_sources_that_are_no_pods(sources: str, peer: Peer | None, expected: bool) -> None:
+    rules = HTTP_RULES.replace("fromEndpoints: [{matchLabels: {app: web}}]", sources)
+    request = replace(BASE, method="DELETE", peer=peer)
+    assert decide_request(API, policies(rules), request).allowed is expected
+
+
+def test_without_default_deny_http_rules_concern_only_whom_they_cover() -> None:
+    rules = HTTP_RULES.replace("  ingress:", "  enableDefaultDeny: {ingress: false}\n  ingress:")
+    assert decide_request(API, policies(rules), replace(BASE, method="DELETE", peer=LEDGER.peer())).allowed
+    assert not decide_request(API, policies(rules), replace(BASE, method="DELETE", peer=WEB.peer())).allowed
 
 
 def test_a_thousand_rules_by_path_do_not_cost_a_scan() -> None:
