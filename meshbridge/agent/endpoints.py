@@ -6,7 +6,7 @@ policy or address of an earlier pod is ever inherited.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -41,6 +41,7 @@ class Endpoints:
     highest_id: int = 0
     highest_incarnation: int = 0
     hooked: dict[int, Hooked] = field(default_factory=dict)
+    _known: frozenset[str] = frozenset()
 
     def take(self, link: Link, uid: str, mac: bytes | None) -> Hooked:
         """The interface is the pod's from now on; the same again when it was already."""
@@ -66,6 +67,15 @@ class Endpoints:
     def of_pod(self, uid: str) -> list[Hooked]:
         return [hooked for hooked in self.hooked.values() if hooked.uid == uid]
 
+    def abandoned(self, pods: Set[str]) -> frozenset[int]:
+        """Interfaces whose pod was among ``pods``, all UIDs there are, at an earlier call and is no longer.
+
+        One that was announced for a pod nobody has told of yet is not abandoned.
+        """
+        held = {hooked.uid for hooked in self.hooked.values()}
+        self._known = frozenset((self._known & held) | pods)
+        return frozenset(i for i, hooked in self.hooked.items() if hooked.uid in self._known - pods)
+
     def unclaimed(self) -> dict[int, Hooked]:
         """Interfaces found after a restart that no pod has claimed yet."""
         return {ifindex: hooked for ifindex, hooked in self.hooked.items() if hooked.uid == UNKNOWN_POD}
@@ -76,11 +86,13 @@ def find_interfaces(
     endpoints: Endpoints,
     network: NodeNetwork,
     pinned_addresses: Mapping[int, frozenset[IpAddress]],
+    abandoned: Set[int] = frozenset(),
 ) -> Iterator[tuple[str, Link, bool]]:
     """(pod UID, interface, whether it is resumed) for every pod that has none yet.
 
     An interface that was hooked before a restart and carried one of the pod's addresses is the pod's still: hooks die
-    with their device, and a device serves one pod. Else the route to one of its addresses shows the interface.
+    with their device, and a device serves one pod. Else the route to one of its addresses shows the interface, which
+    may be ``abandoned``: what was taken for the pod that had the address before, as its end was told late.
     """
     unclaimed = endpoints.unclaimed()
     claimed: set[int] = set()
@@ -95,7 +107,7 @@ def find_interfaces(
                 yield uid, link, True
         for ifindex in sorted({network.pod_routes[address] for address in addresses if address in network.pod_routes}):
             link = network.links.get(ifindex)
-            taken = ifindex in claimed or (ifindex in endpoints.hooked and ifindex not in unclaimed)
-            if link is not None and not taken:
+            free = ifindex not in endpoints.hooked or ifindex in unclaimed or ifindex in abandoned
+            if link is not None and free and ifindex not in claimed:
                 claimed.add(ifindex)
                 yield uid, link, False

@@ -225,8 +225,12 @@ class Node:
         attached = self.enforcer.attached()
         self._endpoints.release(self._endpoints.hooked.keys() - attached)
         pinned = self.enforcer.addresses_of_interfaces() if self._endpoints.unclaimed() else {}
+        abandoned = self._endpoints.abandoned(self._view.pods.keys())
+        if abandoned:
+            self._see(read_network())  # a route read too early would give the device of a dying pod to its successor
         fresh = []
-        for uid, link, resumed in list(find_interfaces(self._view.pods, self._endpoints, self._network, pinned)):
+        found = find_interfaces(self._view.pods, self._endpoints, self._network, pinned, abandoned)
+        for uid, link, resumed in list(found):
             if resumed:
                 self._endpoints.resume(link.ifindex, uid, pod_mac(link))
             else:

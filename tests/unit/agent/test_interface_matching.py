@@ -49,6 +49,29 @@ def test_an_interface_of_one_pod_is_not_given_to_another() -> None:
     assert found([pod("b", B)], endpoints, network({B: 7}, VETH7)) == []
 
 
+def test_an_interface_whose_pod_is_gone_is_the_next_ones_of_that_address() -> None:
+    """The device of the new pod came before the news of the old one's end, and was taken for the old one's."""
+    endpoints, old, new = Endpoints(), pod("a", A), pod("b", A)
+    assert endpoints.abandoned({"uid-a"}) == frozenset()
+    first = endpoints.take(VETH7, "uid-a", None)
+    assert endpoints.abandoned({"uid-a"}) == frozenset()
+    assert endpoints.abandoned({"uid-b"}) == {7}
+    pods = {"uid-b": new}
+    assert [(uid, link) for uid, link, _ in find_interfaces(pods, endpoints, network({A: 7}, VETH7), {}, {7})] == [
+        ("uid-b", VETH7)
+    ]
+    assert endpoints.take(VETH7, "uid-b", None).incarnation > first.incarnation
+    assert old.workload.addresses == new.workload.addresses
+
+
+def test_an_interface_announced_for_a_pod_that_is_not_told_of_yet_is_not_abandoned() -> None:
+    endpoints = Endpoints()
+    endpoints.take(VETH7, "uid-b", None)
+    assert endpoints.abandoned({"uid-a"}) == frozenset()
+    assert endpoints.abandoned({"uid-a", "uid-b"}) == frozenset()
+    assert endpoints.abandoned({"uid-a"}) == {7}
+
+
 def test_two_pods_with_one_address_get_one_interface_between_them() -> None:
     assert found([pod("a", A), pod("b", A)], Endpoints(), network({A: 7}, VETH7)) == [("uid-a", 7, False)]
 
