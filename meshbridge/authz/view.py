@@ -46,14 +46,15 @@ class NodeView:
         return NetworkIndex(self.policies.referenced_networks())
 
     @cached_property
-    def _judges(self) -> dict[str, RequestJudge]:
+    def _judges(self) -> dict[tuple[str, str], RequestJudge]:
         return {}
 
     def judge_of(self, workload: Workload) -> RequestJudge:
         """Who decides the requests to one pod; made with its first request of the revision."""
-        found = self._judges.get(workload.uid)
+        key = (workload.key, workload.uid)
+        found = self._judges.get(key)
         if found is None:
-            found = self._judges[workload.uid] = RequestJudge.of(workload, self.policies)
+            found = self._judges[key] = RequestJudge.of(workload, self.policies)
         return found
 
     @cached_property

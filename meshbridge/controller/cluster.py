@@ -218,7 +218,9 @@ class Cluster:
         old = self._pods.pop(key, None)
         new = None
         if written is not None:
-            new = replace(written, namespace_labels=self._namespace_labels(written.namespace))
+            # Everything behind this tells pods apart by UID; a manifest need not name one.
+            uid = written.uid or written.key
+            new = replace(written, uid=uid, namespace_labels=self._namespace_labels(written.namespace))
             self._written[key], self._pods[key] = written, new
             self._pods_in.setdefault(new.namespace, set()).add(key)
         else:

@@ -237,7 +237,7 @@ class Controller:
         self.cluster.addresses.view(distinctions, like=before)
         endpoints: dict[str, Resource] = {}
         for pod in self.cluster.endpoints(node):
-            endpoints[pod.uid or pod.key] = resource(endpoint_message(pod, extra_addresses(pod)))
+            endpoints[pod.uid] = resource(endpoint_message(pod, extra_addresses(pod)))
         self._assemble(client, {xds.POLICY: {item.name: item.resource for item in items}, xds.ENDPOINT: endpoints})
 
     def _assemble(self, client: _Client, parts: Mapping[str, Resources]) -> None:

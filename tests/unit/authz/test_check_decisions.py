@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
@@ -164,6 +165,18 @@ CASES = {
     "TCP in plaintext": ({"destination": "10.0.0.4", "http": False, "principal": ""}, 403),
     "TCP where every ALLOW rule needs HTTP": ({"http": False}, 403),
 }
+
+
+def test_pods_of_one_uid_are_not_judged_by_each_others_policies() -> None:
+    made = builder()
+    for name, address in (("server", "10.0.0.1"), ("free", "10.0.0.5")):
+        made.put_workload(f"uid-{name}", replace(pod(name, address), uid="copied"))
+    current = CurrentView()
+    current.set(made.view(1))
+    judge = Judge(current)
+    for destination, code in (("10.0.0.5", 0), ("10.0.0.1", 403), ("10.0.0.5", 0)):
+        answer = CheckResponse.FromString(judge.check(request(destination=destination, method="GET")))
+        assert answer.denied_response.status.code == code
 
 
 HTTP_RULES = """

@@ -18,11 +18,13 @@ from meshbridge.identity.model import ContainerPort, Entity
 from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import ProblemReason
 from meshbridge.policy.model import Document, Source
+from meshbridge.policy.policyset import PolicySet
 from meshbridge.protos import agent_pb2
 from meshbridge.xds import messages
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.auth import Caller, node_caller, pod_caller
 from meshbridge.xds.secrets import SVID_LIFETIME, SecretStore, load_or_create_authority
+from meshbridge.xds.select import mtls_destinations
 from meshbridge.xds.server import Feed
 
 NOW = datetime(2026, 11, 24, 7, 0, tzinfo=UTC)
@@ -128,6 +130,17 @@ def test_a_node_gets_its_endpoints_the_policies_that_select_them_and_every_addre
     assert world.names(a, xds.POLICY) == {"cilium.io/CiliumNetworkPolicy/shop/for-web"}
     assert world.names(b, xds.POLICY) == {"cilium.io/CiliumNetworkPolicy/shop/for-db"}
     assert world.names(a, xds.ADDRESS) == world.names(b, xds.ADDRESS) == {"10.0.0.1", "10.0.0.2"}
+
+
+def test_pods_whose_manifests_name_no_uid_are_told_apart(world: World) -> None:
+    a = world.connect(A)
+    world.put(pod("web-0", "10.0.0.1", uid=""), pod("db-0", "10.0.0.2", uid="", app="db"))
+    assert a.snapshot is not None
+    sent = [agent_pb2.Endpoint.FromString(item.body) for item in a.snapshot.of(xds.ENDPOINT).values()]
+    assert sorted(endpoint.uid for endpoint in sent) == ["shop/db-0", "shop/web-0"]
+    assert world.names(a, xds.ENDPOINT) == {"shop/db-0", "shop/web-0"}
+    taking = mtls_destinations(tuple(world.controller.cluster.workloads), (), PolicySet())
+    assert [str(destination.address) for destination in taking] == ["10.0.0.1", "10.0.0.2"]
 
 
 def test_only_nodes_whose_content_changed_get_a_revision(world: World) -> None:
