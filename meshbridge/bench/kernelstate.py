@@ -115,7 +115,8 @@ _SYN, _ACK = 0x02, 0x10
 
 def established() -> tuple[bytes, bytes]:
     """A SYN that opens a flow, and a packet of that flow."""
-    return tuple(tcp_packet(peer_address(0), POD, 9_999, FIRST_PORT, flags) for flags in (_SYN, _ACK))  # type: ignore[return-value]
+    opening, packet = (tcp_packet(peer_address(0), POD, 9_999, FIRST_PORT, flags) for flags in (_SYN, _ACK))
+    return opening, packet
 
 
 def tcp_packet(source: IPv4Address, destination: IPv4Address, source_port: int, port: int, flags: int) -> bytes:
