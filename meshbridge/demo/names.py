@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from socket import gethostname
 from typing import Any
 
 from meshbridge.demo.layout import HOSTS
@@ -12,7 +13,8 @@ from meshbridge.demo.records import PodRecord
 def hosts(objects: Iterable[Mapping[str, Any]], pods: Iterable[PodRecord]) -> str:
     """A hosts file: a Service's names are the addresses of its ready pods, as a headless Service's are in DNS."""
     pods = sorted(pods, key=lambda record: record.key)
-    lines = ["127.0.0.1 localhost", "::1 localhost"]
+    # the machine's own name too, as in every container's file: who looks it up would wait for a DNS that is not there
+    lines = ["127.0.0.1 localhost", "::1 localhost", f"127.0.0.1 {gethostname()}"]
     for record in pods:
         name = f"{record.name}.{record.namespace}.pod"
         lines += [f"{record.ipv4} {name}", f"{record.ipv6} {name}"]

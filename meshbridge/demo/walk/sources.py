@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 
 from meshbridge.demo.layout import NODES
 from meshbridge.demo.netns import http_get
@@ -130,22 +131,34 @@ def wait_event(
     timeout_s: float = EVENT_TIMEOUT_S,
 ) -> Flow | None:
     """The newest event of a flow between these addresses, at either end; waited for a moment."""
-    wanted = source.addresses(walk)
-    server = walk.pod(target)
+    return wait_events(walk, since_ns, kind, (source,), (target,), port, timeout_s)[source, target]
 
-    def look() -> list[Flow]:
-        return [
-            flow
-            for flow in merged_history(agent for node in NODES for agent in find_agents(None, node))
-            if flow.kind is kind
-            and flow.time_ns >= since_ns
-            and str(flow.source.address) in wanted
-            and str(flow.destination.address) in (server.ipv4, server.ipv6)
-            and flow.destination.port == port
-        ]
 
-    found = poll(look, timeout_s)
-    return found[-1] if found else None
+def wait_events(
+    walk: Walk,
+    since_ns: int,
+    kind: FlowKind,
+    sources: Sequence[Source],
+    targets: Sequence[str],
+    port: int,
+    timeout_s: float = EVENT_TIMEOUT_S,
+) -> dict[tuple[Source, str], Flow | None]:
+    """The newest event of each source towards each target, waited for until all are there, or for a moment."""
+    senders = {address: source for source in sources for address in source.addresses(walk)}
+    records = {name: walk.pod(name) for name in targets}
+    servers = {address: name for name, record in records.items() for address in (record.ipv4, record.ipv6)}
+    found: dict[tuple[Source, str], Flow | None] = dict.fromkeys(product(sources, targets))
+
+    def all_there() -> bool:
+        for flow in merged_history(agent for node in NODES for agent in find_agents(None, node)):
+            if flow.kind is kind and flow.time_ns >= since_ns and flow.destination.port == port:
+                source, target = senders.get(str(flow.source.address)), servers.get(str(flow.destination.address))
+                if source is not None and target is not None:
+                    found[source, target] = flow
+        return all(found.values())
+
+    poll(all_there, timeout_s)
+    return found
 
 
 def _call(walk: Walk, source: Source, target: PodRecord, family: str, port: int, path: str, timeout_s: float) -> Call:

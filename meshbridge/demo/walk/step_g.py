@@ -17,7 +17,7 @@ from meshbridge.demo.walk.scraping import (
     WEB_PORT,
 )
 from meshbridge.demo.walk.sniffer import Sniffer
-from meshbridge.demo.walk.sources import ENVOY_COUNTERS, Round, Source, call_all, wait_event
+from meshbridge.demo.walk.sources import ENVOY_COUNTERS, Round, Source, call_all, wait_event, wait_events
 from meshbridge.observe.flow import FlowKind
 from meshbridge.observe.reasons import drop_reason
 from meshbridge.policy.model import Direction
@@ -63,8 +63,9 @@ def run(walk: Walk) -> None:
 def _with_envoy(walk: Walk) -> set[tuple[str, str]]:
     """Record Envoy's answer to every source; returns the pairs of source and target that were let in."""
     out, into = _round(walk, KEPT_OUT), _round(walk, LET_IN)
+    events = wait_events(walk, out.since_ns, FlowKind.VERDICT, KEPT_OUT, (LEDGER,), METRICS_PORT)
     for source in KEPT_OUT:
-        event = wait_event(walk, out.since_ns, FlowKind.VERDICT, source, LEDGER, METRICS_PORT)
+        event = events[source, LEDGER]
         walk.report.check(
             f"captured, {source}: refused by Envoy",
             all(_refused_by_envoy(call.outcome) for call in out.of(source)),
@@ -92,8 +93,9 @@ def _with_envoy(walk: Walk) -> set[tuple[str, str]]:
 def _without_envoy(walk: Walk) -> set[tuple[str, str]]:
     """The same round with the port excluded."""
     out, into = _round(walk, KEPT_OUT), _round(walk, LET_IN)
+    events = wait_events(walk, out.since_ns, FlowKind.DROP, KEPT_OUT, SCRAPED, METRICS_PORT)
     for source in KEPT_OUT:
-        drops = {name: wait_event(walk, out.since_ns, FlowKind.DROP, source, name, METRICS_PORT) for name in SCRAPED}
+        drops = {name: events[source, name] for name in SCRAPED}
         named = all(
             drop is not None
             and drop.reason == DropReason.COMPENSATION
