@@ -176,8 +176,9 @@ def _with_aliases(ipcache: Ipcache, aliases: Mapping[int, int]) -> Ipcache:
 
     prefixes = {key: renamed(value) for key, value in ipcache.prefixes.items()}
     if not aliases.keys().isdisjoint((WORLD_IPV4, WORLD_IPV6)):
-        # both: the prefix of IPv6 would answer for IPv4 as well
-        prefixes.setdefault(EVERY_IPV4, renamed(Identities(WORLD_IPV4)))
+        # First IPv4, unless something answers for all of it: the prefix of IPv6 would otherwise.
+        if ipcache.covering(EVERY_IPV4) is None:
+            prefixes[EVERY_IPV4] = renamed(Identities(WORLD_IPV4))
         prefixes.setdefault(EVERY_ADDRESS, renamed(Identities(WORLD_IPV6)))
     return Ipcache({key: renamed(value) for key, value in ipcache.exact.items()}, prefixes)
 
