@@ -6,6 +6,7 @@ refused. A pod that is refused is no endpoint, so nothing gets through to it.
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
 
 from meshbridge.identity.model import ContainerPort, IpAddress, ProxyClass, ProxyContainer, Workload
@@ -22,6 +23,7 @@ _TEMPLATES = "inject.istio.io/templates"
 _MANAGED = "gateway.istio.io/managed"
 _PROXY = "istio-proxy"
 _INIT = "istio-init"
+_ACCOUNT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
 
 
@@ -78,7 +80,7 @@ def _workload(document: Document, metadata: Reader, spec: Reader, status: Reader
         addresses=_pod_addresses(status),
         labels=labels,
         annotations=annotations,
-        service_account=_text(spec, "serviceAccountName") or _text(spec, "serviceAccount") or "default",
+        service_account=_service_account(spec),
         ports=tuple(port for container in containers for port in _container_ports(container)),
         probe_ports=tuple(dict.fromkeys(port for container in containers for port in _probe_ports(container))),
         host_network=_child(spec, "hostNetwork").value is True,
@@ -89,6 +91,17 @@ def _workload(document: Document, metadata: Reader, spec: Reader, status: Reader
         proxy_container=_proxy_container(by_name[_PROXY], init_containers) if _PROXY in by_name else None,
         init_containers=init_containers,
     )
+
+
+def _service_account(spec: Reader) -> str:
+    """Its name goes into certificates, where a slash would say another namespace or account."""
+    for field in ("serviceAccountName", "serviceAccount"):
+        if name := _text(spec, field):
+            if not _ACCOUNT.fullmatch(name):
+                at = _child(spec, field)
+                at.refuse(f"{shown(name)} is no service account", "use lower-case letters, digits, '-' and '.'")
+            return name
+    return "default"
 
 
 def _proxy_container(container: Reader, init_containers: tuple[str, ...]) -> ProxyContainer:

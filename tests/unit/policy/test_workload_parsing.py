@@ -47,6 +47,14 @@ def workload(text: str) -> Workload:
     return found
 
 
+@pytest.mark.parametrize("name", ["x/ns/finance/sa/client", "client\\n", "Client", "a/b", "*"])
+def test_a_service_account_cannot_write_another_name_into_certificates(name: str) -> None:
+    (document,) = documents(POD.replace("robot", f'"{name}"'))
+    parsed = parse(document)
+    assert not parsed.objects
+    assert "is no service account" in str(parsed.refusals[0])
+
+
 def test_a_pod() -> None:
     assert workload(POD) == Workload(
         namespace="shop", name="api", uid="u1", node="one",
