@@ -6,7 +6,7 @@ policy or address of an earlier pod is ever inherited.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -79,6 +79,14 @@ class Endpoints:
     def unclaimed(self) -> dict[int, Hooked]:
         """Interfaces found after a restart that no pod has claimed yet."""
         return {ifindex: hooked for ifindex, hooked in self.hooked.items() if hooked.uid == UNKNOWN_POD}
+
+
+def sources_of(pod: LocalPod, is_held: Callable[[IpAddress], bool]) -> frozenset[IpAddress]:
+    """The source addresses a pod may use: its own, and those extra ones that nobody holds.
+
+    Whoever may annotate a pod could otherwise have it send with another pod's or the node's identity.
+    """
+    return frozenset((*pod.workload.addresses, *(a for a in pod.extra_addresses if not is_held(a))))
 
 
 def find_interfaces(

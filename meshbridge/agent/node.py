@@ -17,7 +17,7 @@ import structlog
 from meshbridge import abi
 from meshbridge.agent.bypasses import bypasses_json
 from meshbridge.agent.compilation import Compilation
-from meshbridge.agent.endpoints import UNKNOWN_POD, Endpoints, Hooked, find_interfaces
+from meshbridge.agent.endpoints import UNKNOWN_POD, Endpoints, Hooked, find_interfaces, sources_of
 from meshbridge.agent.enforcer import Enforcer
 from meshbridge.agent.identities import PeerNumbers
 from meshbridge.agent.names import Names, labels_of
@@ -28,7 +28,7 @@ from meshbridge.datapath.links import Link, NodeNetwork, pod_mac, read_network
 from meshbridge.datapath.policysets import RuleIds
 from meshbridge.datapath.reconcile import DesiredEndpoint, DesiredState
 from meshbridge.errors import MeshBridgeError
-from meshbridge.identity.model import Entity, IpNetwork, Peer, ProxyClass
+from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, ProxyClass
 from meshbridge.observe.messages import rule_messages
 from meshbridge.policy.model import Direction
 from meshbridge.policy.policyset import PolicySet
@@ -267,6 +267,9 @@ class Node:
             peer = self._own_address(address)
         return self._view.services.peer(address, peer)
 
+    def _is_held(self, address: IpAddress) -> bool:
+        return self._holder(ipcache_key(address)) is not None
+
     def _own_address(self, address: bytes) -> Peer:
         """The node's own addresses are ``host`` here, whatever they are called elsewhere."""
         told = self._view.holders.get(address)
@@ -282,14 +285,13 @@ class Node:
     def _desired_endpoint(self, hooked: Hooked, pod: LocalPod | None) -> DesiredEndpoint:
         if pod is None:
             return DesiredEndpoint(hooked.ifindex, hooked.id, hooked.incarnation, _INIT)
-        addresses = pod.workload.addresses
         return DesiredEndpoint(
             ifindex=hooked.ifindex,
             id=hooked.id,
             incarnation=hooked.incarnation,
             identity=self._identity_of(pod),
             sets=self._compilation.compiled[pod.workload.uid].sets,
-            addresses=frozenset((*addresses, *pod.extra_addresses)),
+            addresses=sources_of(pod, self._is_held),
             flags=int(abi.EndpointFlags.ENDPOINT_F_MAC) if hooked.mac else 0,
             mac=hooked.mac or bytes(6),
         )
@@ -358,7 +360,10 @@ class Node:
             state.state, state.message = "not-ready", compiled.fault
         else:
             unseen = self._seen.problems.get(hooked.uid)
-            state.state, state.message = "ready", "; ".join([unseen] if unseen else compiled.notes)
+            notes = [unseen] if unseen else list(compiled.notes)
+            refused = sorted(map(str, frozenset(pod.extra_addresses) - sources_of(pod, self._is_held)))
+            notes += [f"it may not send from {', '.join(refused)}, which others hold"] if refused else []
+            state.state, state.message = "ready", "; ".join(notes)
             for direction, enforced, policies in (
                 (Direction.INGRESS, "ingress_enforced", state.ingress_policies),
                 (Direction.EGRESS, "egress_enforced", state.egress_policies),

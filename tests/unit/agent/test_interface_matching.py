@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address
 
-from meshbridge.agent.endpoints import Endpoints, Hooked, find_interfaces
+from meshbridge.agent.endpoints import Endpoints, Hooked, find_interfaces, sources_of
 from meshbridge.agent.view import LocalPod
 from meshbridge.datapath.links import Link, NodeNetwork
 from meshbridge.identity.model import IpAddress, Workload
@@ -100,3 +101,9 @@ def test_a_new_device_with_an_old_number_is_not_the_old_one() -> None:
     first = endpoints.take(VETH7, "uid-a", None)
     endpoints.release([7])
     assert endpoints.take(VETH7, "uid-a", None).incarnation > first.incarnation
+
+
+def test_an_annotation_gives_no_pod_the_address_of_another() -> None:
+    virtual = ip_address("10.9.9.9")
+    asking = replace(pod("a", A), extra_addresses=(B, virtual, A))
+    assert sources_of(asking, {A, B}.__contains__) == {A, virtual}
