@@ -12,7 +12,7 @@ _MAX_PATTERN = 512
 _MAX_REPEATS = 2
 _REPEAT = re.compile(r"(?<!\\)(?:\*|\+|\{)")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
-_EXTENSION = re.compile(r"\(\?|\\[0-9A-Za-z]")
+_EXTENSION = re.compile(r"\(\?|\\[0-9A-Za-z]|\[[:.=]|(?<!\\)[*+?}]\+|\{,")
 
 
 def http_matches(at: Reader, ports: Anything | tuple[PortMatch, ...]) -> tuple[HttpMatch, ...]:

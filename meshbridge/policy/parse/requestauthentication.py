@@ -6,12 +6,13 @@ import json
 import re
 
 from meshbridge.policy.mesh import JwtLocation, JwtRule, RequestAuthentication
-from meshbridge.policy.model import Document
+from meshbridge.policy.model import Document, Notice, Severity
 from meshbridge.policy.parse.labels import match_labels_only
 from meshbridge.policy.parse.parsed import Parsed, contradiction_notices, origin_of, refused_mesh, spec_of
 from meshbridge.policy.parse.reader import Invalid, Reader, shown
 from meshbridge.policy.selectors import Selector
 
+_NOT_FETCHED = "jwksUri is not fetched, so every token of issuer {!r} is refused; write the key set under jwks"
 _MAX_JWKS = 256 * 1024
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
@@ -32,7 +33,11 @@ def parse_request_authentication(document: Document) -> Parsed:
     if targeted:
         return Parsed(document)
     policy = RequestAuthentication(document.namespace, document.name, rules, origin_of(document, ""), selector)
-    notices = contradiction_notices(document, [("spec.selector", selector)])
+    notices = contradiction_notices(document, [("spec.selector", selector)]) + tuple(
+        Notice(document, _NOT_FETCHED.format(rule.issuer), rule.origin.rule, Severity.ERROR)
+        for rule in rules
+        if rule.jwks_uri
+    )
     return Parsed(document, request_authentication=(policy,), notices=notices)
 
 

@@ -223,6 +223,13 @@ def test_a_bad_token_is_refused_and_none_is_not() -> None:
     assert decide_request(WEB, policies(""), replace(BASE, token_error="expired")).allowed
 
 
+def test_it_is_told_that_tokens_with_keys_elsewhere_are_refused() -> None:
+    (notice,) = policies(JWT).notices
+    assert "spec.jwtRules[0]" in str(notice)
+    assert "jwksUri is not fetched" in str(notice)
+    assert "'https://issuer'" in str(notice)
+
+
 def test_jwt_rules_are_read_as_written() -> None:
     (rule,) = RequestJudge.of(API, policies(JWT)).jwt_rules
     assert (rule.issuer, rule.jwks_uri, rule.audiences) == ("https://issuer", "https://issuer/keys", ("a",))
@@ -319,6 +326,12 @@ spec:
 def test_http_rules_of_a_network_policy(change: dict[str, object], expected: bool) -> None:
     request = replace(BASE, peer=WEB.peer(), **change)  # type: ignore[arg-type]
     assert decide_request(API, policies(HTTP_RULES), request).allowed is expected
+
+
+@pytest.mark.parametrize("path", ["/[[:alpha:]]+", "/a++", "/a*+", "/a{,3}", "(?i)/a", r"/\\d"])
+def test_an_expression_python_reads_otherwise_than_envoy_is_refused(path: str) -> None:
+    (refusal,) = policies(HTTP_RULES.replace("/api/.*", path)).refusals
+    assert "mean another thing to Envoy" in str(refusal)
 
 
 def world(*networks: str) -> Peer:
