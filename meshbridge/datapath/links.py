@@ -1,14 +1,11 @@
 """What the node's network namespace looks like: its addresses, links and routes to pods, and when they change.
 
-rtnetlink spoken directly: pyroute2 would cost the long-lived agent 25 MB for three kinds of dump.
-
-Spec: rtnetlink(7), netlink(7).
+Spec: rtnetlink(7).
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -16,28 +13,21 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
+from meshbridge.datapath import netlink
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import IpAddress
 
-_NETLINK_ROUTE: Final = 0
 _RTM_NEWLINK, _RTM_GETLINK = 16, 18
 _RTM_NEWADDR, _RTM_GETADDR = 20, 22
 _RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
-_NLMSG_ERROR, _NLMSG_DONE, _NLM_F_DUMP_INTR = 2, 3, 0x10
-_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_LINK, _IFLA_LINK_NETNSID, _IFLA_TARGET_NETNSID = 1, 3, 5, 37, 46
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF = 1, 4
-_TYPE_MASK: Final = 0x3FFF  # the two highest bits of an attribute's type are flags
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # links, IPv4 and IPv6 addresses, IPv4 and IPv6 routes
-_HEADER: Final = struct.Struct("=IHHII")
-_ATTRIBUTE: Final = struct.Struct("=HH")
 _IFINFO: Final = struct.Struct("=BxHiII")
 _IFADDR: Final = struct.Struct("=BBBBI")
 _RTMSG: Final = struct.Struct("=BBBBBBBBI")
-_RECEIVE_BYTES: Final = 1 << 16
 _DUMP_ATTEMPTS: Final = 5
-_TIMEOUT_S: Final = 5.0
 _HOST_BITS: Final = {socket.AF_INET: 32, socket.AF_INET6: 128}
 _RTN_UNICAST, _RT_TABLE_MAIN = 1, 254
 
@@ -95,13 +85,14 @@ def pod_mac(link: Link) -> bytes | None:
     """The link-layer address of the other end of a veth, asked of the pod's namespace; None when it is not known."""
     if link.peer_netns is None or not link.peer_index:
         return None
-    attribute = _ATTRIBUTE.pack(8, _IFLA_TARGET_NETNSID) + struct.pack("=i", link.peer_netns)
-    request = _IFINFO.pack(socket.AF_UNSPEC, 0, link.peer_index, 0, 0) + attribute
+    namespace = netlink.attribute(_IFLA_TARGET_NETNSID, struct.pack("=i", link.peer_netns))
+    request = _IFINFO.pack(socket.AF_UNSPEC, 0, link.peer_index, 0, 0) + namespace
     try:
-        for body in _ask(_RTM_GETLINK, _RTM_NEWLINK, request, dump=False):
-            mac = dict(_attributes(body, _IFINFO.size)).get(_IFLA_ADDRESS, b"")
-            return mac if len(mac) == 6 else None
-    except LinkError:
+        for kind, body in netlink.ask(_RTM_GETLINK, request):
+            if kind == _RTM_NEWLINK:
+                mac = dict(netlink.attributes(body, _IFINFO.size)).get(_IFLA_ADDRESS, b"")
+                return mac if len(mac) == 6 else None
+    except OSError:
         pass  # the pod's end went away meanwhile; its hooks follow when the kernel tells that the link is gone
     return None
 
@@ -110,7 +101,7 @@ class NetworkWatch:
     """Becomes readable when links, addresses or routes of the namespace changed; ``drain`` before reading them anew."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_ROUTE)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, netlink.NETLINK_ROUTE)
         self._socket.setblocking(False)
         self._socket.bind((0, _GROUPS))
 
@@ -121,7 +112,7 @@ class NetworkWatch:
         """Forget what was told so far. A receive buffer that overflowed tells the same: something changed."""
         while True:
             try:
-                self._socket.recv(_RECEIVE_BYTES)
+                self._socket.recv(netlink.RECEIVE_BYTES)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -134,7 +125,7 @@ class NetworkWatch:
 
 def _link(body: bytes) -> Link:
     _, _, ifindex, _, _ = _IFINFO.unpack_from(body)
-    found = dict(_attributes(body, _IFINFO.size))
+    found = dict(netlink.attributes(body, _IFINFO.size))
     netns = found.get(_IFLA_LINK_NETNSID)
     return Link(
         ifindex=ifindex,
@@ -146,7 +137,7 @@ def _link(body: bytes) -> Link:
 
 def _addresses() -> Iterator[IpAddress]:
     for body in _dump(_RTM_GETADDR, _RTM_NEWADDR, _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)):
-        found = dict(_attributes(body, _IFADDR.size))
+        found = dict(netlink.attributes(body, _IFADDR.size))
         # On a point-to-point link IFA_ADDRESS is the other end; IFA_LOCAL is ours wherever it is given.
         packed = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS, b"")
         if len(packed) == 4:
@@ -159,7 +150,7 @@ def _pod_route(body: bytes) -> tuple[IpAddress, int] | None:
     family, bits, _, _, table, _, _, kind, _ = _RTMSG.unpack_from(body)
     if kind != _RTN_UNICAST or table != _RT_TABLE_MAIN or bits != _HOST_BITS.get(family):
         return None
-    found = dict(_attributes(body, _RTMSG.size))
+    found = dict(netlink.attributes(body, _RTMSG.size))
     packed, oif = found.get(_RTA_DST, b""), found.get(_RTA_OIF, b"")
     if len(oif) != 4 or len(packed) != bits // 8:
         return None
@@ -167,59 +158,13 @@ def _pod_route(body: bytes) -> tuple[IpAddress, int] | None:
     return address, struct.unpack("=I", oif)[0]
 
 
-def _attributes(body: bytes, start: int) -> Iterator[tuple[int, bytes]]:
-    while start + _ATTRIBUTE.size <= len(body):
-        length, kind = _ATTRIBUTE.unpack_from(body, start)
-        if length < _ATTRIBUTE.size or start + length > len(body):
-            return
-        yield kind & _TYPE_MASK, body[start + _ATTRIBUTE.size : start + length]
-        start += (length + 3) & ~3
-
-
 def _dump(request: int, expected: int, payload: bytes) -> list[bytes]:
     """Every message of a dump; again when the kernel says that it changed meanwhile."""
     for _ in range(_DUMP_ATTEMPTS):
         try:
-            return list(_ask(request, expected, payload, dump=True))
+            return [body for kind, body in netlink.ask(request, payload, netlink.DUMP) if kind == expected]
         except InterruptedError:
             continue
-    raise LinkError("the network namespace changes faster than it can be read", where="rtnetlink")
-
-
-def _ask(request: int, expected: int, payload: bytes, *, dump: bool) -> Iterator[bytes]:
-    flags = _NLM_F_REQUEST | (_NLM_F_DUMP if dump else 0)
-    interrupted = False
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_ROUTE) as channel:
-        channel.settimeout(_TIMEOUT_S)
-        try:
-            channel.send(_HEADER.pack(_HEADER.size + len(payload), request, flags, 1, 0) + payload)
-            while True:
-                for kind, message_flags, body in _messages(channel.recv(_RECEIVE_BYTES)):
-                    interrupted |= bool(message_flags & _NLM_F_DUMP_INTR)
-                    if kind == _NLMSG_ERROR:
-                        code = -struct.unpack_from("=i", body)[0]
-                        if code:
-                            raise LinkError(os.strerror(code), where="rtnetlink")
-                        return
-                    if kind == _NLMSG_DONE:
-                        if interrupted:
-                            raise InterruptedError
-                        return
-                    if kind == expected:
-                        yield body
-                        if not dump:
-                            return
-        except InterruptedError:
-            raise
         except OSError as error:
-            raise LinkError(str(error), where="rtnetlink") from error
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    start = 0
-    while start + _HEADER.size <= len(data):
-        length, kind, flags, _, _ = _HEADER.unpack_from(data, start)
-        if length < _HEADER.size:
-            return
-        yield kind, flags, data[start + _HEADER.size : start + length]
-        start += (length + 3) & ~3
+            raise LinkError(error.strerror or str(error), where="rtnetlink") from error
+    raise LinkError("the network namespace changes faster than it can be read", where="rtnetlink")
