@@ -12,7 +12,7 @@ from meshbridge.bypass.state import CaptureState
 from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, Workload
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document
-from meshbridge.policy.parse import parse
+from meshbridge.policy.parse import Parsed, parse
 from meshbridge.policy.parse.cluster import Namespace, Service
 from meshbridge.policy.policyset import PolicySet
 
@@ -97,20 +97,11 @@ def inventory(
 ) -> Inventory:
     """Read a cluster from its objects.
 
-    A Pod stands for itself and for the template it came from when both are given under one name.
-
     Args:
         seen: The rules read in the namespaces of pods, by ``namespace/name``.
     """
     parsed = [parse(document) for document in documents]
-    namespaces = {o.name: o for item in parsed for o in item.objects if isinstance(o, Namespace)}
-    found: dict[str, Workload] = {}
-    for item in parsed:
-        for read in item.objects:
-            if isinstance(read, Workload) and (read.key not in found or item.document.kind == "Pod"):
-                namespace = namespaces.get(read.namespace)
-                found[read.key] = replace(read, namespace_labels=namespace.labels) if namespace else read
-    workloads = tuple(found[key] for key in sorted(found))
+    workloads = workloads_of(parsed)
     rules = seen or {}
     return Inventory(
         workloads,
@@ -119,3 +110,19 @@ def inventory(
         {w.key: capture_state(w, mesh=defaults, seen=rules.get(w.key)) for w in workloads},
         predicted=seen is None,
     )
+
+
+def workloads_of(parsed: Iterable[Parsed]) -> tuple[Workload, ...]:
+    """Pods and the templates of pods, with the labels of their namespaces, by name.
+
+    A Pod stands for itself and for the template it came from when both are given under one name.
+    """
+    every = list(parsed)
+    namespaces = {o.name: o for item in every for o in item.objects if isinstance(o, Namespace)}
+    found: dict[str, Workload] = {}
+    for item in every:
+        for read in item.objects:
+            if isinstance(read, Workload) and (read.key not in found or item.document.kind == "Pod"):
+                namespace = namespaces.get(read.namespace)
+                found[read.key] = replace(read, namespace_labels=namespace.labels) if namespace else read
+    return tuple(found[key] for key in sorted(found))

@@ -94,21 +94,44 @@ class MeshVerdict:
 
 def mesh_verdict(guard: Guard, flow: Flow, protocol: AppProtocol) -> MeshVerdict:
     """The verdict on a flow; where Envoy sniffs the protocol both forms have to agree to be certain."""
+    undecided = isinstance(flow.principal, Principal)
+    presents = UNKNOWN if undecided else _certain(flow.principal is not None)
+
+    def verdict(form: AppProtocol) -> MeshVerdict:
+        return verdict_of(guard, flow.port, form, presents, partial(_known, flow, form, guard.mesh))
+
+    return verdict_of_forms(verdict, protocol)
+
+
+def verdict_of_forms(verdict: Callable[[AppProtocol], MeshVerdict], protocol: AppProtocol) -> MeshVerdict:
+    """The verdict by the form Envoy gives the policies; a protocol that is sniffed asks both."""
     if protocol is not AppProtocol.AUTO:
-        return _verdict(guard, flow, protocol)
-    http, tcp = (_verdict(guard, flow, form) for form in (AppProtocol.HTTP, AppProtocol.TCP))
+        return verdict(protocol)
+    http, tcp = (verdict(form) for form in (AppProtocol.HTTP, AppProtocol.TCP))
     if http.verdict is tcp.verdict:
         return MeshVerdict(http.verdict, _origins(http.origins, tcp.origins), max(http.deny_reason, tcp.deny_reason))
     return MeshVerdict(UNKNOWN, _origins(http.origins, tcp.origins))
 
 
-def _verdict(guard: Guard, flow: Flow, form: AppProtocol) -> MeshVerdict:
+def verdict_of(
+    guard: Guard,
+    port: int,
+    form: AppProtocol,
+    presents: Verdict,
+    known: Callable[[AuthorizationPolicy, Condition], Verdict],
+) -> MeshVerdict:
+    """The verdict by one form, for whatever is known of a flow.
+
+    Args:
+        presents: whether the source presents a certificate.
+        known: whether a condition of a policy holds.
+    """
     open_origins: list[Origin] = []
-    mode, mode_origin = guard.mtls.at(flow.port)
+    mode, mode_origin = guard.mtls.at(port)
     if mode is MtlsMode.STRICT and mode_origin is not None:
-        if flow.principal is None:
+        if presents is FALSE:
             return MeshVerdict(FALSE, (mode_origin,), DropReason.MESH_POLICY_DENY)
-        if flow.principal is UNDECIDED:
+        if presents is UNKNOWN:
             open_origins.append(mode_origin)
     denying: list[Origin] = []
     allowing: list[Origin] = []
@@ -120,7 +143,7 @@ def _verdict(guard: Guard, flow: Flow, form: AppProtocol) -> MeshVerdict:
         if policy.action is Action.ALLOW:
             allow_policies.append(policy.origin)
         for rule in policy.rules:
-            matched = rule_matches(rule, policy.action, partial(_known, flow, form, policy, guard.mesh), form)
+            matched = rule_matches(rule, policy.action, partial(known, policy), form)
             if policy.action is Action.CUSTOM:
                 open_origins += [rule.origin] if matched is not FALSE else []
             elif policy.action is Action.DENY and matched is not FALSE:
@@ -173,7 +196,7 @@ def condition_matches(condition: Condition, value_matches: Callable[[str], Verdi
 
 
 def _known(
-    flow: Flow, form: AppProtocol, policy: AuthorizationPolicy, mesh: MeshSettings, condition: Condition
+    flow: Flow, form: AppProtocol, mesh: MeshSettings, policy: AuthorizationPolicy, condition: Condition
 ) -> Verdict:
     attribute = condition.attribute
     if attribute in HTTP_ONLY:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from meshbridge.policy.model import Judge, Layer, Origin, PolicyEntry, PolicyKey, PolicyMap, Verdict
 from meshbridge.policy.ports import PREFIX_ANY, PREFIX_PORT, masked
 from meshbridge.policy.precedence import ANYONE, DropReason
+
+_EVERY_PREFIX: Final = range(PREFIX_ANY + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +65,46 @@ def evaluate(policy_map: PolicyMap, identity: int, protocol: int, port: int, *, 
         port: The destination port at the pod; the type of an ICMP message.
         localhost: The packet comes from a process of the pod's own node: where no network entry matches it passes.
     """
-    return Decision(
-        _layer(policy_map, Layer.NETWORK, identity, protocol, port, localhost=localhost),
-        _layer(policy_map, Layer.MESH, identity, protocol, port, localhost=False),
-    )
+    return Lookup(policy_map, dict.fromkeys(Layer, _EVERY_PREFIX)).decide(identity, protocol, port, localhost=localhost)
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """A map to ask many times: as the kernel does, only prefix lengths in use are probed."""
+
+    policy_map: PolicyMap
+    prefixes: Mapping[Layer, Iterable[int]]
+
+    @classmethod
+    def of(cls, policy_map: PolicyMap) -> Lookup:
+        used: dict[Layer, set[int]] = {layer: set() for layer in Layer}
+        for key in policy_map.entries:
+            used[key.layer].add(key.prefix)
+        return cls(policy_map, {layer: tuple(sorted(prefixes)) for layer, prefixes in used.items()})
+
+    def decide(self, identity: int, protocol: int, port: int, *, localhost: bool = False) -> Decision:
+        """The same as ``evaluate``."""
+        network, mesh = self.prefixes[Layer.NETWORK], self.prefixes[Layer.MESH]
+        return Decision(
+            _layer(self.policy_map, Layer.NETWORK, network, identity, protocol, port, localhost=localhost),
+            _layer(self.policy_map, Layer.MESH, mesh, identity, protocol, port, localhost=False),
+        )
 
 
 def _layer(
-    policy_map: PolicyMap, layer: Layer, identity: int, protocol: int, port: int, *, localhost: bool
+    policy_map: PolicyMap,
+    layer: Layer,
+    prefixes: Iterable[int],
+    identity: int,
+    protocol: int,
+    port: int,
+    *,
+    localhost: bool,
 ) -> LayerDecision:
     best: tuple[int, int, int] | None = None
     found: tuple[PolicyKey, PolicyEntry] | None = None
     for peer in dict.fromkeys((identity, ANYONE)):
-        for prefix in range(PREFIX_ANY + 1):
+        for prefix in prefixes:
             if prefix == PREFIX_ANY:
                 key = PolicyKey(peer, layer, 0, 0, PREFIX_ANY)
             else:

@@ -48,6 +48,8 @@ def explain_layer(decision: LayerDecision) -> str:
             return f"{family}: the port bypasses Envoy, which would not surely have allowed it: {by}"
         case DropReason.SERVICE_BACKENDS_DIFFER:
             return f"{family}: not every backend of the Service may be reached: {by}"
+        case DropReason.NO_SERVICE_BACKENDS:
+            return f"{family}: nobody is known to answer behind the Service's port, and not just anybody may: {by}"
         case _:
             return f"{family}: denied by {by}"
 

@@ -156,6 +156,11 @@ class RequestJudge:
         reason = f"allowed by {origins[0]}" if origins else "no policy denies the request"
         return RequestDecision(Verdict.ALLOW, reason, origins, reported)
 
+    def http_rules_refuse(self, request: Request) -> tuple[Origin, ...]:
+        """The network policies whose HTTP rules refuse the request; none when they let it pass."""
+        denial = self._network_denial(request)
+        return denial.origins if denial is not None else ()
+
     def _denied(self, request: Request) -> _Denial | None:
         refusals = [refusal for refusal in self.guard.refusals if refusal.may_deny]
         if refusals:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Final
+from collections.abc import Iterable
 
 from meshbridge.identity.model import ProxyClass, Workload
-from meshbridge.policy.capture import AppProtocol
 from meshbridge.policy.mesh import Action, MtlsMode, effective_mtls
 from meshbridge.policy.model import Direction, Layer
 from meshbridge.policy.parse.cluster import Service, ServicePort
 from meshbridge.policy.policyset import PolicySet
+from meshbridge.policy.protocols import declared_protocols
 from meshbridge.xds.sidecar import MtlsDestination, Sidecar
-
-_HTTP: Final = frozenset({"http", "http2", "grpc", "grpc-web", "kubernetes.io/h2c", "kubernetes.io/ws"})
-_TCP: Final = frozenset({"tcp", "tls", "https", "mongo", "mysql", "redis", "kubernetes.io/wss"})
-_SERVER_FIRST: Final = frozenset({"mysql"})
 
 
 def build_sidecar(
@@ -32,7 +27,7 @@ def build_sidecar(
     """
     peer = workload.peer()
     selecting = policies.selecting(peer)
-    protocols, server_first = _declared_protocols(workload, services)
+    protocols, server_first = declared_protocols(workload, services)
     return Sidecar(
         workload=workload,
         trust_domains=(policies.mesh.trust_domain, *policies.mesh.trust_domain_aliases),
@@ -78,37 +73,6 @@ def _destination(pod: Workload, policies: PolicySet) -> tuple[MtlsDestination, .
 def _takes_mtls(pod: Workload, port: ServicePort, destinations: tuple[MtlsDestination, ...]) -> bool:
     target = port.target_at(pod.ports)
     return target is not None and any(destination.accepts_mtls(target) for destination in destinations)
-
-
-def _declared_protocols(
-    workload: Workload, services: Iterable[Service]
-) -> tuple[Mapping[int, AppProtocol], frozenset[int]]:
-    """What the Services in front of the pod declare its ports to be; where two disagree the port is sniffed.
-
-    Spec: Istio, "Protocol Selection": appProtocol, else the port name up to its first dash.
-    """
-    declared: dict[int, set[AppProtocol]] = {}
-    server_first: set[int] = set()
-    for service in services:
-        if not service.selects(workload):
-            continue
-        for port in service.ports:
-            target = port.target_at(workload.ports)
-            if target is None or port.protocol != "TCP":
-                continue
-            word = (port.app_protocol or port.name.partition("-")[0]).lower()
-            declared.setdefault(target, set()).add(_protocol(word))
-            if word in _SERVER_FIRST:
-                server_first.add(target)
-    agreed = {port: found.pop() for port, found in sorted(declared.items()) if len(found) == 1}
-    known = {port: protocol for port, protocol in agreed.items() if protocol is not AppProtocol.AUTO}
-    return known, frozenset(port for port in server_first if known.get(port) is AppProtocol.TCP)
-
-
-def _protocol(word: str) -> AppProtocol:
-    if word in _HTTP:
-        return AppProtocol.HTTP
-    return AppProtocol.TCP if word in _TCP else AppProtocol.AUTO
 
 
 def _restricted(policies: PolicySet) -> bool:
