@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
 from meshbridge.identity.model import IpNetwork, Peer, Workload
+from meshbridge.policy.anchors import Anchor, Anchored, anchors_at, anchors_of
 from meshbridge.policy.mesh import (
     DEFAULT_MESH,
     Attribute,
@@ -20,18 +21,20 @@ from meshbridge.policy.mesh import (
 )
 from meshbridge.policy.model import Anything, Direction, Document, Layer, NetworkRule, Notice, Refusal
 from meshbridge.policy.parse import Parsed, parse
-from meshbridge.policy.selectors import CidrPeers, LabelKeys, PeerSelector, label_keys
+from meshbridge.policy.selectors import EVERYBODY, CidrPeers, LabelKeys, PeerSelector, label_keys
 
 _Policy = TypeVar("_Policy", AuthorizationPolicy, PeerAuthentication, RequestAuthentication)
 
 
-@dataclass(slots=True)
-class _MeshPolicies:
-    """Those of one namespace."""
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """The policies of a set by whom they may concern."""
 
-    authorization: list[AuthorizationPolicy] = field(default_factory=list)
-    peer_authentication: list[PeerAuthentication] = field(default_factory=list)
-    request_authentication: list[RequestAuthentication] = field(default_factory=list)
+    network: Anchored[NetworkRule]
+    authorization: Anchored[AuthorizationPolicy]
+    peer_authentication: Anchored[PeerAuthentication]
+    request_authentication: Anchored[RequestAuthentication]
+    refusals: Anchored[Refusal]
 
 
 def _ordered(policies: Iterable[_Policy]) -> tuple[_Policy, ...]:
@@ -80,46 +83,51 @@ class PolicySet:
         if isinstance(workload, Workload) and workload.host_network:
             return PolicySet(mesh=self.mesh)
         peer = workload.peer() if isinstance(workload, Workload) else workload
-        found = [self._by_namespace[peer.namespace]] if peer.namespace in self._by_namespace else []
-        if peer.namespace != self.mesh.root_namespace and self.mesh.root_namespace in self._by_namespace:
-            found.append(self._by_namespace[self.mesh.root_namespace])
+        index, anchors = self._index, anchors_at(peer)
         return PolicySet(
-            network=self.network_rules(peer),
-            authorization=_ordered(p for part in found for p in part.authorization if selects(p, peer, self.mesh)),
-            peer_authentication=_ordered(p for part in found for p in part.peer_authentication),
+            network=tuple(rule for rule in index.network.at(anchors) if rule.subject.matches(peer)),
+            authorization=_ordered(p for p in index.authorization.at(anchors) if selects(p, peer, self.mesh)),
+            peer_authentication=_ordered(index.peer_authentication.at(anchors)),
             request_authentication=_ordered(
-                p for part in found for p in part.request_authentication if selects(p, peer, self.mesh)
+                p for p in index.request_authentication.at(anchors) if selects(p, peer, self.mesh)
             ),
-            refusals=tuple(refusal for refusal in self.refusals if self._may_select(refusal, peer)),
+            refusals=tuple(refusal for refusal in index.refusals.at(anchors) if self._may_select(refusal, peer)),
             mesh=self.mesh,
         )
 
-    @cached_property
-    def _by_namespace(self) -> dict[str | None, _MeshPolicies]:
-        """The mesh's policies by the namespace they stand in."""
-        found: dict[str | None, _MeshPolicies] = {}
-        for authorization in self.authorization:
-            found.setdefault(authorization.namespace, _MeshPolicies()).authorization.append(authorization)
-        for peers in self.peer_authentication:
-            found.setdefault(peers.namespace, _MeshPolicies()).peer_authentication.append(peers)
-        for requests in self.request_authentication:
-            found.setdefault(requests.namespace, _MeshPolicies()).request_authentication.append(requests)
-        return found
-
     def network_rules(self, peer: Peer) -> tuple[NetworkRule, ...]:
         """The rules of the network family that select ``peer``, in canonical order."""
-        by_namespace = self._network_by_namespace
-        candidates = [*by_namespace.get(peer.namespace or "", ()), *by_namespace.get(None, ())]
-        found = [(position, rule) for position, rule in candidates if rule.subject.matches(peer)]
-        return tuple(rule for _, rule in sorted(found, key=lambda item: item[0]))
+        return tuple(rule for rule in self._index.network.at(anchors_at(peer)) if rule.subject.matches(peer))
+
+    def anchors(self) -> frozenset[Anchor]:
+        """Where everybody stands whom any of these policies may concern."""
+        index = self._index
+        parts = (index.network, index.authorization, index.peer_authentication, index.request_authentication)
+        return frozenset().union(index.refusals.anchors(), *(part.anchors() for part in parts))
 
     @cached_property
-    def _network_by_namespace(self) -> dict[str | None, list[tuple[int, NetworkRule]]]:
-        found: dict[str | None, list[tuple[int, NetworkRule]]] = {}
-        for position, rule in enumerate(self.network):
-            for namespace in rule.subject.namespaces or (None,):
-                found.setdefault(namespace, []).append((position, rule))
-        return found
+    def _index(self) -> _Index:
+        def of_mesh(policy: AuthorizationPolicy | RequestAuthentication) -> list[Anchor]:
+            return anchors_of(policy.selector, self._reach(policy.namespace))
+
+        def of_refusal(refusal: Refusal) -> list[Anchor]:
+            reach = self._reach(refusal.document.namespace) if refusal.layer is Layer.MESH else None
+            return [anchor for selector in refusal.selectors for anchor in anchors_of(selector, reach)]
+
+        return _Index(
+            network=Anchored(self.network, lambda rule: anchors_of(rule.subject, None)),
+            authorization=Anchored(self.authorization, of_mesh),
+            # what they select is for `effective_mtls` to say, port by port
+            peer_authentication=Anchored(
+                self.peer_authentication, lambda policy: anchors_of(EVERYBODY, self._reach(policy.namespace))
+            ),
+            request_authentication=Anchored(self.request_authentication, of_mesh),
+            refusals=Anchored(self.refusals, of_refusal),
+        )
+
+    def _reach(self, namespace: str) -> tuple[str, ...] | None:
+        """In which namespaces a policy of the mesh acts that stands in this one; None: in all."""
+        return None if namespace == self.mesh.root_namespace else (namespace,)
 
     def _may_select(self, refusal: Refusal, peer: Peer) -> bool:
         if refusal.layer is Layer.MESH and refusal.document.namespace not in (self.mesh.root_namespace, peer.namespace):
