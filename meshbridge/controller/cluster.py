@@ -15,6 +15,7 @@ from meshbridge.controller.services import ServiceBook
 from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
 from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import Problem, ProblemReason
+from meshbridge.policy.anchors import Anchor, anchors_at
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse import POLICY_KINDS, parse
@@ -51,8 +52,9 @@ class _Class:
 class Cluster:
     """What policies, pods, nodes and services there are, indexed for the questions nodes and sidecars ask.
 
-    Cost: a policy is matched against each class of equal pods in the namespaces it can select in; a pod of a new class
-    against the policies that can select in its namespace; any other pod costs a few dictionary entries.
+    Cost: a policy is matched against those classes of equal pods that have a namespace and a label it asks for; a pod
+    of a new class against the policies that ask for one of its labels or for none; any other pod costs a few dictionary
+    entries.
     """
 
     def __init__(self, mesh: MeshSettings = DEFAULT_MESH) -> None:
@@ -63,7 +65,7 @@ class Cluster:
         self.services: dict[Key, Service] = {}
         self.service_book = ServiceBook()
         self._names: dict[Key, tuple[str, ...]] = {}
-        self._policies_in: dict[str | None, set[str]] = {}
+        self._policies_at: dict[Anchor, set[str]] = {}
         self._namespaces: dict[str, Namespace] = {}
         self._written: dict[Key, Workload] = {}
         self._pods: dict[Key, Workload] = {}
@@ -73,6 +75,7 @@ class Cluster:
         self._bypassing_on: dict[str, set[Key]] = {}
         self._node_addresses: dict[Key, tuple[IpAddress, ...]] = {}
         self._classes: dict[str, dict[_ClassKey, _Class]] = {}
+        self._classes_at: dict[Anchor, dict[_ClassKey, _Class]] = {}
         self._classes_on: dict[str, dict[_ClassKey, _Class]] = {}
         self._problems: dict[Key, tuple[Problem, ...]] = {}
         self._contested: dict[IpAddress, Problem] = {}
@@ -171,9 +174,9 @@ class Cluster:
         for name in self._names.pop(key, ()):
             old = self.policies.pop(name)
             self._forget_mesh_policy(name, touched)
-            for namespace in _index_keys(old):
-                self._policies_in[namespace].discard(name)
-            for pods in self._classes_in(old.namespaces):
+            for anchor in old.anchors:
+                _discard(self._policies_at, anchor, name)
+            for pods in self._classes_near(old):
                 if name in pods.policies:
                     pods.policies.discard(name)
                     touched.nodes.update(pods.nodes)
@@ -184,9 +187,9 @@ class Cluster:
             if item.is_of_mesh:
                 self._mesh_policies.add(item.name)
                 touched.nodes.update(self._bypassing_on)
-            for namespace in _index_keys(item):
-                self._policies_in.setdefault(namespace, set()).add(item.name)
-            for pods in self._classes_in(item.namespaces):
+            for anchor in item.anchors:
+                self._policies_at.setdefault(anchor, set()).add(item.name)
+            for pods in self._classes_near(item):
                 if item.concerns(pods.peer):
                     pods.policies.add(item.name)
                     touched.nodes.update(pods.nodes)
@@ -196,9 +199,12 @@ class Cluster:
             self._mesh_policies.remove(name)
             touched.nodes.update(self._bypassing_on)
 
-    def _classes_in(self, namespaces: frozenset[str] | None) -> Iterable[_Class]:
-        for namespace in self._classes if namespaces is None else namespaces:
-            yield from self._classes.get(namespace, {}).values()
+    def _classes_near(self, item: PolicyItem) -> Iterable[_Class]:
+        """Every class that the policy may concern, once."""
+        found: dict[_ClassKey, _Class] = {}
+        for anchor in item.anchors:
+            found.update(self._classes_at.get(anchor, {}))
+        return found.values()
 
     def _put_namespace(self, name: str, namespace: Namespace | None, touched: Touched) -> None:
         before = self._namespace_labels(name)
@@ -258,9 +264,11 @@ class Cluster:
         pods = classes.get(key)
         if pods is None:
             pods = classes[key] = _Class(pod.peer(cluster=self.mesh.cluster))
-            for name in self._policies_in.get(None, set()) | self._policies_in.get(pod.namespace, set()):
-                if self.policies[name].concerns(pods.peer):
-                    pods.policies.add(name)
+            near: set[str] = set()
+            for anchor in anchors_at(pods.peer):
+                self._classes_at.setdefault(anchor, {})[key] = pods
+                near |= self._policies_at.get(anchor, set())
+            pods.policies.update(name for name in near if self.policies[name].concerns(pods.peer))
         pods.nodes[pod.node] += 1
         self._classes_on.setdefault(pod.node, {})[key] = pods
 
@@ -273,6 +281,10 @@ class Cluster:
             del self._classes_on[pod.node][key]
         if not pods.nodes:
             del self._classes[pod.namespace][key]
+            for anchor in anchors_at(pods.peer):
+                del self._classes_at[anchor][key]
+                if not self._classes_at[anchor]:
+                    del self._classes_at[anchor]
 
     def _claim_addresses(self, claimant: str, old: Workload | None, new: Workload | None, touched: Touched) -> None:
         before = old.addresses if old is not None and _holds_addresses(old) else ()
@@ -361,8 +373,10 @@ def _class_key(pod: Workload) -> _ClassKey:
     )
 
 
-def _index_keys(item: PolicyItem) -> Iterable[str | None]:
-    return (None,) if item.namespaces is None else item.namespaces
+def _discard(at: dict[Anchor, set[str]], anchor: Anchor, name: str) -> None:
+    at[anchor].discard(name)
+    if not at[anchor]:
+        del at[anchor]
 
 
 def _gateway_addresses(document: Document) -> list[IpAddress]:

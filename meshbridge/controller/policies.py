@@ -8,6 +8,7 @@ from meshbridge.controller.addresses import Distinctions
 from meshbridge.controller.messages import policy_message, resource
 from meshbridge.identity.model import Peer
 from meshbridge.kube.problems import Problem, ProblemReason
+from meshbridge.policy.anchors import Anchor
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document, Layer
 from meshbridge.policy.parse import Parsed, parse
@@ -17,13 +18,13 @@ from meshbridge.xds.snapshot import Resource
 
 @dataclass(frozen=True, slots=True)
 class PolicyItem:
-    """One policy object, parsed once. ``namespaces`` None: it may select in any."""
+    """One policy object, parsed once. Whom it concerns stands at one of ``anchors``."""
 
     name: str
     parsed: Parsed
     alone: PolicySet
     distinctions: Distinctions
-    namespaces: frozenset[str] | None
+    anchors: frozenset[Anchor]
     resource: Resource
 
     @property
@@ -56,7 +57,7 @@ def read_policy(document: Document, mesh: MeshSettings, number: int = 1) -> Poli
         parsed=parsed,
         alone=alone,
         distinctions=Distinctions(alone.referenced_labels(), alone.referenced_port_names()),
-        namespaces=_namespaces(alone),
+        anchors=alone.anchors(),
         resource=resource(policy_message(document)),
     )
 
@@ -72,19 +73,3 @@ def problems_of(parsed: Parsed) -> tuple[Problem, ...]:
         Problem(ProblemReason.NOTICE, str(notice), source.file, source.line(notice.path)) for notice in parsed.notices
     ]
     return tuple(found)
-
-
-def _namespaces(policies: PolicySet) -> frozenset[str] | None:
-    """Where ``policies`` may select anything; None: anywhere."""
-    found: set[str] = set()
-    for rule in policies.network:
-        if rule.subject.namespaces is None:
-            return None
-        found.update(rule.subject.namespaces)
-    of_mesh = [policy.namespace for policy in policies.authorization]
-    of_mesh += [policy.namespace for policy in policies.peer_authentication]
-    of_mesh += [policy.namespace for policy in policies.request_authentication]
-    of_mesh += [r.document.namespace for r in policies.refusals if r.layer is Layer.MESH]
-    if policies.mesh.root_namespace in of_mesh:
-        return None
-    return frozenset(found.union(of_mesh))
