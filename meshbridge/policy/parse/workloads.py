@@ -7,7 +7,7 @@ refused. A pod that is refused is no endpoint, so nothing gets through to it.
 from __future__ import annotations
 
 import re
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 
 from meshbridge.identity.model import ContainerPort, IpAddress, ProxyClass, ProxyContainer, Workload
 from meshbridge.policy.mesh import GATEWAY_LABEL
@@ -23,6 +23,7 @@ _TEMPLATES = "inject.istio.io/templates"
 _MANAGED = "gateway.istio.io/managed"
 _PROXY = "istio-proxy"
 _INIT = "istio-init"
+_LONGEST_NUMBER = 5
 _ACCOUNT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
 
@@ -155,11 +156,21 @@ def _probe_ports(container: Reader) -> list[int | str]:
         probe = _child(container, name)
         for action in ("httpGet", "tcpSocket", "grpc"):
             port = _child(_child(probe, action), "port")
-            if isinstance(port.value, int | str) and not isinstance(port.value, bool):
-                found.append(port.value)
-            elif port.value is not None:
-                port.refuse(f"{shown(port.value)} is no port", "write a number or a port's name")
+            if port.value is not None:
+                found.append(_port(port))
     return found
+
+
+def _port(at: Reader) -> int | str:
+    """A port's number, also one in quotes as kubelet takes it, or its name."""
+    value = at.value
+    if isinstance(value, str) and not value.isdigit():
+        return value
+    if isinstance(value, str) and value.isascii() and len(value) <= _LONGEST_NUMBER:
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 65536:
+        at.refuse(f"{shown(at.value)} is no port", "write a number or a port's name")
+    return value
 
 
 def _service(document: Document, root: Reader) -> Service:
@@ -226,7 +237,13 @@ def _strings(at: Reader, name: str) -> dict[str, str]:
 
 
 def _address(at: Reader) -> IpAddress:
+    """One form for one address: IPv4 where it is v4-mapped; a zone means something on one node only."""
     try:
-        return ip_address(at.text())
+        address = ip_address(at.text())
     except ValueError:
         at.refuse(f"{shown(at.value)} is no address", "write an IPv4 or IPv6 address")
+    if not isinstance(address, IPv6Address):
+        return address
+    if address.scope_id is not None:
+        at.refuse(f"{shown(at.value)} has a zone", "write the address without it")
+    return address.ipv4_mapped or address

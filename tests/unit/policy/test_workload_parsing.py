@@ -55,6 +55,23 @@ def test_a_service_account_cannot_write_another_name_into_certificates(name: str
     assert "is no service account" in str(parsed.refusals[0])
 
 
+def test_an_address_has_one_form() -> None:
+    text = POD.replace("podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}", 'podIP: "::ffff:10.0.0.1", podIPs: [{ip: 10.0.0.1}')
+    assert workload(text).addresses == (ip_address("10.0.0.1"), ip_address("fd00::1"))
+    (document,) = documents(POD.replace("fd00::1", "fe80::1%eth0"))
+    assert "has a zone" in str(parse(document).refusals[0])
+
+
+@pytest.mark.parametrize("port", ["0", "-5", "65536", f'"{"9" * 5000}"', str(10**30), "true", '"65536"', '"²"'])
+def test_a_probe_port_that_is_none_is_refused(port: str) -> None:
+    (document,) = documents(POD.replace("tcpSocket: {port: 9090}", f"tcpSocket: {{port: {port}}}"))
+    assert "is no port" in str(parse(document).refusals[0])
+
+
+def test_a_probe_port_in_quotes_is_a_number() -> None:
+    assert workload(POD.replace("tcpSocket: {port: 9090}", 'tcpSocket: {port: "9090"}')).probe_ports[1] == 9090
+
+
 def test_a_pod() -> None:
     assert workload(POD) == Workload(
         namespace="shop", name="api", uid="u1", node="one",
