@@ -29,6 +29,9 @@ REREAD_S: Final = 0.05
 
 REREAD_MEMORY_S: Final = 1.0
 MAX_REREADS: Final = 4096
+MAX_WAITING: Final = 4
+"""Decisions that wait at once: whoever reaches the socket can raise doubts, and may not hold every thread by them."""
+
 MAX_NAMED_POLICIES: Final = 3
 REFUSED_RULE: Final = "refused"
 NOT_HTTP: Final = HttpRequest("", "", "", {})
@@ -36,13 +39,23 @@ NOT_HTTP: Final = HttpRequest("", "", "", {})
 
 @dataclass(slots=True)
 class _Rereads:
-    """What was waited for lately: the same doubt does not hold a thread twice."""
+    """What was waited for lately: the same doubt does not hold a thread twice, and all of them only a few."""
 
     clock: Callable[[], float] = time.monotonic
     _seen: OrderedDict[object, float] = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _waiting: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_WAITING))
 
-    def first_time(self, doubt: object) -> bool:
+    def newer(self, current: CurrentView, view: NodeView, doubt: object) -> NodeView:
+        """The view that replaces ``view`` within REREAD_S, or ``view`` where none does or nobody may wait."""
+        if not self._waiting.acquire(blocking=False):
+            return view
+        try:
+            return current.newer_than(view, REREAD_S) if self._first_time(doubt) else view
+        finally:
+            self._waiting.release()
+
+    def _first_time(self, doubt: object) -> bool:
         now = self.clock()
         with self._lock:
             fresh = now - self._seen.pop(doubt, -REREAD_MEMORY_S) >= REREAD_MEMORY_S
@@ -108,16 +121,16 @@ class Judge:
     def _destination(self, view: NodeView, address: IpAddress) -> tuple[NodeView, Workload | None]:
         """The pod at ``address``; one that has just been created may be in the next revision."""
         workload = view.workloads.get(address)
-        if workload is None and self._rereads.first_time(address):
-            view = self._current.newer_than(view, REREAD_S)
+        if workload is None:
+            view = self._rereads.newer(self._current, view, address)
             workload = view.workloads.get(address)
         return view, workload
 
     def _bind(self, view: NodeView, check: Check) -> tuple[NodeView, Binding]:
         """Compare certificate and address; where they differ the address may have just found its new owner."""
         binding = compare(check.principal, view.peer_at(check.source), view.policies.mesh)
-        if binding is Binding.DIFFERS and self._rereads.first_time((check.source, check.principal)):
-            view = self._current.newer_than(view, REREAD_S)
+        if binding is Binding.DIFFERS:
+            view = self._rereads.newer(self._current, view, (check.source, check.principal))
             binding = compare(check.principal, view.peer_at(check.source), view.policies.mesh)
         return view, binding
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from meshbridge.authz.assemble import ViewBuilder
-from meshbridge.authz.judge import REREAD_S, Judge
+from meshbridge.authz.judge import MAX_WAITING, REREAD_S, Judge
 from meshbridge.authz.view import CurrentView, NodeView
 from meshbridge.identity.model import Entity, Peer, ProxyClass, Workload
 from meshbridge.policy.model import Document, Source
@@ -165,6 +165,33 @@ CASES = {
     "TCP in plaintext": ({"destination": "10.0.0.4", "http": False, "principal": ""}, 403),
     "TCP where every ALLOW rule needs HTTP": ({"http": False}, 403),
 }
+
+
+def test_doubts_never_hold_all_threads(current: CurrentView, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, answered, go_on = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
+
+    def newer_than(view: NodeView, timeout_s: float) -> NodeView:
+        waiting.release()
+        assert go_on.wait(10)
+        return view
+
+    def doubt(number: int) -> None:
+        judge.check(request(destination=f"10.1.0.{number}"))
+        answered.release()
+
+    judge = Judge(current)
+    monkeypatch.setattr(current, "newer_than", newer_than)
+    threads = [threading.Thread(target=doubt, args=(number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert all(waiting.acquire(timeout=5) for _ in range(MAX_WAITING))
+        assert all(answered.acquire(timeout=5) for _ in range(10 - MAX_WAITING))
+        assert not waiting.acquire(blocking=False)
+    finally:
+        go_on.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_pods_of_one_uid_are_not_judged_by_each_others_policies() -> None:
