@@ -161,6 +161,11 @@ def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
     known = any(other is not workload for other in inventory.workloads)
     if refusing:
         why = "what these destinations refuse is dropped where it arrives; under any name, at the source already"
+    elif inventory.others:
+        why = (
+            "no pod of this node refuses this pod on these ports; pods of other nodes drop there what they refuse, and "
+            "what they refuse under any name is dropped here already; identity and encryption are lost"
+        )
     elif known:
         why = "no known destination's policy refuses this pod on these ports; identity and encryption are lost"
     else:

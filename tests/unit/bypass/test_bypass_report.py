@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,15 @@ def test_outbound_says_which_destinations_refuse() -> None:
     )
     assert open_to_all.compensation is not None
     assert open_to_all.compensation.summary.startswith("none: no known destination's policy")
+
+
+def test_outbound_does_not_speak_for_pods_of_other_nodes() -> None:
+    text = NAMESPACES + pod("finance/api", "10.0.0.1", EXCLUDED) + PROMETHEUS
+    known = inventory(read_objects(text.encode(), "cluster.yaml").documents)
+    elsewhere = replace(known, others={"finance/ledger": known.peer(known.workloads[0])})
+    outbound = row(report(elsewhere), "monitoring/prometheus", Direction.EGRESS)
+    assert outbound.compensation is not None
+    assert "pods of other nodes drop there what they refuse" in outbound.compensation.summary
 
 
 def test_client_excludes_and_server_captures_breaks_under_strict() -> None:
