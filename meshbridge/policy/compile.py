@@ -66,7 +66,7 @@ class Compiler:
         self.index = PeerIndex(identities)
         self._destinations = destinations or {}
         self._network: dict[object, _NetworkLayer] = {}
-        self._maps: dict[object, PolicyMap] = {}
+        self._maps: dict[object, tuple[MeshLayer, PolicyMap]] = {}
         self._mesh = MeshCompiler(self.index)
 
     def endpoint(self, workload: Workload, policies: PolicySet, capture: Capture) -> EndpointPolicy:
@@ -111,11 +111,12 @@ class Compiler:
 
     def _map(self, network: _NetworkLayer, mesh: MeshLayer) -> PolicyMap:
         key = (id(network), id(mesh))
-        found = self._maps.get(key)
-        if found is None:
+        known = self._maps.get(key)
+        if known is None:
             entries = {**network.entries, **mesh.entries} if mesh.entries else network.entries
-            found = self._maps[key] = PolicyMap(entries, network.default, mesh.default)
-        return found
+            # with its layer: an id is a key only as long as nothing else can get it
+            known = self._maps[key] = (mesh, PolicyMap(entries, network.default, mesh.default))
+        return known[1]
 
 
 class _NetworkLayer:

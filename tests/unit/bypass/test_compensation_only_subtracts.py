@@ -21,11 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshbridge.identity.model import IpFamily, ProxyClass
-from meshbridge.identity.numbering import Numbering
+from meshbridge.identity.numbering import Numbering, number_peers
 from meshbridge.policy.capture import Capture, OutboundBypass, PortClass
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.evaluate import LayerDecision, evaluate
-from meshbridge.policy.model import Direction, EndpointPolicy, Verdict
+from meshbridge.policy.model import Direction, Document, EndpointPolicy, Verdict
+from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.precedence import DropReason
 
 V4 = IpFamily.IPV4
@@ -157,3 +158,22 @@ def test_an_outbound_bypass_to_a_range_concerns_that_range_only() -> None:
         policy = Compiler(identities, {number: world.capture.inbound}).endpoint(CLIENTS[0], world.policies, bypass)
         assert mesh(policy, number, 8080, Direction.EGRESS).verdict is expected
         assert bypass.networks == {network}
+
+
+def test_no_pod_gets_what_was_compiled_for_what_another_sends_past_its_envoy() -> None:
+    """One compiler for many pods, whose layers come and go: each gets the same as from a compiler of its own."""
+    data = {
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": "deny", "namespace": SERVER.namespace}, "spec": {"action": "DENY", "rules": [{}]},
+    }  # fmt: skip
+    policies = PolicySet.of([Document("AuthorizationPolicy", data["apiVersion"], SERVER.namespace, "deny", data)])
+    numbering = number_peers({workload.addresses[0]: workload.peer() for workload in (SERVER, *CLIENTS)})
+    number = numbering.addresses[SERVER.addresses[0]].identity
+    destinations = {number: capture_with({}).inbound}
+    shared = Compiler(numbering.identities, destinations)
+    for port in range(1000, 1200):
+        bypass = Capture(outbound={V4: (OutboundBypass(port, port),)})
+        own = Compiler(numbering.identities, destinations).endpoint(CLIENTS[0], policies, bypass)
+        found = shared.endpoint(CLIENTS[0], policies, bypass).map(Direction.EGRESS, V4)
+        assert found == own.map(Direction.EGRESS, V4), port
+        assert any(key.port == port for key in found.entries)
