@@ -96,7 +96,8 @@ class Compilation:
         rules = seen or {}
         added = _added(self._identities, identities)
         self._identities = identities
-        services = frontends or {}
+        # A pod's own address stays the pod's: whoever may write a Service could otherwise open a pod that is denied.
+        services = {n: ports for n, ports in (frontends or {}).items() if n in identities and not identities[n].is_pod}
         moved = services != self._frontends
         self._frontends = services
         stale = [

@@ -86,6 +86,15 @@ class Cluster:
         for problems in self._problems.values():
             yield from problems
         yield from self._contested.values()
+        for service in self.services.values():
+            for address in (*service.addresses, *service.outside_addresses):
+                holder = self.addresses.holder(address)
+                if holder is not None and holder.name:
+                    text = (
+                        f"Service {service.namespace}/{service.name} claims {address}, which is {holder}'s: egress to "
+                        "it is judged as to that pod; take the address out of the Service"
+                    )
+                    yield Problem(ProblemReason.CONFLICT, text)
 
     @property
     def workloads(self) -> Iterable[Workload]:

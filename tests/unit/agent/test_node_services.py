@@ -135,3 +135,19 @@ def test_a_change_behind_a_service_compiles_those_whose_egress_is_restricted() -
     scratch = Compilation(kept.rules)
     scratch.update(pods, policies, numbering.identities, frontends=somebody)
     assert scratch.compiled == kept.compiled
+
+
+def test_a_service_opens_no_pod_whose_address_it_claims() -> None:
+    spec = {"endpointSelector": {}, "egress": [{"toEndpoints": [{"matchLabels": {"app": "mine"}}]}]}
+    data = {"apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy", "metadata": {}, "spec": spec}
+    policies = PolicySet.of([Document("CiliumNetworkPolicy", "cilium.io/v2", "shop", "p", data)])
+    pods = {"web": LocalPod(Workload("shop", "web", "web", "n", (ip_address("10.0.0.1"),)))}
+    peers = {POD4: Peer("shop", {"app": "mine"}), OTHER4: Peer("finance", service="shop/evil")}
+    numbering = number_peers(peers)
+    mine, claimed = (numbering.addresses[address].identity for address in peers)
+    with_service, without = Compilation(RuleIds()), Compilation(RuleIds())
+    with_service.update(
+        pods, policies, numbering.identities, frontends={claimed: (FrontendPort(6, 80, (Backend(mine, 80),)),)}
+    )
+    without.update(pods, policies, numbering.identities)
+    assert with_service.compiled == without.compiled

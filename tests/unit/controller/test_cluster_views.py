@@ -376,6 +376,15 @@ def test_the_stream_of_a_pod_that_is_gone_or_replaced_ends(world: World) -> None
     assert "is gone" in next_one.refusal
 
 
+def test_a_service_that_claims_a_pods_address_is_named(world: World) -> None:
+    spec = {"externalIPs": ["10.0.0.1", "203.0.113.5"], "selector": {"app": "db"}, "ports": [{"port": 80}]}
+    world.put(pod("web-0", "10.0.0.1"), document("Service", "evil", "shop", spec=spec))
+    (problem,) = world.controller.problems
+    assert "Service shop/evil claims 10.0.0.1, which is pod shop/web-0's" in problem.text
+    world.drop(pod("web-0", "10.0.0.1"))
+    assert not world.controller.problems
+
+
 def test_extra_addresses_of_a_pod_are_sent_and_wrong_ones_named(world: World) -> None:
     a = world.connect(A)
     world.put(pod("web-0", "10.0.0.1", annotations={"meshbridge.io/extra-addresses": "10.9.9.9, nonsense"}))
