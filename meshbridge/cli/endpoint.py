@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from meshbridge.cli.agents import answering
 from meshbridge.cli.observe import print_lines
 from meshbridge.observe.client import find_agents
 from meshbridge.observe.tables import endpoint_lines, endpoint_record
@@ -34,7 +35,7 @@ def list_endpoints(output: str, node: str | None, socket: Path | None) -> None:
     \b
     Exit codes: 0 shown, 1 no agent answers.
     """
-    found = [(agent.name, agent.endpoints()) for agent in find_agents(socket, node)]
+    found = [(agent.name, agent.endpoints()) for agent in answering(find_agents(socket, node))]
     if output == "json":
         records = [endpoint_record(name, endpoint) for name, endpoints in found for endpoint in endpoints]
         print_lines([json.dumps(records, indent=2)])

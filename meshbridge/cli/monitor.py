@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from meshbridge.cli.agents import answering
 from meshbridge.cli.observe import follow_flows, newest, print_lines
 from meshbridge.observe.client import Follower, find_agents, merged_history
 from meshbridge.observe.filters import FilterError, FlowFilter, PodFilter
@@ -72,7 +73,7 @@ def command(
             print_lines([json_line(flow)] if as_json else monitor_lines(flow, verbose=verbose))
 
     if no_follow:
-        show(newest([flow for flow in merged_history(agents) if wanted.matches(flow)], last or None))
+        show(newest([flow for flow in merged_history(answering(agents)) if wanted.matches(flow)], last or None))
     else:
         click.echo("Press Ctrl-C to quit", err=True)
         follow_flows(Follower(agents), wanted, last, show)

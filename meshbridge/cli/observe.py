@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from meshbridge.cli.agents import answering
 from meshbridge.observe.client import Follower, find_agents, merged_history
 from meshbridge.observe.filters import (
     PROTOCOL_NAMES,
@@ -99,7 +100,7 @@ def command(
     if follow:
         follow_flows(Follower(agents), wanted, 20 if last is None else last, show)
     else:
-        show(newest([flow for flow in merged_history(agents) if wanted.matches(flow)], last))
+        show(newest([flow for flow in merged_history(answering(agents)) if wanted.matches(flow)], last))
 
 
 def flow_printer(form: Format, *, with_node: bool) -> Callable[[Iterable[Flow]], None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from meshbridge.cli.agents import answering
 from meshbridge.cli.observe import print_lines
 from meshbridge.observe.client import find_agents
 from meshbridge.observe.tables import is_degraded, status_lines, status_record
@@ -31,10 +32,12 @@ def command(output: str, node: str | None, socket: Path | None) -> None:
     \b
     Exit codes: 0 all is well, 1 no agent answers, 2 an option cannot be used, 3 degraded.
     """
-    statuses = [agent.status() for agent in find_agents(socket, node)]
+    agents = find_agents(socket, node)
+    statuses = [agent.status() for agent in answering(agents)]
     if output == "json":
         print_lines([json.dumps([status_record(status) for status in statuses], indent=2)])
     else:
         for number, status in enumerate(statuses):
             print_lines([*([""] if number else []), *status_lines(status)])
-    sys.exit(EXIT_DEGRADED if any(map(is_degraded, statuses)) else 0)
+    degraded = len(statuses) < len(agents) or any(map(is_degraded, statuses))
+    sys.exit(EXIT_DEGRADED if degraded else 0)

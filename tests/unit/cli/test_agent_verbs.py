@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -128,6 +129,22 @@ def test_flows_of_several_agents_are_merged_by_time(agent: Served, run_directory
         assert "[node-2]" not in meshbridge("observe", "--node", "node-1").output
     finally:
         other.end()
+
+
+def test_an_agent_that_died_is_named_and_hides_no_other(agent: Served, run_directory: Path) -> None:
+    dead = run_directory / "node-2" / "agent.sock"
+    dead.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(dead))
+    agent.add(drop(10**18))
+    result = meshbridge("observe")
+    assert result.exit_code == 0
+    assert "shop/web:41112" in result.stdout
+    assert result.stderr == (
+        "Warning: agent node-2 does not answer (Connection refused): nothing of that node is shown\n"
+    )
+    assert meshbridge("status").exit_code == 3, "a node without its agent is not well"
+    assert meshbridge("observe", "--node", "node-2").exit_code == 1
 
 
 def test_monitor_names_rule_file_and_line(agent: Served) -> None:
