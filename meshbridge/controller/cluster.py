@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_address, ip_network
-from typing import Any, Final
+from ipaddress import ip_address
+from typing import Final
 
 from meshbridge.bypass.capture import bypasses_outbound
-from meshbridge.controller.addresses import AddressBook, Holder
+from meshbridge.controller.addresses import CONTESTED, AddressBook, Holder
+from meshbridge.controller.objectaddresses import gateway_addresses, readable_addresses
 from meshbridge.controller.policies import PolicyItem, problems_of, read_policy
 from meshbridge.controller.services import ServiceBook
 from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
@@ -74,6 +75,7 @@ class Cluster:
         self._mesh_policies: set[str] = set()
         self._bypassing_on: dict[str, set[Key]] = {}
         self._node_addresses: dict[Key, tuple[IpAddress, ...]] = {}
+        self._refused_addresses: dict[Key, tuple[IpAddress, ...]] = {}
         self._classes: dict[str, dict[_ClassKey, _Class]] = {}
         self._classes_at: dict[Anchor, dict[_ClassKey, _Class]] = {}
         self._classes_on: dict[str, dict[_ClassKey, _Class]] = {}
@@ -160,6 +162,7 @@ class Cluster:
                 self._put_namespace(key[3], read if isinstance(read, Namespace) else None, touched)
             case ("", "Pod"):
                 self._put_pod(key, read if isinstance(read, Workload) else None, touched)
+                self._put_refused_pod(key, documents[0] if documents and read is None else None, touched)
             case ("", "Node"):
                 self._put_node(key, read if isinstance(read, Node) else None, documents, touched)
             case ("", "Service"):
@@ -251,6 +254,19 @@ class Cluster:
         self._place(key, old, new)
         self._claim_addresses(f"pod {key[2]}/{key[3]}", old, new, touched)
 
+    def _put_refused_pod(self, key: Key, document: Document | None, touched: Touched) -> None:
+        """A pod that cannot be read has addresses all the same, and must not pass for the world."""
+        claimant = f"refused pod {key[2]}/{key[3]}"
+        before = self._refused_addresses.pop(key, ())
+        after = readable_addresses(document) if document is not None else ()
+        for address in before:
+            self.addresses.claim(address, claimant, None)
+        for address in after:
+            self.addresses.claim(address, claimant, CONTESTED)
+        if after:
+            self._refused_addresses[key] = after
+        touched.addresses |= before != after
+
     def _place(self, key: Key, old: Workload | None, new: Workload | None) -> None:
         if old is not None:
             self._pods_on[old.node].pop(key)
@@ -313,7 +329,7 @@ class Cluster:
         before = self._node_addresses.pop(key, ())
         after: tuple[IpAddress, ...] = ()
         if node is not None:
-            after = tuple(dict.fromkeys((*node.addresses, *_gateway_addresses(documents[0]))))
+            after = tuple(dict.fromkeys((*node.addresses, *gateway_addresses(documents[0]))))
             self._node_addresses[key] = after
         claimant = f"node {key[3]}"
         for address in before:
@@ -386,24 +402,6 @@ def _discard(at: dict[Anchor, set[str]], anchor: Anchor, name: str) -> None:
     at[anchor].discard(name)
     if not at[anchor]:
         del at[anchor]
-
-
-def _gateway_addresses(document: Document) -> list[IpAddress]:
-    """The first address of each pod CIDR of a node, by which its pods see the node itself."""
-    spec: Any = document.data.get("spec")
-    if not isinstance(spec, Mapping):
-        return []
-    texts = spec.get("podCIDRs")
-    candidates = [*texts] if isinstance(texts, list) else []
-    found: list[IpAddress] = []
-    for text in (*candidates, spec.get("podCIDR")):
-        try:
-            network = ip_network(text, strict=False) if isinstance(text, str) else None
-        except ValueError:
-            continue
-        if network is not None and network.num_addresses > 2:
-            found.append(network.network_address + 1)
-    return found
 
 
 def _in_order(key: Key) -> tuple[int, Key]:

@@ -376,6 +376,28 @@ def test_the_stream_of_a_pod_that_is_gone_or_replaced_ends(world: World) -> None
     assert "is gone" in next_one.refusal
 
 
+def test_a_pod_that_cannot_be_read_does_not_pass_for_the_world(world: World) -> None:
+    a = world.connect(A)
+    refused = pod("web-0", "10.0.0.1", spec={"serviceAccountName": "x/ns/finance/sa/client"})
+    world.put(refused)
+    assert world.names(a, xds.ENDPOINT) == set()
+    assert world.address(a, "10.0.0.1").peer.entities == {Entity.UNMANAGED}
+    world.put(pod("web-0", "10.0.0.1"))
+    assert world.address(a, "10.0.0.1").peer.namespace == "shop"
+    world.put(refused)
+    world.drop(refused)
+    assert world.names(a, xds.ADDRESS) == set()
+    on_node = pod("web-1", "192.168.0.1", spec={"serviceAccountName": "x/y", "hostNetwork": True})
+    world.put(on_node, pod("web-2", "10.0.0.2", phase="Failed", spec={"serviceAccountName": "x/y"}))
+    assert world.names(a, xds.ADDRESS) == set()
+
+
+def test_a_gateway_of_a_mapped_pod_range_is_named_as_nodes_read_it(world: World) -> None:
+    a = world.connect(A)
+    world.put(document("Node", "node-a", spec={"podCIDR": "::ffff:10.244.0.0/120"}))
+    assert world.names(a, xds.ADDRESS) == {"10.244.0.1"}
+
+
 def test_a_service_that_claims_a_pods_address_is_named(world: World) -> None:
     spec = {"externalIPs": ["10.0.0.1", "203.0.113.5"], "selector": {"app": "db"}, "ports": [{"port": 80}]}
     world.put(pod("web-0", "10.0.0.1"), document("Service", "evil", "shop", spec=spec))
