@@ -42,7 +42,7 @@ def workload_of(message: agent_pb2.Endpoint) -> Workload:
     """The pod of an Endpoint.
 
     Raises:
-        MessageError: an address of a wrong length, or an unknown proxy class.
+        MessageError: an address of a wrong length, an unknown proxy class, a probe port that is none.
     """
     where = f"Endpoint {message.namespace}/{message.name}"
     init = message.istio_init if message.HasField("istio_init") else None
@@ -57,7 +57,7 @@ def workload_of(message: agent_pb2.Endpoint) -> Workload:
         annotations=dict(message.annotations),
         service_account=message.service_account,
         ports=_ports(message.ports),
-        probe_ports=tuple(int(port) if port.isascii() and port.isdigit() else port for port in message.probe_ports),
+        probe_ports=tuple(_probe_port(port, where) for port in message.probe_ports),
         host_network=message.host_network,
         proxy=_proxy_class(message.proxy, where),
         init_args=tuple(init.args) if init is not None else None,
@@ -101,11 +101,39 @@ def holder_of(message: agent_pb2.Address) -> AddressHolder:
     """
     where = f"Address of {message.namespace}/{message.name}" if message.namespace else "Address"
     address = address_of(message.address, where)
+    return AddressHolder(address, _peer_of(message, address), message.name, message.uid, message.node)
+
+
+class HolderReader:
+    """Reads many Addresses: the same as ``holder_of``, with one Peer object for all holders that are told alike."""
+
+    def __init__(self) -> None:
+        self._peers: dict[bytes, Peer] = {}
+        self._bare = agent_pb2.Address()
+
+    def read(self, message: agent_pb2.Address) -> AddressHolder:
+        """Who holds the address of ``message``.
+
+        Raises:
+            MessageError: as of ``holder_of``.
+        """
+        address = address_of(message.address, f"Address of {message.namespace}/{message.name}")
+        self._bare.CopyFrom(message)
+        for of_one_holder in ("address", "name", "uid", "node"):
+            self._bare.ClearField(of_one_holder)
+        told = self._bare.SerializeToString(deterministic=True)
+        peer = self._peers.get(told)
+        if peer is None:
+            peer = self._peers[told] = _peer_of(message, address)
+        return AddressHolder(address, peer, message.name, message.uid, message.node)
+
+
+def _peer_of(message: agent_pb2.Address, address: IpAddress) -> Peer:
     try:
         entities = frozenset(Entity(name) for name in message.entities)
     except ValueError as error:
         raise MessageError(str(error), where=f"Address {address}", fix="update this node's MeshBridge") from error
-    peer = Peer(
+    return Peer(
         namespace=message.namespace or None,
         labels=dict(message.labels),
         namespace_labels=dict(message.namespace_labels),
@@ -116,7 +144,6 @@ def holder_of(message: agent_pb2.Address) -> AddressHolder:
         entities=entities,
         ports=frozenset(_ports(message.ports)),
     )
-    return AddressHolder(address, peer, message.name, message.uid, message.node)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +213,14 @@ def address_of(packed: bytes, where: str) -> IpAddress:
 
 def _ports(messages: Iterable[agent_pb2.ContainerPort]) -> tuple[ContainerPort, ...]:
     return tuple(ContainerPort(message.name, message.port, message.protocol or "TCP") for message in messages)
+
+
+def _probe_port(text: str, where: str) -> int | str:
+    if not (text.isascii() and text.isdigit()):
+        return text
+    if len(text) > len(str(LAST_PORT)):
+        raise MessageError(f"no port: a number of {len(text)} digits", where=where)
+    return int(text)
 
 
 def _proxy_class(text: str, where: str) -> ProxyClass:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Address
 from typing import TypeVar
 
+import pytest
 from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from meshbridge.controller import messages as writing
 from meshbridge.identity.model import ContainerPort, Entity, Peer, ProxyClass, ProxyContainer, Workload
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document, Source
+from meshbridge.protos import agent_pb2
 from meshbridge.xds import messages as reading
 
 T = TypeVar("T", bound=Message)
@@ -66,10 +68,25 @@ def test_endpoints(workload: Workload, extra: tuple[IPv4Address | IPv6Address, .
     assert tuple(reading.address_of(packed, "") for packed in message.extra_addresses) == extra
 
 
+def test_a_probe_port_of_too_many_digits_is_a_message_error() -> None:
+    with pytest.raises(reading.MessageError, match="5000 digits"):
+        reading.workload_of(agent_pb2.Endpoint(namespace="s", name="a", probe_ports=["9" * 5000]))
+
+
 @given(ADDRESS, PEERS)
 def test_addresses(address: IPv4Address | IPv6Address, peer: Peer) -> None:
     message = through(writing.address_message(address, peer, name="n", uid="u", node="node-a"))
     assert reading.holder_of(message) == reading.AddressHolder(address, peer, "n", "u", "node-a")
+
+
+@given(st.lists(st.tuples(ADDRESS, PEERS, st.sampled_from("nm")), max_size=6))
+def test_addresses_read_together(holders: list[tuple[IPv4Address | IPv6Address, Peer, str]]) -> None:
+    told = [writing.address_message(address, peer, name=n, uid=n * 2, node=n * 3) for address, peer, n in holders * 2]
+    reader = reading.HolderReader()
+    found = [reader.read(through(message)) for message in told]
+    assert found == [reading.holder_of(message) for message in told]
+    half = len(holders)
+    assert all(one.peer is two.peer for one, two in zip(found[:half], found[half:], strict=True))
 
 
 def test_policies_travel_without_status_and_managed_fields() -> None:
