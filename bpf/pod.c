@@ -263,14 +263,16 @@ static __always_inline void judge_layer(struct decision *decision, const struct 
                                         __u32 layer)
 {
 	struct layer_verdict *verdict = &decision->layers[layer & 1];
+	__u32 left = fallback->prefixes; /* not tried yet */
 
 	/* Longest prefix first, so that a later entry has to be of higher precedence to win. */
 #pragma clang loop unroll(disable)
-	for (__u32 step = 0; step <= POLICY_PREFIX_ANY; step++) {
+	for (__u32 step = 0; left && step <= POLICY_PREFIX_ANY; step++) {
 		__u32 prefix = step == POLICY_PREFIX_ANY ? POLICY_PREFIX_ANY : POLICY_PREFIX_PORT - step;
 
-		if (!(fallback->prefixes >> prefix & 1))
+		if (!(left >> prefix & 1))
 			continue;
+		left &= ~(1U << prefix);
 #pragma unroll
 		for (__u32 any = 0; any <= 1; any++) {
 			struct policy_key key __attribute__((aligned(8))) = {
