@@ -151,10 +151,10 @@ class Enforcer:
             found.setdefault(key.ifindex, set()).add(abi.parse_address(raw[_ADDRESS_OFFSET:]))
         return {ifindex: frozenset(addresses) for ifindex, addresses in found.items()}
 
-    def identities_of_addresses(self) -> dict[IpAddress, Held]:
+    def identities_of_addresses(self) -> dict[bytes, Held]:
         """The numbers addresses have in the kernel, without those that only stood in during a transition."""
         return {
-            abi.parse_address(raw): Held(value.identity, value.forwarded_identity)
+            raw: Held(value.identity, value.forwarded_identity)
             for raw, value in self.observed.ipcache.exact.items()
             if max(value) < FIRST_ALIAS
         }

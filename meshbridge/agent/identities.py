@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from meshbridge import abi
 from meshbridge.datapath.ipcache import Identities, Ipcache, ipcache_key, ipcache_prefix
 from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer
 from meshbridge.identity.networks import NetworkIndex
@@ -50,17 +49,17 @@ class PeerNumbers:
         self,
         holders: Mapping[bytes, Peer],
         networks: Iterable[IpNetwork],
-        observed: Mapping[IpAddress, Held] | None = None,
+        observed: Mapping[bytes, Held] | None = None,
         highest: int = 0,
     ) -> None:
         """Number all peers; a class that is known keeps its number.
 
         Args:
-            holders: by the address as the ipcache has it; the others as of ``number_peers``.
+            holders: by the address as the ipcache has it, ``observed`` too; the others as of ``number_peers``.
         """
         self._networks = NetworkIndex(networks)
         numbering = number_peers(
-            {abi.parse_address(address): peer for address, peer in holders.items()},
+            holders,
             self._networks.networks,
             known=self.identities,
             observed=observed,
@@ -68,9 +67,8 @@ class PeerNumbers:
         )
         shared: dict[tuple[int, int], Identities] = {}
         exact = {
-            # the key that the caller holds anyway: ten thousand copies would be half a megabyte
             address: shared.setdefault((held.identity, held.forwarded), Identities(held.identity, held.forwarded))
-            for address, held in zip(holders, numbering.addresses.values(), strict=True)
+            for address, held in numbering.addresses.items()
         }
         prefixes = {ipcache_prefix(network): Identities(number) for network, number in numbering.networks.items()}
         self.identities, self.highest = numbering.identities, numbering.highest
@@ -98,7 +96,7 @@ class PeerNumbers:
         return self._spare > 0
 
     def _number(self, peer: Peer, address: bytes, added: dict[int, Peer]) -> int:
-        networks = self._networks.containing(abi.parse_address(address))
+        networks = self._networks.containing(address)
         if networks != peer.networks:
             peer = replace(peer, networks=networks)
         key = class_of(peer)

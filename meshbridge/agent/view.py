@@ -20,7 +20,15 @@ from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.selectors import PeerSelector, Selector
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.client import Update
-from meshbridge.xds.messages import MessageError, address_of, document_of, holder_of, mesh_of, service_of, workload_of
+from meshbridge.xds.messages import (
+    HolderReader,
+    MessageError,
+    address_of,
+    document_of,
+    mesh_of,
+    service_of,
+    workload_of,
+)
 
 GONE_PHASES = frozenset({"Succeeded", "Failed"})
 MAX_PARTS = 1 << 14
@@ -100,14 +108,23 @@ class NodeView:
         for type_url, names in update.removed.items():
             for name in names:
                 self.unusable.pop((type_url, name), None)
-                self._remove(type_url, name)
-        touched = {type_url: _touched(update, type_url) for type_url in (xds.ADDRESS, xds.MESH)}
+                if type_url == xds.ADDRESS:
+                    with suppress(ValueError):  # such a name was never taken in
+                        addresses.add(key := address_bytes(ip_address(name)))
+                        self.holders.pop(key, None)
+                else:
+                    self._remove(type_url, name)
+        everything = bool(_touched(update, xds.MESH))
+        reader = HolderReader()
         for type_url, messages in update.changed.items():
             while messages:
                 name, message = messages.popitem()
                 self.unusable.pop((type_url, name), None)
                 try:
-                    self._put(type_url, name, message)
+                    if type_url == xds.ADDRESS:
+                        addresses.add(self._put_address(name, message, reader))
+                    else:
+                        self._put(type_url, name, message)
                 except MeshBridgeError as error:
                     self.unusable[type_url, name] = str(error)
         self.revision = update.revision
@@ -115,13 +132,10 @@ class NodeView:
             self._peers = {class_of(holder.peer): holder.peer for holder in self.holders.values()}
         policies = (*before.values(), *(self.policies.get(name) for name in before))
         addresses.update(self.services.addresses(services))
-        for name in touched[xds.ADDRESS]:
-            with suppress(ValueError):
-                addresses.add(address_bytes(ip_address(name)))
         return Changes(
             addresses=frozenset(addresses),
             policies=tuple(parsed for parsed in policies if parsed is not None),
-            everything=bool(touched[xds.MESH]),
+            everything=everything,
         )
 
     def policy_set(self) -> PolicySet:
@@ -132,11 +146,6 @@ class NodeView:
         if type_url == xds.ENDPOINT:
             extra = tuple(address_of(packed, f"Endpoint {name}") for packed in message.extra_addresses)
             self.pods[name] = LocalPod(workload_of(message), extra)
-        elif type_url == xds.ADDRESS:
-            held = holder_of(message)
-            if str(held.address) != name:
-                raise MessageError(f"it is about {held.address}", where=f"Address {name!r}")
-            self.holders[address_bytes(held.address)] = Holder(self._shared(held.peer), held.name, intern(held.node))
         elif type_url == xds.POLICY:
             self.policies[name] = self._compact(parse(document_of(message)))
         elif type_url == xds.SERVICE:
@@ -146,12 +155,17 @@ class NodeView:
         elif type_url == xds.PROBLEM:
             self.problems[name] = message.text
 
+    def _put_address(self, name: str, message: Any, reader: HolderReader) -> bytes:
+        held = reader.read(message)
+        if str(held.address) != name:
+            raise MessageError(f"it is about {held.address}", where=f"Address {name!r}")
+        key = address_bytes(held.address)
+        self.holders[key] = Holder(self._shared(held.peer), held.name, intern(held.node))
+        return key
+
     def _remove(self, type_url: str, name: str) -> None:
         if type_url == xds.ENDPOINT:
             self.pods.pop(name, None)
-        elif type_url == xds.ADDRESS:
-            with suppress(ValueError):  # such a name was never taken in
-                self.holders.pop(address_bytes(ip_address(name)), None)
         elif type_url == xds.POLICY:
             self.policies.pop(name, None)
         elif type_url == xds.SERVICE:

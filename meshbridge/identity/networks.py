@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from meshbridge.abi import parse_address
 from meshbridge.identity.model import IpAddress, IpNetwork
 
 _BITS = {4: 32, 6: 128}
+_NONE: frozenset[IpNetwork] = frozenset()
 
 
 class NetworkIndex:
@@ -21,8 +23,12 @@ class NetworkIndex:
             bucket = self._by_length.setdefault((network.version, network.prefixlen), {})
             bucket[int(network.network_address)] = network
 
-    def containing(self, address: IpAddress) -> frozenset[IpNetwork]:
-        """Every CIDR of the index that contains ``address``."""
+    def containing(self, address: IpAddress | bytes) -> frozenset[IpNetwork]:
+        """Every CIDR of the index that contains ``address``, which may be in the 16-byte form of the ipcache."""
+        if not self.networks:
+            return _NONE
+        if isinstance(address, bytes):
+            address = parse_address(address)
         return self._containing(address.version, int(address), _BITS[address.version])
 
     def covering(self, network: IpNetwork) -> frozenset[IpNetwork]:

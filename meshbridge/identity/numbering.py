@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer
 from meshbridge.identity.networks import NetworkIndex
@@ -43,6 +43,8 @@ RESERVED: Final[Mapping[int, Peer]] = {
 """Peers that no policy CIDR contains and that have a number of Cilium's. Inside a CIDR they are classes like others."""
 
 _Class = tuple[object, ...]
+AddressT = TypeVar("AddressT", bound=IpAddress | bytes)
+"""An address, or its 16 bytes as the ipcache has it: nobody need make objects of ten thousand of those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Numbering:
+class Numbering(Generic[AddressT]):
     """The identities of a node and the contents of both ipcache tables.
 
     ``highest`` is the highest number ever handed out; the next numbering starts above it, so that no entry left over
@@ -63,19 +65,19 @@ class Numbering:
     """
 
     identities: Mapping[int, Peer]
-    addresses: Mapping[IpAddress, Held]
+    addresses: Mapping[AddressT, Held]
     networks: Mapping[IpNetwork, int]
     highest: int
 
 
 def number_peers(
-    holders: Mapping[IpAddress, Peer],
+    holders: Mapping[AddressT, Peer],
     networks: Iterable[IpNetwork] = (),
     *,
     known: Mapping[int, Peer] | None = None,
-    observed: Mapping[IpAddress, Held] | None = None,
+    observed: Mapping[AddressT, Held] | None = None,
     highest: int = 0,
-) -> Numbering:
+) -> Numbering[AddressT]:
     """Number every class of peers among the holders of addresses and the world.
 
     Args:
@@ -94,7 +96,7 @@ def number_peers(
         for address, peer in holders.items()
         if Entity.HOST in peer.entities
     }
-    prefixes: dict[IpNetwork, _Class] = {}
+    prefixes: dict[IpNetwork, int] = {}
     for network in (*index.networks, *_EVERYTHING.values()):
         world = Peer(entities=_WORLD[IpFamily.of(network)])
         prefixes[network] = classes.of(world, index.covering(network))
@@ -102,31 +104,40 @@ def number_peers(
         classes.of(peer, frozenset())
     numbers, top = _assign(classes, at, forwarded, known or {}, observed or {}, highest)
     return Numbering(
-        identities={number: classes.peers[key] for key, number in sorted(numbers.items(), key=lambda item: item[1])},
+        identities={number: classes.peers[place] for place, number in sorted(numbers.items(), key=lambda one: one[1])},
         addresses={
-            address: Held(numbers[key], numbers[forwarded[address]] if address in forwarded else 0)
-            for address, key in at.items()
+            address: Held(numbers[place], numbers[forwarded[address]] if address in forwarded else 0)
+            for address, place in at.items()
         },
-        networks={network: numbers[key] for network, key in prefixes.items()},
+        networks={network: numbers[place] for network, place in prefixes.items()},
         highest=top,
     )
 
 
 class _Classes:
-    """Peers by everything in them; a Peer's own hash leaves its labels out."""
+    """Peers by everything in them (a Peer's own hash leaves its labels out); each class has its place in two lists."""
 
     def __init__(self) -> None:
-        self.peers: dict[_Class, Peer] = {}
-        self._plain: dict[int, tuple[Peer, _Class]] = {}
+        self.peers: list[Peer] = []
+        self.keys: list[_Class] = []
+        self.places: dict[_Class, int] = {}
+        self._known: dict[int, tuple[Peer, dict[frozenset[IpNetwork], int]]] = {}
 
-    def of(self, peer: Peer, networks: frozenset[IpNetwork]) -> _Class:
-        held = self._plain.get(id(peer))
+    def of(self, peer: Peer, networks: frozenset[IpNetwork]) -> int:
+        """The place of the class of ``peer`` inside these CIDRs."""
+        held = self._known.get(id(peer))
         if held is None:
-            held = self._plain[id(peer)] = (peer, class_of(replace(peer, networks=frozenset())))
-        key = (*held[1][:-1], tuple(sorted(str(network) for network in networks))) if networks else held[1]
-        if key not in self.peers:
-            self.peers[key] = replace(peer, networks=networks)
-        return key
+            held = self._known[id(peer)] = (peer, {})  # the peer too, so that its id is not another's meanwhile
+        known = held[1]
+        place = known.get(networks)
+        if place is None:
+            within = replace(peer, networks=networks)
+            key = class_of(within)
+            place = known[networks] = self.places.setdefault(key, len(self.keys))
+            if place == len(self.keys):
+                self.keys.append(key)
+                self.peers.append(within)
+        return place
 
 
 def class_of(peer: Peer) -> _Class:
@@ -150,33 +161,35 @@ def class_of(peer: Peer) -> _Class:
 
 def _assign(
     classes: _Classes,
-    at: Mapping[IpAddress, _Class],
-    forwarded: Mapping[IpAddress, _Class],
+    at: Mapping[AddressT, int],
+    forwarded: Mapping[AddressT, int],
     known: Mapping[int, Peer],
-    observed: Mapping[IpAddress, Held],
+    observed: Mapping[AddressT, Held],
     highest: int,
-) -> tuple[dict[_Class, int], int]:
-    numbers: dict[_Class, int] = {}
+) -> tuple[dict[int, int], int]:
+    """The number of each class, by its place, and the highest number."""
+    numbers: dict[int, int] = {}
     for number, peer in RESERVED.items():
-        numbers[class_of(peer)] = number
+        numbers[classes.places[class_of(peer)]] = number
     for number, peer in sorted(known.items()):
-        key = class_of(peer)
-        if number >= FIRST_LOCAL and key in classes.peers:
-            numbers.setdefault(key, number)
+        place = classes.places.get(class_of(peer))
+        if number >= FIRST_LOCAL and place is not None:
+            numbers.setdefault(place, number)
     taken = set(numbers.values())
-    votes: Counter[tuple[_Class, int]] = Counter()
+    votes: Counter[tuple[int, int]] = Counter()
     for address, held in observed.items():
         if address in at:
             votes[at[address], held.identity] += 1
         if address in forwarded:
             votes[forwarded[address], held.forwarded] += 1
-    for (key, number), _ in sorted(votes.items(), key=lambda vote: (-vote[1], vote[0])):
-        if key not in numbers and number >= FIRST_LOCAL and number not in taken:
-            numbers[key] = number
+    for (place, number), _ in sorted(votes.items(), key=lambda vote: (-vote[1], classes.keys[vote[0][0]], vote[0][1])):
+        if place not in numbers and number >= FIRST_LOCAL and number not in taken:
+            numbers[place] = number
             taken.add(number)
     seen = [held.identity for held in observed.values()] + [held.forwarded for held in observed.values()]
     top = max([FIRST_LOCAL - 1, highest, *taken, *known, *seen])
-    for key in sorted(classes.peers.keys() - numbers.keys()):
+    fresh = (place for place in range(len(classes.keys)) if place not in numbers)
+    for place in sorted(fresh, key=classes.keys.__getitem__):
         top += 1
-        numbers[key] = top
+        numbers[place] = top
     return numbers, top
