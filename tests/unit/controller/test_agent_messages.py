@@ -79,16 +79,6 @@ def test_addresses(address: IPv4Address | IPv6Address, peer: Peer) -> None:
     assert reading.holder_of(message) == reading.AddressHolder(address, peer, "n", "u", "node-a")
 
 
-@given(st.lists(st.tuples(ADDRESS, PEERS, st.sampled_from("nm")), max_size=6))
-def test_addresses_read_together(holders: list[tuple[IPv4Address | IPv6Address, Peer, str]]) -> None:
-    told = [writing.address_message(address, peer, name=n, uid=n * 2, node=n * 3) for address, peer, n in holders * 2]
-    reader = reading.HolderReader()
-    found = [reader.read(through(message)) for message in told]
-    assert found == [reading.holder_of(message) for message in told]
-    half = len(holders)
-    assert all(one.peer is two.peer for one, two in zip(found[:half], found[half:], strict=True))
-
-
 def test_policies_travel_without_status_and_managed_fields() -> None:
     data = {"metadata": {"name": "p", "managedFields": [1]}, "spec": {"é": [1, None, True, 0.5]}, "status": {"x": 1}}
     document = Document("K", "g/v1", "ns", "p", data, Source("f.yaml", {"": 3, "spec": 4}), "uid", "is defined twice")
