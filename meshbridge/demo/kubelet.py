@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
@@ -53,11 +53,22 @@ class Backoff:
         self.last = now
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the manifests of one ``version`` ask for; reading it ten times a second would take a fifth of a core."""
+
+    version: object
+    objects: Sequence[Mapping[str, Any]]
+    desired: Mapping[str, DesiredPod]
+    refused: Mapping[str, str]
+
+
 @dataclass(slots=True)
 class Kubelet:
     """One reconcile loop. ``jobs`` are the pods that a worker thread is making or removing right now."""
 
     workers: ThreadPoolExecutor
+    wanted: Wanted | None = None
     jobs: dict[str, Future[None]] = field(default_factory=dict)
     backoffs: dict[str, Backoff] = field(default_factory=dict)
     probed: dict[str, float] = field(default_factory=dict)
@@ -76,8 +87,11 @@ class Kubelet:
     def sync(self, now: float) -> None:
         """One pass: components, then pods to remove, to make, to restart and to probe; then a report of what is."""
         self._keep_components(now)
-        objects = STORE.objects()
-        desired, refused = desired_pods(objects, tuple(NODES))
+        version = STORE.version()
+        if self.wanted is None or self.wanted.version != version:
+            objects = STORE.objects()
+            self.wanted = Wanted(version, objects, *desired_pods(objects, tuple(NODES)))
+        desired, refused = self.wanted.desired, self.wanted.refused
         self.jobs = {key: job for key, job in self.jobs.items() if not job.done()}
         existing = records.load_pods()
         for key, record in existing.items():
@@ -96,7 +110,7 @@ class Kubelet:
                 record = allocate(pod, existing).save()
                 existing[key] = record
                 self._submit(key, self._create, record)
-        names.write_hosts(objects, existing.values())
+        names.write_hosts(self.wanted.objects, existing.values())
         report(existing, desired, refused)
 
     def _create(self, record: PodRecord) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,15 @@ class Store:
     """One directory of manifests."""
 
     directory: Path
+
+    def version(self) -> tuple[tuple[str, int, int, int], ...]:
+        """A value that changes when any file does, for the price of looking at the directory."""
+        found = []
+        for path in self._files():
+            with suppress(FileNotFoundError):  # removed since it was listed
+                state = path.stat()
+                found.append((path.name, state.st_ino, state.st_size, state.st_mtime_ns))
+        return tuple(found)
 
     def objects(self) -> list[Mapping[str, Any]]:
         """Every readable object; files that cannot be read are the controller's to name."""

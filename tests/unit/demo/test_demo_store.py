@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,18 @@ def test_an_unreadable_file_is_put_in_place_and_can_be_taken_back(store: Store, 
 def test_an_unreadable_file_that_was_not_applied_cannot_be_deleted(store: Store, tmp_path: Path) -> None:
     with pytest.raises(DemoError, match="not applied"):
         store.delete(write(tmp_path, "bad.yaml", b"kind: ["))
+
+
+def test_the_version_changes_with_every_file_and_only_then(store: Store, tmp_path: Path) -> None:
+    versions = [store.version()]
+    for act in (
+        lambda: store.apply(write(tmp_path, "one.yaml", obj("a"))),
+        lambda: store.apply(write(tmp_path, "one.yaml", obj("b"))),
+        lambda: store.apply(write(tmp_path, "two.yaml", obj("c"))),
+        lambda: store.delete(write(tmp_path, "two.yaml", obj("c"))),
+    ):
+        act()
+        assert store.version() == store.version()
+        versions.append(store.version())
+    assert versions[1] not in versions[2:]
+    assert all(one != two for one, two in pairwise(versions))
