@@ -16,9 +16,9 @@ from meshbridge.bypass.findings import Severity as FindingSeverity
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.bypass.state import capture_of
 from meshbridge.datapath.policysets import PackedSet, RuleIds, pack_map
-from meshbridge.identity.model import IpAddress, IpFamily, Peer, ProxyClass, Workload
+from meshbridge.identity.model import Entity, IpAddress, IpFamily, Peer, ProxyClass, Workload
 from meshbridge.policy.capture import Capture, PortClasses
-from meshbridge.policy.compile import Compiler
+from meshbridge.policy.compile import Compiler, denies_by_labels
 from meshbridge.policy.frontends import FrontendPort, restricts, with_frontends
 from meshbridge.policy.model import (
     Anything,
@@ -273,6 +273,8 @@ def _picks(rule: NetworkRule, peer: Peer) -> bool:
     if isinstance(rule.peers, Anything):
         # Only names of ports are looked up on each peer.
         return not isinstance(rule.ports, Anything) and any(port.name for port in rule.ports)
+    if Entity.UNMANAGED in peer.entities and denies_by_labels(rule):
+        return True
     return any(selector.matches(peer) for selector in rule.peers)
 
 

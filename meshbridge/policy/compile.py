@@ -34,6 +34,9 @@ from meshbridge.policy.peers import PeerIndex
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.ports import PREFIX_ANY, range_prefixes
 from meshbridge.policy.precedence import ANYONE, DropReason, Strength, precedence
+from meshbridge.policy.selectors import EntityPeers, Selector
+
+_UNKNOWN_LABELS = EntityPeers(frozenset({Entity.UNMANAGED}))
 
 _Spot = tuple[int, int, int, int]
 """identity, protocol, port, prefix: a PolicyKey of the layer at hand, cheap to build and to compare."""
@@ -214,6 +217,8 @@ def _spots(
         mask = 0
         for selector in rule.peers:
             mask |= index.matching(selector)
+        if denies_by_labels(rule):
+            mask |= index.matching(_UNKNOWN_LABELS)
         numbers, everybody = index.numbers(mask), False
     if not numbers:
         return []
@@ -229,6 +234,18 @@ def _spots(
             if spots := _named_spots(names, peer.ports):
                 found.append(([number], spots))
     return found
+
+
+def denies_by_labels(rule: NetworkRule) -> bool:
+    """Whether a rule denies peers by what their labels are: whoever's labels nobody knows may be one of them.
+
+    So an address that two pods claim, or a pod that cannot be read, gets past no deny.
+    """
+    return (
+        rule.verdict is Verdict.DENY
+        and not isinstance(rule.peers, Anything)
+        and any(isinstance(selector, Selector) for selector in rule.peers)
+    )
 
 
 def _numbered_spots(matches: Iterable[PortMatch]) -> _Spots:

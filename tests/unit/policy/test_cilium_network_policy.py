@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address, ip_network
+
 import pytest
 from policycast import AGENT, API, ICMP_ECHO, LEDGER, NODE, PRIVATE, REMOTE, WEB, WEB6, WORLD, WORLD6, allowed, policies
 
-from meshbridge.identity.model import Workload
-from meshbridge.policy.model import Direction
+from meshbridge.identity.model import Entity, IpFamily, Peer, Workload
+from meshbridge.identity.numbering import number_peers
+from meshbridge.policy.capture import Capture
+from meshbridge.policy.compile import compile_endpoint
+from meshbridge.policy.evaluate import evaluate
+from meshbridge.policy.model import Direction, Verdict
 
 CNP = """
 apiVersion: cilium.io/v2
@@ -209,3 +215,15 @@ specs:
 def test_rules_come_with_file_line_and_path() -> None:
     (rule,) = policies(rules(CNP, "ingress:\n- fromEntities: [all]")).network
     assert str(rule.origin) == "CiliumNetworkPolicy shop/p spec.ingress[0] (policy.yaml:8)"
+
+
+@pytest.mark.parametrize("networks", [(), ("10.1.0.0/16",)], ids=["in no CIDR", "in a CIDR of a policy"])
+def test_a_deny_by_labels_stops_whoever_has_labels_nobody_knows(networks: tuple[str, ...]) -> None:
+    text = rules(CNP, "ingress: [{fromEntities: [all]}]\ningressDeny: [{fromEndpoints: [{matchLabels: {app: web}}]}]")
+    contested, ledger = ip_address("10.1.0.9"), LEDGER.addresses[0]
+    holders = {contested: Peer(entities=frozenset({Entity.UNMANAGED})), ledger: LEDGER.peer()}
+    numbering = number_peers(holders, map(ip_network, networks))
+    policy = compile_endpoint(API, policies(text), numbering.identities, Capture.none())
+    ingress = policy.map(Direction.INGRESS, IpFamily.IPV4)
+    assert evaluate(ingress, numbering.addresses[contested].identity, 6, 8080).verdict is Verdict.DENY
+    assert evaluate(ingress, numbering.addresses[ledger].identity, 6, 8080).verdict is Verdict.ALLOW
