@@ -15,7 +15,6 @@ from typing import Final
 import structlog
 
 from meshbridge import abi
-from meshbridge.agent.bypasses import bypasses_json
 from meshbridge.agent.compilation import Compilation
 from meshbridge.agent.endpoints import UNKNOWN_POD, Endpoints, Hooked, find_interfaces, sources_of
 from meshbridge.agent.enforcer import Enforcer
@@ -136,6 +135,8 @@ class Node:
 
     def bypasses(self) -> Callable[[], bytes]:
         """What makes the report on bypasses, from the state as it is now; it takes long, and may run elsewhere."""
+        from meshbridge.agent.bypasses import bypasses_json  # 0.3 MB that an agent nobody asks need not hold
+
         pods = [pod.workload for pod in self._view.pods.values() if pod.is_hooked]
         others = {
             f"{holder.peer.namespace}/{holder.name}": self._peers.identities[number]
