@@ -20,6 +20,7 @@ VERBS = {
     "controller": "Read policies and workloads, serve them to agents and Envoys.",
     "demo": "A sample mesh on this machine, and the walk through it.",
     "endpoint": "List the pod interfaces this node enforces.",
+    "evaluate": "Answer what policies make of flows, in bulk and with nothing running.",
     "monitor": "Follow the kernel's events: drops with the rule that caused them.",
     "observe": "Show flows and verdicts, like hubble observe.",
     "status": "Show what the node's agent has programmed and what is wrong.",

@@ -13,17 +13,13 @@ import click
 from meshbridge.bypass.inventory import inventory
 from meshbridge.bypass.record import merged_records, report_record
 from meshbridge.bypass.report import report
+from meshbridge.cli.agents import answering
+from meshbridge.cli.files import ManifestError, read_manifests
 from meshbridge.cli.observe import print_lines
-from meshbridge.errors import MeshBridgeError
-from meshbridge.kube.manifests import MAX_FILE_BYTES, is_manifest
-from meshbridge.kube.objects import read_objects
-from meshbridge.kube.yaml import YamlError
 from meshbridge.observe.client import find_agents
 from meshbridge.observe.tables import aligned
 from meshbridge.observe.text import printable
-from meshbridge.policy.model import Document
 
-MAX_FILES = 4096
 SOMETHING_BREAKS = 3
 _FATES = ("lost", "weakened", "kept")
 
@@ -39,10 +35,6 @@ _output = click.option("-o", "--output", type=click.Choice(["table", "json"]), d
 _node = click.option("--node", metavar="NAME", help="Only this node's agent.")
 _socket = click.option("--socket", type=click.Path(path_type=Path), help="Socket of one agent.")
 _namespace = click.option("-n", "--namespace", metavar="NS", help="Only pods of this namespace.")
-
-
-class ManifestError(MeshBridgeError):
-    """A manifest cannot be read."""
 
 
 @click.group(name="bypass", context_settings={"help_option_names": ["-h", "--help"]})
@@ -140,34 +132,8 @@ def preview(files: tuple[Path, ...], output: str, node: str | None, socket: Path
 
 def _record(files: Sequence[Path], node: str | None, socket: Path | None) -> dict[str, Any]:
     if files:
-        return report_record(report(inventory(_documents(files))))
-    return merged_records(json.loads(agent.bypasses()) for agent in find_agents(socket, node))
-
-
-def _documents(paths: Iterable[Path]) -> list[Document]:
-    """Every object of the files and directories.
-
-    Raises:
-        ManifestError: A file is no manifest; where, and how to mend it.
-    """
-    found: list[Path] = []
-    for path in paths:
-        found += sorted(entry for entry in path.iterdir() if is_manifest(entry.name)) if path.is_dir() else [path]
-    if len(found) > MAX_FILES:
-        raise ManifestError(f"{len(found)} files are more than {MAX_FILES}", fix="name fewer directories")
-    documents: list[Document] = []
-    for path in found:
-        try:
-            with path.open("rb") as file:
-                content = file.read(MAX_FILE_BYTES + 1)
-            if len(content) > MAX_FILE_BYTES:
-                raise ManifestError(f"larger than {MAX_FILE_BYTES} bytes", where=str(path), fix="split it")
-            documents += read_objects(content, str(path)).documents
-        except YamlError as error:
-            raise ManifestError(str(error), where=f"{path}:{error.line}", fix=error.fix) from error
-        except OSError as error:
-            raise ManifestError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    return documents
+        return report_record(report(inventory(read_manifests(files))))
+    return merged_records(json.loads(agent.bypasses()) for agent in answering(find_agents(socket, node)))
 
 
 def _selected(record: dict[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:

@@ -75,20 +75,32 @@ class Compiler:
     def endpoint(self, workload: Workload, policies: PolicySet, capture: Capture) -> EndpointPolicy:
         """The maps of one endpoint, for each direction and address family."""
         selected = policies.selecting(workload)
-        maps: dict[tuple[Direction, IpFamily], PolicyMap] = {}
-        for direction in Direction:
-            rules = tuple(rule for rule in selected.network if rule.direction is direction)
-            for family in IpFamily:
-                classes = capture.inbound[family]
-                network = self._network_layer(rules, workload.ports, capture.judges, classes, direction)
-                mesh = MeshLayer.EMPTY
-                if direction is Direction.INGRESS:
-                    mesh = self._mesh.ingress(workload, selected, capture, family)
-                else:
-                    bypasses = capture.outbound.get(family, ())
-                    mesh = self._mesh.egress(workload, policies, bypasses, family, self._destinations)
-                maps[direction, family] = self._map(network, mesh)
-        return EndpointPolicy(maps)
+        return EndpointPolicy(
+            {
+                (direction, family): self.map(workload, policies, selected, capture, direction, family)
+                for direction in Direction
+                for family in IpFamily
+            }
+        )
+
+    def map(
+        self,
+        workload: Workload,
+        policies: PolicySet,
+        selected: PolicySet,
+        capture: Capture,
+        direction: Direction,
+        family: IpFamily,
+    ) -> PolicyMap:
+        """One map of an endpoint; ``selected`` are those of ``policies`` that select it."""
+        rules = tuple(rule for rule in selected.network if rule.direction is direction)
+        network = self._network_layer(rules, workload.ports, capture.judges, capture.inbound[family], direction)
+        if direction is Direction.INGRESS:
+            mesh = self._mesh.ingress(workload, selected, capture, family)
+        else:
+            bypasses = capture.outbound.get(family, ())
+            mesh = self._mesh.egress(workload, policies, bypasses, family, self._destinations)
+        return self._map(network, mesh)
 
     def _network_layer(
         self,

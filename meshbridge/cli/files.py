@@ -1,0 +1,44 @@
+"""Manifests that a person names on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from meshbridge.errors import MeshBridgeError
+from meshbridge.kube.manifests import MAX_FILE_BYTES, is_manifest
+from meshbridge.kube.objects import read_objects
+from meshbridge.kube.yaml import YamlError
+from meshbridge.policy.model import Document
+
+MAX_FILES = 4096
+
+
+class ManifestError(MeshBridgeError):
+    """A manifest cannot be read."""
+
+
+def read_manifests(paths: Iterable[Path]) -> list[Document]:
+    """Every object of the files and directories.
+
+    Raises:
+        ManifestError: A file is no manifest; where, and how to mend it.
+    """
+    found: list[Path] = []
+    for path in paths:
+        found += sorted(entry for entry in path.iterdir() if is_manifest(entry.name)) if path.is_dir() else [path]
+    if len(found) > MAX_FILES:
+        raise ManifestError(f"{len(found)} files are more than {MAX_FILES}", fix="name fewer directories")
+    documents: list[Document] = []
+    for path in found:
+        try:
+            with path.open("rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+            if len(content) > MAX_FILE_BYTES:
+                raise ManifestError(f"larger than {MAX_FILE_BYTES} bytes", where=str(path), fix="split it")
+            documents += read_objects(content, str(path)).documents
+        except YamlError as error:
+            raise ManifestError(str(error), where=f"{path}:{error.line}", fix=error.fix) from error
+        except OSError as error:
+            raise ManifestError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    return documents

@@ -1,0 +1,396 @@
+"""What happens to flows: each policy family, each sidecar, the kernel, and all of it together.
+
+The kernel's share is what the agents would enforce: the same compiler, the same lookup, the same rules for numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address
+from typing import Final
+
+from meshbridge.evaluation.ambient import ztunnel_guard
+from meshbridge.evaluation.cluster import Cluster, Party
+from meshbridge.evaluation.mesh import Facts, mesh_verdict_on
+from meshbridge.evaluation.question import Question
+from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, Workload
+from meshbridge.identity.networks import NetworkIndex
+from meshbridge.identity.numbering import FIRST_LOCAL, RESERVED, class_of
+from meshbridge.policy.baseline import Guard, MeshVerdict
+from meshbridge.policy.capture import AppProtocol, Capture, PortClass
+from meshbridge.policy.compile import Compiler
+from meshbridge.policy.evaluate import Decision, LayerDecision, Lookup
+from meshbridge.policy.explain import explain_layer
+from meshbridge.policy.frontends import Backend, FrontendPort, with_frontends
+from meshbridge.policy.l7 import Request, RequestJudge
+from meshbridge.policy.lowering import guard_of
+from meshbridge.policy.mesh import JwtRule
+from meshbridge.policy.model import Anything, Direction, Judge, Layer, Origin, PolicyMap, Verdict
+from meshbridge.policy.parse.ports import PROTOCOLS
+from meshbridge.policy.policyset import PolicySet
+from meshbridge.policy.precedence import DropReason
+
+_TCP: Final = PROTOCOLS["TCP"]
+_ICMPV6: Final = 58
+_UNSPECIFIED: Final = IPv4Address("0.0.0.0")
+_MAX_ORIGINS: Final = 16
+_SEEN: Final = {PortClass.CAPTURED: "captured", PortClass.EXCLUDED: "bypassed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why, in a sentence; ``origin`` is the rule, None where no policy is the reason."""
+
+    text: str
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """``egress`` and ``ingress`` say whether the sidecar of that end sees the flow; None: there is none to see it."""
+
+    network: Verdict
+    mesh: Verdict
+    egress: str | None
+    ingress: str | None
+    passes_kernel: bool
+    verdict: Verdict
+    reasons: tuple[Reason, ...] = ()
+
+
+class _Numbers:
+    """Identity numbers for all who take part, given as they turn up."""
+
+    def __init__(self, cluster: Cluster, networks: Iterable[IpNetwork]) -> None:
+        self.peers: dict[int, Peer] = dict(RESERVED)
+        self._numbers = {class_of(peer): number for number, peer in RESERVED.items()}
+        self._index = NetworkIndex(networks)
+        self._labels = cluster.policies.referenced_labels()
+        self._port_names = cluster.policies.referenced_port_names()
+        self._mesh = cluster.policies.mesh
+        self._known: dict[tuple[object, ...], int] = {}
+        self._kept: list[Workload] = []
+
+    def of(self, party: Party, seen_from: str, family: IpFamily) -> int:
+        """The number of a party in the eyes of the node ``seen_from``."""
+        own_node = bool(party.node) and party.node == seen_from
+        key = (id(party.workload) if party.workload else party.entities, party.address, own_node, family, party.name
+               if party.services else "")  # fmt: skip
+        number = self._known.get(key)
+        if number is None:
+            if party.workload is not None:
+                self._kept.append(party.workload)  # so that its id stays its own
+            number = self._known[key] = self._number(self._peer(party, own_node, family))
+        return number
+
+    def _peer(self, party: Party, own_node: bool, family: IpFamily) -> Peer:
+        address, workload = party.address, party.endpoint
+        networks = self._index.containing(address) if address is not None else frozenset[IpNetwork]()
+        if workload is not None:
+            peer = workload.peer(networks, self._mesh.cluster)
+            return replace(
+                peer,
+                labels=self._labels.trim(peer.labels),
+                namespace_labels=self._labels.trim_namespace(peer.namespace_labels),
+                trust_domain=self._mesh.trust_domain,
+                ports=frozenset(port for port in workload.ports if port.name in self._port_names),
+            )
+        entities = party.entities
+        if party.workload is not None or Entity.REMOTE_NODE in entities:
+            entities = frozenset({Entity.HOST if own_node else Entity.REMOTE_NODE})
+        elif address is None and entities & {Entity.WORLD}:
+            of_family = Entity.WORLD_IPV4 if family is IpFamily.IPV4 else Entity.WORLD_IPV6
+            entities |= {of_family}
+            networks = frozenset(n for n in self._index.networks if n.prefixlen == 0 and IpFamily.of(n) is family)
+        service = ", ".join(f"{s.namespace}/{s.name}" for s in party.services)
+        return Peer(entities=entities, networks=networks, service=service)
+
+    def _number(self, peer: Peer) -> int:
+        key = class_of(peer)
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = FIRST_LOCAL + len(self.peers)
+            self.peers[number] = peer
+        return number
+
+
+@dataclass(frozen=True, slots=True)
+class _Leg:
+    """A question with its two ends found; for a Service, one of the pods behind it.
+
+    ``source`` is the number the destination's node knows the source by, ``destination`` the other way round.
+    """
+
+    question: Question
+    sender: Party
+    receiver: Party
+    family: IpFamily
+    source: int
+    destination: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A question whose ends are found."""
+
+    legs: tuple[_Leg, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Guarded:
+    """What guards one pod's inbound traffic."""
+
+    guard: Guard
+    jwt_rules: tuple[JwtRule, ...]
+    protocols: dict[int, AppProtocol]
+
+
+class Evaluator:
+    """Answers questions about one cluster. All questions are prepared first: numbers are for those who take part.
+
+    Cost: each pod that takes part is compiled once, each question is a few lookups and the mesh policies of one pod.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        networks = cluster.policies.referenced_networks()
+        self._numbers = _Numbers(cluster, networks)
+        self._frontends: dict[int, tuple[FrontendPort, ...]] = {}
+        self._backends: dict[tuple[int, int, int], list[tuple[Party, int]]] = {}
+        self._compiler: Compiler | None = None
+        self._selected: dict[int, PolicySet] = {}
+        self._lookups: dict[tuple[int, Direction, IpFamily], Lookup] = {}
+        self._by_map: dict[int, tuple[PolicyMap, Lookup]] = {}
+        self._judges: dict[int, RequestJudge] = {}
+        self._guards: dict[int, _Guarded] = {}
+        self._verdicts: dict[tuple[object, ...], MeshVerdict] = {}
+
+    def prepare(self, question: Question) -> Prepared:
+        """Find the ends of a question.
+
+        Raises:
+            QuestionError: an end is nobody the files know.
+        """
+        sender = self._cluster.source(question)
+        receiver = self._cluster.destination(question)
+        family = _family(question, sender, receiver)
+        source = self._numbers.of(sender, receiver.node, family)
+        destination = self._numbers.of(receiver, sender.node, family)
+        self._compiler = None
+        if not receiver.services:
+            return Prepared((_Leg(question, sender, receiver, family, source, destination, question.port),))
+        if destination not in self._frontends:
+            self._tell(receiver, destination, family)
+        behind = self._backends.get((destination, question.protocol, question.port), ())
+        legs = [
+            _Leg(question, sender, pod, family, self._numbers.of(sender, pod.node, family), destination, port)
+            for pod, port in behind
+        ]
+        return Prepared(tuple(legs) or (_Leg(question, sender, receiver, family, source, destination, question.port),))
+
+    def _tell(self, frontend: Party, number: int, family: IpFamily) -> None:
+        """The pods behind each port of a Service's address, for the maps and for what comes after."""
+        ports: dict[tuple[int, int], set[Backend]] = {}
+        for service in frontend.services:
+            pods = self._cluster.backends(service)
+            for port in service.ports:
+                protocol = PROTOCOLS.get(port.protocol)
+                if protocol is None:
+                    continue
+                backends = ports.setdefault((protocol, port.port), set())
+                for pod in pods:
+                    target = port.target_at(pod.ports)
+                    if target is not None:
+                        address = next((a for a in pod.addresses if IpFamily.of(a) is family), None)
+                        party = Party(pod.key, address, pod, pod.node)
+                        backends.add(Backend(self._numbers.of(party, "", family), target))
+                        self._backends.setdefault((number, protocol, port.port), []).append((party, target))
+        self._frontends[number] = tuple(
+            FrontendPort(protocol, port, tuple(sorted(backends)))
+            for (protocol, port), backends in sorted(ports.items())
+        )
+
+    def answer(self, prepared: Prepared) -> Answer:
+        """What happens to the flow. Of the pods behind a Service the strictest answer holds, as any may be meant."""
+        answers = [self._answer(leg) for leg in prepared.legs]
+        return min(answers, key=lambda answer: (answer.verdict, answer.passes_kernel, answer.network, answer.mesh))
+
+    def _answer(self, leg: _Leg) -> Answer:
+        sender, receiver = leg.sender.endpoint, leg.receiver.endpoint
+        tcp = leg.question.protocol == _TCP
+        if sender is not None and sender is receiver:
+            reason = Reason("a pod always reaches itself")
+            return Answer(Verdict.ALLOW, Verdict.ALLOW, None, None, True, Verdict.ALLOW, (reason,))
+        decisions: list[Decision] = []
+        if sender is not None:
+            lookup = self._lookup(sender, Direction.EGRESS, leg.family)
+            decisions.append(lookup.decide(leg.destination, leg.question.protocol, leg.question.port))
+        port_class = PortClass.UNGUARDED
+        if receiver is not None:
+            localhost = Entity.HOST in self._numbers.peers[leg.source].entities
+            lookup = self._lookup(receiver, Direction.INGRESS, leg.family)
+            decisions.append(lookup.decide(leg.source, leg.question.protocol, leg.port, localhost=localhost))
+            if tcp:
+                port_class = self._cluster.capture(receiver).inbound[leg.family].at(leg.port)
+        network = Verdict.ALLOW
+        if any(decision.network.verdict is Verdict.DENY for decision in decisions):
+            network = Verdict.DENY
+        asks_http = any(decision.network.verdict is Verdict.NEEDS_L7 for decision in decisions)
+        passes = all(decision.passes for decision in decisions)
+        if asks_http and network is Verdict.ALLOW and receiver is not None:
+            refusing = self._http_rules(leg, receiver)
+            if refusing:
+                network = Verdict.DENY
+                decisions.append(_refused(refusing))
+            asks_http = refusing is None
+        mesh = MeshVerdict(Verdict.ALLOW)
+        if receiver is not None and port_class in (PortClass.CAPTURED, PortClass.EXCLUDED):
+            mesh = self._mesh(leg, receiver)
+        if not passes or network is Verdict.DENY:
+            verdict = Verdict.DENY
+        else:
+            verdict = Verdict.NEEDS_L7 if asks_http else Verdict.ALLOW
+            if port_class is PortClass.CAPTURED:
+                verdict = min(verdict, mesh.verdict)
+        return Answer(
+            network=network,
+            mesh=mesh.verdict,
+            egress=self._seen_at_source(leg) if tcp and sender is not None else None,
+            ingress=_SEEN.get(port_class),
+            passes_kernel=passes,
+            verdict=verdict,
+            reasons=_reasons(verdict, decisions, mesh, port_class),
+        )
+
+    def _seen_at_source(self, leg: _Leg) -> str | None:
+        workload = leg.sender.endpoint
+        if workload is None or workload.proxy not in (ProxyClass.SIDECAR, ProxyClass.AMBIENT):
+            return None
+        address = leg.question.destination_ip or leg.receiver.address
+        for bypass in self._cluster.capture(workload).outbound.get(leg.family, ()):
+            if bypass.first <= leg.question.port <= bypass.last and (
+                isinstance(bypass.networks, Anything)
+                or (address is not None and any(address in network for network in bypass.networks))
+            ):
+                return "bypassed"
+        return "captured"
+
+    def _mesh(self, leg: _Leg, receiver: Workload) -> MeshVerdict:
+        guarded = self._guarded(receiver)
+        question = leg.question
+        source = leg.sender.address
+        destinations = (question.destination_ip,) if question.destination_ip is not None else receiver.addresses
+        destinations = tuple(address for address in destinations if IpFamily.of(address) is leg.family)
+        ambient = receiver.proxy is ProxyClass.AMBIENT
+        protocol = AppProtocol.TCP if ambient else question.app_protocol
+        if protocol is None:
+            protocol = guarded.protocols.get(leg.port, AppProtocol.AUTO)
+        facts = Facts(question, leg.port, source, destinations)
+        if question.http is not None or question.claims is not None:
+            return mesh_verdict_on(guarded.guard, guarded.jwt_rules, facts, protocol)
+        key = (
+            id(guarded), leg.port, source, destinations, protocol, question.principal, question.remote_ip,
+            question.sni, question.token,
+        )  # fmt: skip
+        found = self._verdicts.get(key)
+        if found is None:
+            found = self._verdicts[key] = mesh_verdict_on(guarded.guard, guarded.jwt_rules, facts, protocol)
+        return found
+
+    def _http_rules(self, leg: _Leg, receiver: Workload) -> tuple[Origin, ...] | None:
+        """Which HTTP rules of network policies refuse the request; None: too little of it is said."""
+        http = leg.question.http
+        if http is None or None in (http.method, http.path, http.host):
+            return None
+        judge = self._judges.get(id(receiver))
+        if judge is None:
+            judge = self._judges[id(receiver)] = RequestJudge.of(receiver, self._cluster.policies)
+        request = Request(
+            source=leg.sender.address or _UNSPECIFIED, port=leg.port, method=http.method or "", path=http.path or "",
+            host=http.host or "", headers=dict(http.headers), peer=self._numbers.peers[leg.source],
+        )  # fmt: skip
+        return judge.http_rules_refuse(request)
+
+    def _guarded(self, workload: Workload) -> _Guarded:
+        found = self._guards.get(id(workload))
+        if found is None:
+            selected = self._selecting(workload)
+            guard = guard_of(workload, selected)
+            if workload.proxy is ProxyClass.AMBIENT:
+                guard = ztunnel_guard(guard)
+            rules = tuple(rule for policy in selected.request_authentication for rule in policy.rules)
+            found = self._guards[id(workload)] = _Guarded(guard, rules, self._cluster.protocols(workload))
+        return found
+
+    def _lookup(self, workload: Workload, direction: Direction, family: IpFamily) -> Lookup:
+        if self._compiler is None:
+            self._compiler = self._new_compiler()
+        found = self._lookups.get((id(workload), direction, family))
+        if found is None:
+            policies, capture = self._cluster.policies, self._cluster.capture(workload)
+            selected = self._selecting(workload)
+            policy_map = self._compiler.map(workload, policies, selected, capture, direction, family)
+            known = self._by_map.get(id(policy_map))
+            if known is None:
+                answering = policy_map
+                if direction is Direction.EGRESS:
+                    answering = with_frontends(policy_map, self._frontends)
+                known = self._by_map[id(policy_map)] = (policy_map, Lookup.of(answering))
+            found = self._lookups[id(workload), direction, family] = known[1]
+        return found
+
+    def _selecting(self, workload: Workload) -> PolicySet:
+        found = self._selected.get(id(workload))
+        if found is None:
+            found = self._selected[id(workload)] = self._cluster.policies.selecting(workload)
+        return found
+
+    def _new_compiler(self) -> Compiler:
+        self._lookups.clear()
+        self._by_map.clear()
+        captured = Capture.sidecar().inbound
+        sidecars = {n: captured for n, peer in self._numbers.peers.items() if peer.proxy is ProxyClass.SIDECAR}
+        return Compiler(dict(self._numbers.peers), sidecars)
+
+
+def _family(question: Question, sender: Party, receiver: Party) -> IpFamily:
+    if question.protocol == _ICMPV6:
+        return IpFamily.IPV6
+    said: tuple[IpAddress | None, ...] = (
+        question.destination_ip, question.source_ip,
+        receiver.address if receiver.endpoint is None else None,
+        sender.address if sender.endpoint is None else None,
+        receiver.address, sender.address,
+    )  # fmt: skip
+    return next((IpFamily.of(address) for address in said if address is not None), IpFamily.IPV4)
+
+
+def _reasons(
+    verdict: Verdict, decisions: Sequence[Decision], mesh: MeshVerdict, port_class: PortClass
+) -> tuple[Reason, ...]:
+    """Of a DENY and a NEEDS_L7 who says so, of an ALLOW all who let it pass."""
+    layers = [layer for decision in decisions for layer in (decision.network, decision.mesh)]
+    found: list[Reason] = []
+    for layer in layers:
+        relevant = layer.verdict is verdict or (verdict is Verdict.ALLOW and layer.verdict is not Verdict.DENY)
+        if (relevant and layer.layer is Layer.NETWORK) or (relevant and layer.verdict is Verdict.DENY):
+            found += _from_layer(layer)
+    if port_class is PortClass.CAPTURED and mesh.verdict is verdict:
+        said = LayerDecision(Layer.MESH, mesh.verdict, mesh.origins, mesh.deny_reason, Judge.ENVOY)
+        known = {reason.origin for reason in found if reason.origin is not None}
+        found += [reason for reason in _from_layer(said) if reason.origin is None or reason.origin not in known]
+    return tuple(found) or (Reason("no policy restricts it"),)
+
+
+def _refused(origins: tuple[Origin, ...]) -> Decision:
+    denied = LayerDecision(Layer.NETWORK, Verdict.DENY, origins, DropReason.POLICY_DENY)
+    return Decision(denied, LayerDecision(Layer.MESH, Verdict.ALLOW, ()))
+
+
+def _from_layer(layer: LayerDecision) -> list[Reason]:
+    if not layer.origins:
+        return [Reason(explain_layer(layer))] if layer.localhost or layer.verdict is not Verdict.ALLOW else []
+    text = explain_layer(layer)
+    return [Reason(text, origin) for origin in layer.origins[:_MAX_ORIGINS]]
