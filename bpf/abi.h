@@ -115,6 +115,7 @@ struct endpoint_key {
 };
 
 struct endpoint_value {
+	__u32 ifindex;       /* the key once more, first and last: see read_endpoint */
 	__u32 id;            /* shown to people; unique on the node */
 	__u32 incarnation;   /* new for every pod: state never outlives the pod that made it */
 	__u32 identity;      /* the pod's own */
@@ -123,6 +124,7 @@ struct endpoint_value {
 	__u32 policy_set[4]; /* index = direction * 2 + ip_family; 0 = none yet, everything is dropped */
 	__u8 mac[6];         /* the pod's own */
 	__u8 pad[2];
+	__u32 ifindex_again;
 };
 
 /* map endpoint_addresses: hash, the source addresses a pod may use (and speak for in ARP and neighbour discovery).

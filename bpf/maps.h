@@ -30,6 +30,7 @@ BPF_RINGBUF_OUTPUT(events, 256);
 struct scratch {
 	__u64 now_ns; /* the time, as of `jiffies` */
 	__u64 jiffies;
+	struct endpoint_value endpoint;
 	struct packet packet;
 	struct verdict verdict;
 };

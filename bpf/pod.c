@@ -25,6 +25,7 @@
 #define PASS 1
 #define NO_UID 0xffffffff
 #define REPLY_UNKNOWN 2
+#define READ_ATTEMPTS 3
 
 /* is_own - the pod may use this address, in this incarnation. */
 static __always_inline bool is_own(struct __sk_buff *skb, const struct endpoint_value *endpoint, const __u8 *address)
@@ -242,13 +243,30 @@ static __always_inline int remember_fragment(const struct packet *packet, const 
 /* peer_identity - the number of the class an address is in.
  * @peer: the address, with prefix_bits 128
  * @forwarded: the flow's opener is behind a forwarding hop, so a node's address is a masquerade
+ *
+ * A value that is replaced may be another address's at once (read_endpoint), so an exact one counts only while it is
+ * still found after it was read. Prefixes are freed behind the packets that may be reading them.
+ *
+ * Return: IDENTITY_ANY, which no peer has, when it changes faster than it can be read.
  */
 static __always_inline __u32 peer_identity(struct ipcache_cidr_key *peer, __u8 family, bool forwarded)
 {
-	struct ipcache_value *value = ipcache.lookup((struct ipcache_key *)peer->address);
+	struct ipcache_key *exact = (struct ipcache_key *)peer->address;
+	struct ipcache_value *value, found;
 
-	if (!value)
-		value = ipcache_cidr.lookup(peer);
+#pragma clang loop unroll(disable)
+	for (int attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
+		value = ipcache.lookup(exact);
+		if (!value)
+			break;
+		found = *value;
+		barrier();
+		if (ipcache.lookup(exact) == value)
+			return forwarded && found.forwarded_identity ? found.forwarded_identity : found.identity;
+	}
+	if (value)
+		return IDENTITY_ANY;
+	value = ipcache_cidr.lookup(peer);
 	if (!value)
 		return family == FAMILY_IPV6 ? IDENTITY_WORLD_IPV6 : IDENTITY_WORLD_IPV4;
 	return forwarded && value->forwarded_identity ? value->forwarded_identity : value->identity;
@@ -850,13 +868,41 @@ static __always_inline void tell(struct __sk_buff *skb, const struct endpoint_va
 	events.ringbuf_submit(event, 0);
 }
 
+/* read_endpoint - copy the endpoint's entry, whole and of one moment.
+ *
+ * The memory of a value that user space replaces goes at once to the next one it writes (hash maps from kernel 6.1 on),
+ * so what a lookup found can become another pod's while it is read. A copy counts only when the key, which stands first
+ * and last in the value, is still there in both places afterwards; both, whichever end the kernel copies from. Loads stay
+ * in order on x86; elsewhere the window is a few instructions.
+ *
+ * Return: whether there is one.
+ */
+static __always_inline bool read_endpoint(struct endpoint_value *copy, __u32 ifindex)
+{
+	struct endpoint_key key = {.ifindex = ifindex};
+
+#pragma clang loop unroll(disable)
+	for (int attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
+		const volatile struct endpoint_value *marks;
+		struct endpoint_value *found = endpoints.lookup(&key);
+
+		if (!found)
+			return false;
+		*copy = *found;
+		barrier();
+		marks = found;
+		if (marks->ifindex == ifindex && marks->ifindex_again == ifindex)
+			return true;
+	}
+	return false;
+}
+
 /* finish - the one way out: count the packet, tell it where it is worth telling, answer the kernel. */
 static __always_inline int finish(struct __sk_buff *skb, __u8 direction)
 {
-	struct endpoint_key key = {.ifindex = skb->ifindex};
 	__u32 zero = 0;
 	struct scratch *scratch = scratches.lookup(&zero);
-	struct endpoint_value *endpoint = endpoints.lookup(&key);
+	struct endpoint_value *endpoint;
 	struct packet *packet;
 	struct verdict *verdict;
 	__u64 now;
@@ -865,6 +911,7 @@ static __always_inline int finish(struct __sk_buff *skb, __u8 direction)
 
 	if (!scratch) /* cannot be: an array has all its entries */
 		return TC_ACT_SHOT;
+	endpoint = read_endpoint(&scratch->endpoint, skb->ifindex) ? &scratch->endpoint : NULL;
 	packet = &scratch->packet;
 	verdict = &scratch->verdict;
 	__builtin_memset(packet, 0, offsetof(struct packet, buffer));

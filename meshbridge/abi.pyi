@@ -119,6 +119,7 @@ class EndpointKey(AbiStruct):
     def __init__(self, *, ifindex: int = ...) -> None: ...
 
 class EndpointValue(AbiStruct):
+    ifindex: int
     id: int
     incarnation: int
     identity: int
@@ -127,9 +128,11 @@ class EndpointValue(AbiStruct):
     policy_set: ctypes.Array[ctypes.c_uint]
     mac: ctypes.Array[ctypes.c_ubyte]
     pad: ctypes.Array[ctypes.c_ubyte]
+    ifindex_again: int
     def __init__(
         self,
         *,
+        ifindex: int = ...,
         id: int = ...,
         incarnation: int = ...,
         identity: int = ...,
@@ -138,6 +141,7 @@ class EndpointValue(AbiStruct):
         policy_set: ctypes.Array[ctypes.c_uint] = ...,
         mac: ctypes.Array[ctypes.c_ubyte] = ...,
         pad: ctypes.Array[ctypes.c_ubyte] = ...,
+        ifindex_again: int = ...,
     ) -> None: ...
 
 class EndpointAddressKey(AbiStruct):

@@ -70,8 +70,8 @@ def _endpoint(maps: Maps, number: int, prefixes: int) -> None:
         abi.EndpointAddressKey(ifindex=ifindex, address=address), abi.EndpointAddressValue(incarnation=incarnation)
     )
     value = abi.EndpointValue(
-        id=number + 1, incarnation=incarnation, identity=1_000_000 + number, revision=REVISION,
-        flags=abi.EndpointFlags.ENDPOINT_F_READY,
+        ifindex=ifindex, ifindex_again=ifindex, id=number + 1, incarnation=incarnation,
+        identity=1_000_000 + number, revision=REVISION, flags=abi.EndpointFlags.ENDPOINT_F_READY,
     )  # fmt: skip
     for index in range(4):
         value.policy_set[index] = set_id

@@ -31,7 +31,6 @@ FIRST_ALIAS: Final = 1 << 31
 """Identity numbers from here up are the reconciler's own, in use only while a transition lasts."""
 
 _ENDPOINT: Final = layout(abi.EndpointValue)
-_ENDPOINT_SETS: Final = 5  # position of policy_set among the unpacked fields
 _U32: Final = SET_ID
 _ADDRESS: Final = layout(abi.EndpointAddressKey)
 _IDENTITIES: Final = layout(abi.IpcacheValue)
@@ -76,13 +75,14 @@ class EndpointRecord:
     def ready(self) -> bool:
         return bool(self.flags & READY)
 
-    def pack(self) -> bytes:
+    def pack(self, ifindex: int) -> bytes:
         sets = b"".join(map(_U32.pack, self.sets))
-        return _ENDPOINT.pack(self.id, self.incarnation, self.identity, self.revision, self.flags, sets, self.mac)
+        fields = (self.id, self.incarnation, self.identity, self.revision, self.flags, sets, self.mac)
+        return _ENDPOINT.pack(ifindex, *fields, ifindex)
 
     @classmethod
     def unpack(cls, raw: bytes) -> EndpointRecord:
-        number, incarnation, identity, revision, flags, sets, mac = _ENDPOINT.unpack(raw)
+        _, number, incarnation, identity, revision, flags, sets, mac, _ = _ENDPOINT.unpack(raw)
         return cls(number, incarnation, identity, revision, flags, tuple(s for (s,) in _U32.iter_unpack(sets)), mac)
 
 
@@ -446,7 +446,9 @@ class _Planner:
     def _write_endpoints(self, records: Mapping[int, EndpointRecord]) -> None:
         changed = {ifindex: record for ifindex, record in records.items() if self._endpoints.get(ifindex) != record}
         self._endpoints |= changed
-        self._put(TableName.ENDPOINTS, [(_U32.pack(ifindex), record.pack()) for ifindex, record in changed.items()])
+        self._put(
+            TableName.ENDPOINTS, [(_U32.pack(ifindex), record.pack(ifindex)) for ifindex, record in changed.items()]
+        )
 
     def _put(self, table: TableName, items: Iterable[Item]) -> None:
         if found := tuple(items):

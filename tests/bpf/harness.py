@@ -151,13 +151,14 @@ class Harness:
             self.maps.endpoint_addresses.put(key, abi.EndpointAddressValue(incarnation=incarnation))
         if flags is None:
             flags = abi.EndpointFlags.ENDPOINT_F_READY | (abi.EndpointFlags.ENDPOINT_F_MAC if mac else 0)
-        value = abi.EndpointValue(id=endpoint_id or ifindex, incarnation=incarnation, identity=identity,
+        value = abi.EndpointValue(ifindex=ifindex, ifindex_again=ifindex, id=endpoint_id or ifindex,
+                                  incarnation=incarnation, identity=identity,
                                   revision=revision, flags=int(flags), mac=mac or bytes(6))  # fmt: skip
         value.policy_set[:] = sets
         self.maps.endpoints.put(abi.EndpointKey(ifindex=ifindex), value)
         return incarnation
 
-    def change(self, ifindex: int, **fields: Any) -> None:
+    def change(self, ifindex: int, /, **fields: Any) -> None:
         """Change fields of an endpoint (``sets``, ``revision``, ``flags``, …) in one write."""
         key = abi.EndpointKey(ifindex=ifindex)
         value = self.maps.endpoints.get(key)
