@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from ipaddress import IPv4Address
 from typing import Final
 
@@ -25,7 +26,7 @@ from meshbridge.policy.explain import explain_layer
 from meshbridge.policy.frontends import Backend, FrontendPort, with_frontends
 from meshbridge.policy.l7 import Request, RequestJudge
 from meshbridge.policy.lowering import guard_of
-from meshbridge.policy.mesh import JwtRule
+from meshbridge.policy.mesh import Attribute, JwtRule
 from meshbridge.policy.model import Anything, Direction, Judge, Layer, Origin, PolicyMap, Verdict
 from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.policy.policyset import PolicySet
@@ -35,6 +36,7 @@ _TCP: Final = PROTOCOLS["TCP"]
 _ICMPV6: Final = 58
 _UNSPECIFIED: Final = IPv4Address("0.0.0.0")
 _MAX_ORIGINS: Final = 16
+_OF_SOURCE_ADDRESS: Final = frozenset({Attribute.IP_BLOCKS, Attribute.REMOTE_IP_BLOCKS})
 _SEEN: Final = {PortClass.CAPTURED: "captured", PortClass.EXCLUDED: "bypassed"}
 
 
@@ -140,11 +142,15 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Guarded:
-    """What guards one pod's inbound traffic."""
+    """What guards pods' inbound traffic; equal pods share one. ``asks`` is what its conditions look at."""
 
     guard: Guard
     jwt_rules: tuple[JwtRule, ...]
-    protocols: dict[int, AppProtocol]
+    protocols: tuple[tuple[int, AppProtocol], ...]
+    asks: frozenset[Attribute]
+
+    def protocol(self, port: int) -> AppProtocol:
+        return dict(self.protocols).get(port, AppProtocol.AUTO)
 
 
 class Evaluator:
@@ -165,6 +171,7 @@ class Evaluator:
         self._by_map: dict[int, tuple[PolicyMap, Lookup]] = {}
         self._judges: dict[int, RequestJudge] = {}
         self._guards: dict[int, _Guarded] = {}
+        self._equal_guards: dict[tuple[object, ...], _Guarded] = {}
         self._verdicts: dict[tuple[object, ...], MeshVerdict] = {}
 
     def prepare(self, question: Question) -> Prepared:
@@ -286,13 +293,15 @@ class Evaluator:
         ambient = receiver.proxy is ProxyClass.AMBIENT
         protocol = AppProtocol.TCP if ambient else question.app_protocol
         if protocol is None:
-            protocol = guarded.protocols.get(leg.port, AppProtocol.AUTO)
+            protocol = guarded.protocol(leg.port)
         facts = Facts(question, leg.port, source, destinations)
-        if question.http is not None or question.claims is not None:
+        if question.claims is not None:
             return mesh_verdict_on(guarded.guard, guarded.jwt_rules, facts, protocol)
+        by_address = not guarded.asks.isdisjoint(_OF_SOURCE_ADDRESS)
         key = (
-            id(guarded), leg.port, source, destinations, protocol, question.principal, question.remote_ip,
-            question.sni, question.token,
+            id(guarded), leg.port, protocol, source if by_address else None,
+            destinations if Attribute.DESTINATION_IP in guarded.asks else (), question.principal, question.remote_ip,
+            question.sni, question.token, question.http,
         )  # fmt: skip
         found = self._verdicts.get(key)
         if found is None:
@@ -320,9 +329,20 @@ class Evaluator:
             guard = guard_of(workload, selected)
             if workload.proxy is ProxyClass.AMBIENT:
                 guard = ztunnel_guard(guard)
-            rules = tuple(rule for policy in selected.request_authentication for rule in policy.rules)
-            found = self._guards[id(workload)] = _Guarded(guard, rules, self._cluster.protocols(workload))
+            found = self._guards[id(workload)] = self._shared(
+                _Guarded(
+                    guard,
+                    tuple(rule for policy in selected.request_authentication for rule in policy.rules),
+                    tuple(sorted(self._cluster.protocols(workload).items())),
+                    frozenset(condition.attribute for rule in guard.rules for condition in rule.all_conditions),
+                )
+            )
         return found
+
+    def _shared(self, guarded: _Guarded) -> _Guarded:
+        mtls = guarded.guard.mtls
+        key = (guarded, tuple(sorted(mtls.ports.items())))  # which its hash and comparison leave out
+        return self._equal_guards.setdefault(key, guarded)
 
     def _lookup(self, workload: Workload, direction: Direction, family: IpFamily) -> Lookup:
         if self._compiler is None:
@@ -389,8 +409,19 @@ def _refused(origins: tuple[Origin, ...]) -> Decision:
     return Decision(denied, LayerDecision(Layer.MESH, Verdict.ALLOW, ()))
 
 
-def _from_layer(layer: LayerDecision) -> list[Reason]:
-    if not layer.origins:
-        return [Reason(explain_layer(layer))] if layer.localhost or layer.verdict is not Verdict.ALLOW else []
-    text = explain_layer(layer)
-    return [Reason(text, origin) for origin in layer.origins[:_MAX_ORIGINS]]
+def _from_layer(layer: LayerDecision) -> tuple[Reason, ...]:
+    return _explained(
+        layer.layer, layer.verdict, layer.deny_reason, layer.judge, layer.localhost, layer.origins[:_MAX_ORIGINS]
+    )
+
+
+@lru_cache(maxsize=8192)
+def _explained(
+    layer: Layer, verdict: Verdict, deny_reason: int, judge: Judge | None, localhost: bool, origins: tuple[Origin, ...]
+) -> tuple[Reason, ...]:
+    def text(of: tuple[Origin, ...]) -> str:
+        return explain_layer(LayerDecision(layer, verdict, of, deny_reason, judge, localhost=localhost))
+
+    if not origins:
+        return (Reason(text(())),) if localhost or verdict is not Verdict.ALLOW else ()
+    return tuple(Reason(text((origin,)), origin) for origin in origins)

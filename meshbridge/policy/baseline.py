@@ -191,8 +191,9 @@ def _all(clause: Clause, known: Callable[[Condition], Verdict]) -> Verdict:
 def condition_matches(condition: Condition, value_matches: Callable[[str], Verdict]) -> Verdict:
     """Some of the values, where any are written, and none of the not-values."""
     wanted = max((value_matches(value) for value in condition.values), default=FALSE) if condition.values else TRUE
-    unwanted = max((value_matches(value) for value in condition.not_values), default=FALSE)
-    return min(wanted, ~unwanted)
+    if not condition.not_values:
+        return wanted
+    return min(wanted, ~max(value_matches(value) for value in condition.not_values))
 
 
 def _known(
