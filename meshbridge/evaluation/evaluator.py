@@ -5,8 +5,8 @@ The kernel's share is what the agents would enforce: the same compiler, the same
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address
 from typing import Final
@@ -14,10 +14,9 @@ from typing import Final
 from meshbridge.evaluation.ambient import ztunnel_guard
 from meshbridge.evaluation.cluster import Cluster, Party
 from meshbridge.evaluation.mesh import Facts, mesh_verdict_on
+from meshbridge.evaluation.numbers import Numbers
 from meshbridge.evaluation.question import Question
-from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, Workload
-from meshbridge.identity.networks import NetworkIndex
-from meshbridge.identity.numbering import FIRST_LOCAL, RESERVED, class_of
+from meshbridge.identity.model import Entity, IpAddress, IpFamily, ProxyClass, Workload
 from meshbridge.policy.baseline import Guard, MeshVerdict
 from meshbridge.policy.capture import AppProtocol, Capture, PortClass
 from meshbridge.policy.compile import Compiler
@@ -59,62 +58,6 @@ class Answer:
     passes_kernel: bool
     verdict: Verdict
     reasons: tuple[Reason, ...] = ()
-
-
-class _Numbers:
-    """Identity numbers for all who take part, given as they turn up."""
-
-    def __init__(self, cluster: Cluster, networks: Iterable[IpNetwork]) -> None:
-        self.peers: dict[int, Peer] = dict(RESERVED)
-        self._numbers = {class_of(peer): number for number, peer in RESERVED.items()}
-        self._index = NetworkIndex(networks)
-        self._labels = cluster.policies.referenced_labels()
-        self._port_names = cluster.policies.referenced_port_names()
-        self._mesh = cluster.policies.mesh
-        self._known: dict[tuple[object, ...], int] = {}
-        self._kept: list[Workload] = []
-
-    def of(self, party: Party, seen_from: str, family: IpFamily) -> int:
-        """The number of a party in the eyes of the node ``seen_from``."""
-        own_node = bool(party.node) and party.node == seen_from
-        key = (id(party.workload) if party.workload else party.entities, party.address, own_node, family, party.name
-               if party.services else "")  # fmt: skip
-        number = self._known.get(key)
-        if number is None:
-            if party.workload is not None:
-                self._kept.append(party.workload)  # so that its id stays its own
-            number = self._known[key] = self._number(self._peer(party, own_node, family))
-        return number
-
-    def _peer(self, party: Party, own_node: bool, family: IpFamily) -> Peer:
-        address, workload = party.address, party.endpoint
-        networks = self._index.containing(address) if address is not None else frozenset[IpNetwork]()
-        if workload is not None:
-            peer = workload.peer(networks, self._mesh.cluster)
-            return replace(
-                peer,
-                labels=self._labels.trim(peer.labels),
-                namespace_labels=self._labels.trim_namespace(peer.namespace_labels),
-                trust_domain=self._mesh.trust_domain,
-                ports=frozenset(port for port in workload.ports if port.name in self._port_names),
-            )
-        entities = party.entities
-        if party.workload is not None or Entity.REMOTE_NODE in entities:
-            entities = frozenset({Entity.HOST if own_node else Entity.REMOTE_NODE})
-        elif address is None and entities & {Entity.WORLD}:
-            of_family = Entity.WORLD_IPV4 if family is IpFamily.IPV4 else Entity.WORLD_IPV6
-            entities |= {of_family}
-            networks = frozenset(n for n in self._index.networks if n.prefixlen == 0 and IpFamily.of(n) is family)
-        service = ", ".join(f"{s.namespace}/{s.name}" for s in party.services)
-        return Peer(entities=entities, networks=networks, service=service)
-
-    def _number(self, peer: Peer) -> int:
-        key = class_of(peer)
-        number = self._numbers.get(key)
-        if number is None:
-            number = self._numbers[key] = FIRST_LOCAL + len(self.peers)
-            self.peers[number] = peer
-        return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +105,7 @@ class Evaluator:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         networks = cluster.policies.referenced_networks()
-        self._numbers = _Numbers(cluster, networks)
+        self._numbers = Numbers(cluster, networks)
         self._frontends: dict[int, tuple[FrontendPort, ...]] = {}
         self._backends: dict[tuple[int, int, int], list[tuple[Party, int]]] = {}
         self._compiler: Compiler | None = None
