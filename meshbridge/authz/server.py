@@ -6,6 +6,7 @@ ourselves, so that a truncated one is refused by a sentence in our log, not by a
 
 from __future__ import annotations
 
+import os
 import socket
 import stat
 from collections.abc import Callable
@@ -25,8 +26,9 @@ UNIX: Final = "unix:"
 THREADS: Final = 16
 DRAIN_S: Final = 5.0
 
-# Envoys run as other users; the directory decides who gets as far as the socket.
-SOCKET_MODE: Final = 0o666
+# A Check tells who may do what, and costs CPU: Envoy's user asks, nobody else but root.
+SOCKET_MODE: Final = 0o600
+PROXY_UID: Final = 1337
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -38,11 +40,12 @@ _OPTIONS: Final = (("grpc.max_receive_message_length", 2 * MAX_CHECK_BYTES), ("g
 class AuthzServer:
     """Serves Check on ``listen``. Health says NOT_SERVING until ``set_ready``, and again from ``drain``."""
 
-    def __init__(self, listen: str, check: Callable[[bytes], bytes]) -> None:
+    def __init__(self, listen: str, check: Callable[[bytes], bytes], owner: int = PROXY_UID) -> None:
         """
         Args:
             listen: ``unix:PATH``; a socket that nobody answers any more is replaced, a live one is not.
             check: serialised CheckRequest to serialised CheckResponse; it must not raise.
+            owner: number of the user who may ask, where this process may give files away (root).
 
         Raises:
             SettingsError: no Unix socket, one that cannot be made, or another server answers there.
@@ -57,6 +60,8 @@ class AuthzServer:
         try:
             self._server.add_insecure_port(listen)
             path.chmod(SOCKET_MODE)
+            if os.geteuid() == 0:
+                os.chown(path, owner, -1)
         except (OSError, RuntimeError) as error:
             raise SettingsError(
                 f"cannot listen on {path}: {error}", where="--listen", fix="choose another path"

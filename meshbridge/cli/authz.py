@@ -17,7 +17,7 @@ from meshbridge import log as logs
 from meshbridge.authz import metrics
 from meshbridge.authz.assemble import ViewBuilder
 from meshbridge.authz.judge import Judge
-from meshbridge.authz.server import AuthzServer
+from meshbridge.authz.server import PROXY_UID, AuthzServer
 from meshbridge.authz.view import CurrentView
 from meshbridge.errors import SettingsError
 from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy
@@ -33,10 +33,23 @@ log = structlog.get_logger()
 @click.option("--controller", required=True, metavar="ADDR", help="The controller, as unix:PATH.")
 @click.option("--token-file", required=True, type=click.Path(path_type=Path), help="File with the node's token.")
 @click.option("--listen", metavar="ADDR", help="Where Envoys ask, as unix:PATH. [/run/meshbridge/NODE/authz.sock]")
+@click.option(
+    "--listen-owner",
+    type=click.IntRange(0),
+    default=PROXY_UID,
+    show_default=True,
+    help="Envoy's user; only it may ask.",
+)
 @click.option("--metrics", "metrics_address", metavar="HOST:PORT", help="Serve /metrics there, on loopback only.")
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
 def command(
-    node: str, controller: str, token_file: Path, listen: str | None, metrics_address: str | None, log_level: str
+    node: str,
+    controller: str,
+    token_file: Path,
+    listen: str | None,
+    listen_owner: int,
+    metrics_address: str | None,
+    log_level: str,
 ) -> None:
     """Answer Envoy's ext_authz checks by the node's policies, until SIGTERM.
 
@@ -51,7 +64,7 @@ def command(
     if metrics_address:
         _serve_metrics(metrics_address)
     current = CurrentView()
-    server = AuthzServer(listen or f"unix:/run/meshbridge/{node}/authz.sock", Judge(current).check)
+    server = AuthzServer(listen or f"unix:/run/meshbridge/{node}/authz.sock", Judge(current).check, listen_owner)
     client = ControllerClient(controller, node, lambda: token_file.read_text().strip())
     asyncio.run(_serve(client, current, server, node))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +44,12 @@ def health(listen: str, service: str = SERVICE) -> int:
         stub = health_pb2_grpc.HealthStub(channel)
         answer: int = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status
         return answer
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_only_envoys_user_may_ask(listen: str, server: AuthzServer) -> None:
+    found = Path(listen.removeprefix("unix:")).stat()
+    assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (1337, 0o600)
 
 
 def test_health_follows_readiness(listen: str, server: AuthzServer) -> None:
@@ -99,14 +107,13 @@ def test_drain_finishes_what_is_in_flight_and_takes_nothing_new(listen: str) -> 
             stub.Check(CheckRequest(), timeout=1)
 
 
-def test_socket_is_open_to_proxies_and_replaced_when_nobody_answers(listen: str) -> None:
+def test_a_socket_is_replaced_when_nobody_answers(listen: str) -> None:
     path = Path(listen.removeprefix("unix:"))
     dead = socket.socket(socket.AF_UNIX)
     dead.bind(str(path))
     dead.close()
     server = AuthzServer(listen, lambda data: data)
     server.start()
-    assert path.stat().st_mode & 0o777 == 0o666
     with pytest.raises(SettingsError, match="another server answers"):
         AuthzServer(listen, lambda data: data)
     server.drain()
