@@ -20,6 +20,7 @@ from meshbridge.policy.model import (
     Tier,
     Verdict,
 )
+from meshbridge.policy.parse.cidrs import cidr_peers
 from meshbridge.policy.parse.httprules import http_matches
 from meshbridge.policy.parse.labels import cilium_requirements, mentions
 from meshbridge.policy.parse.parsed import Parsed, Reach, contradiction_notices, origin_of, refused_network
@@ -281,16 +282,7 @@ def _cidr(at: Reader, *, as_set: bool) -> CidrPeers:
     for name in ("cidrGroupRef", "cidrGroupSelector"):
         if name in fields:
             fields[name].refuse("CiliumCIDRGroups are not read", "write the CIDRs")
-    if "cidr" not in fields:
-        at.refuse("has no cidr", "write cidr: address/prefix")
-    cidr = fields["cidr"].network(bare_address=False)
-    excepts = []
-    for item in fields["except"].items() if "except" in fields else []:
-        network = item.network(bare_address=False)
-        if network.version != cidr.version or not network.subnet_of(cidr):  # type: ignore[arg-type]
-            item.refuse(f"{network} is not inside {cidr}", "except only cuts pieces out of its own cidr")
-        excepts.append(network)
-    return CidrPeers(cidr, tuple(sorted(excepts, key=str)), in_cluster=False)
+    return cidr_peers(at, fields, in_cluster=False)
 
 
 def _reaches(document: Document, scope: _Scope) -> list[Reach]:

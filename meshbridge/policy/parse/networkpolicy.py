@@ -6,6 +6,7 @@ Spec: CILIUM.md §b; Kubernetes, "The two sorts of pod isolation".
 from __future__ import annotations
 
 from meshbridge.policy.model import ANY, Anything, Direction, Document, NetworkRule, Notice, Verdict
+from meshbridge.policy.parse.cidrs import cidr_peers
 from meshbridge.policy.parse.labels import kubernetes_requirements
 from meshbridge.policy.parse.parsed import Parsed, Reach, contradiction_notices, origin_of, refused_network
 from meshbridge.policy.parse.ports import kubernetes_ports
@@ -95,16 +96,7 @@ def _peer(at: Reader, document: Document, notices: list[Notice]) -> PeerSelector
 
 def _ip_block(at: Reader) -> CidrPeers:
     fields = at.fields("cidr", "except")
-    if "cidr" not in fields:
-        at.refuse("has no cidr", "write cidr: address/prefix")
-    cidr = fields["cidr"].network(bare_address=False)
-    excepts = []
-    for item in fields["except"].items() if "except" in fields else []:
-        network = item.network(bare_address=False)
-        if network.version != cidr.version or not network.subnet_of(cidr):  # type: ignore[arg-type]
-            item.refuse(f"{network} is not inside {cidr}", "except only cuts pieces out of its own cidr")
-        excepts.append(network)
-    return CidrPeers(cidr, tuple(sorted(excepts, key=str)), in_cluster=True)
+    return cidr_peers(at, fields, in_cluster=True)
 
 
 def _reach(document: Document) -> Reach:
