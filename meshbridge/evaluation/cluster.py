@@ -10,7 +10,7 @@ from typing import Final
 
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.inventory import workloads_of
-from meshbridge.bypass.state import Truth, capture_of
+from meshbridge.bypass.state import CaptureState, Truth, capture_of
 from meshbridge.evaluation.question import LabelledPod, Question, QuestionError, address_of
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, ProxyClass, Workload
 from meshbridge.policy.capture import AppProtocol, Capture
@@ -181,10 +181,13 @@ class Cluster:
             return Capture.none()
         known = self._captures.get(id(workload))
         if known is None:
-            shown = workload if workload.addresses else replace(workload, addresses=_EXAMPLES[:1])
-            capture = capture_of(capture_state(shown), judges=JUDGES, intended=True)
+            capture = capture_of(self.capture_state(workload), judges=JUDGES, intended=True)
             known = self._captures[id(workload)] = (workload, capture)
         return known[1]
+
+    def capture_state(self, workload: Workload) -> CaptureState:
+        """Which of the pod's flows its Envoy sees, and why it does not see others."""
+        return capture_state(workload if workload.addresses else replace(workload, addresses=_EXAMPLES[:1]))
 
     def protocols(self, workload: Workload) -> dict[int, AppProtocol]:
         """What Envoy takes the pod's ports for, where a Service says it."""

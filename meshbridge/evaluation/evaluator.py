@@ -16,7 +16,7 @@ from meshbridge.evaluation.cluster import Cluster, Party
 from meshbridge.evaluation.mesh import Facts, mesh_verdict_on
 from meshbridge.evaluation.numbers import Numbers
 from meshbridge.evaluation.question import Question
-from meshbridge.identity.model import Entity, IpAddress, IpFamily, ProxyClass, Workload
+from meshbridge.identity.model import Entity, IpAddress, IpFamily, Peer, ProxyClass, Workload
 from meshbridge.policy.baseline import Guard, MeshVerdict
 from meshbridge.policy.capture import AppProtocol, Capture, PortClass
 from meshbridge.policy.compile import Compiler
@@ -36,6 +36,7 @@ _ICMPV6: Final = 58
 _UNSPECIFIED: Final = IPv4Address("0.0.0.0")
 _MAX_ORIGINS: Final = 16
 _OF_SOURCE_ADDRESS: Final = frozenset({Attribute.IP_BLOCKS, Attribute.REMOTE_IP_BLOCKS})
+_UNRESTRICTED: Final = MeshVerdict(Verdict.ALLOW)
 _SEEN: Final = {PortClass.CAPTURED: "captured", PortClass.EXCLUDED: "bypassed"}
 
 
@@ -61,7 +62,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Leg:
+class Leg:
     """A question with its two ends found; for a Service, one of the pods behind it.
 
     ``source`` is the number the destination's node knows the source by, ``destination`` the other way round.
@@ -80,11 +81,28 @@ class _Leg:
 class Prepared:
     """A question whose ends are found."""
 
-    legs: tuple[_Leg, ...]
+    legs: tuple[Leg, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Guarded:
+class Trace:
+    """What everybody on a flow's way says of it, and the answer that follows.
+
+    ``egress`` and ``ingress`` are the kernel's at either end, None where no pod is. ``http`` is what the HTTP rules of
+    network policies say once the kernel leaves the flow to them, ``mesh`` what Envoy would say of the port's policies.
+    """
+
+    leg: Leg
+    answer: Answer
+    egress: Decision | None = None
+    ingress: Decision | None = None
+    port_class: PortClass = PortClass.UNGUARDED
+    http: LayerDecision | None = None
+    mesh: MeshVerdict = _UNRESTRICTED
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded:
     """What guards pods' inbound traffic; equal pods share one. ``asks`` is what its conditions look at."""
 
     guard: Guard
@@ -113,8 +131,8 @@ class Evaluator:
         self._lookups: dict[tuple[int, Direction, IpFamily], Lookup] = {}
         self._by_map: dict[int, tuple[PolicyMap, Lookup]] = {}
         self._judges: dict[int, RequestJudge] = {}
-        self._guards: dict[int, _Guarded] = {}
-        self._equal_guards: dict[tuple[object, ...], _Guarded] = {}
+        self._guards: dict[int, Guarded] = {}
+        self._equal_guards: dict[tuple[object, ...], Guarded] = {}
         self._verdicts: dict[tuple[object, ...], MeshVerdict] = {}
 
     def prepare(self, question: Question) -> Prepared:
@@ -130,15 +148,15 @@ class Evaluator:
         destination = self._numbers.of(receiver, sender.node, family)
         self._compiler = None
         if not receiver.services:
-            return Prepared((_Leg(question, sender, receiver, family, source, destination, question.port),))
+            return Prepared((Leg(question, sender, receiver, family, source, destination, question.port),))
         if destination not in self._frontends:
             self._tell(receiver, destination, family)
         behind = self._backends.get((destination, question.protocol, question.port), ())
         legs = [
-            _Leg(question, sender, pod, family, self._numbers.of(sender, pod.node, family), destination, port)
+            Leg(question, sender, pod, family, self._numbers.of(sender, pod.node, family), destination, port)
             for pod, port in behind
         ]
-        return Prepared(tuple(legs) or (_Leg(question, sender, receiver, family, source, destination, question.port),))
+        return Prepared(tuple(legs) or (Leg(question, sender, receiver, family, source, destination, question.port),))
 
     def _tell(self, frontend: Party, number: int, family: IpFamily) -> None:
         """The pods behind each port of a Service's address, for the maps and for what comes after."""
@@ -164,38 +182,44 @@ class Evaluator:
 
     def answer(self, prepared: Prepared) -> Answer:
         """What happens to the flow. Of the pods behind a Service the strictest answer holds, as any may be meant."""
-        answers = [self._answer(leg) for leg in prepared.legs]
-        return min(answers, key=lambda answer: (answer.verdict, answer.passes_kernel, answer.network, answer.mesh))
+        return self.trace(prepared).answer
 
-    def _answer(self, leg: _Leg) -> Answer:
+    def trace(self, prepared: Prepared) -> Trace:
+        """The answer, with what it comes from."""
+        traces = [self._trace(leg) for leg in prepared.legs]
+        return min(traces, key=lambda t: (t.answer.verdict, t.answer.passes_kernel, t.answer.network, t.answer.mesh))
+
+    def _trace(self, leg: Leg) -> Trace:
         sender, receiver = leg.sender.endpoint, leg.receiver.endpoint
         tcp = leg.question.protocol == _TCP
         if sender is not None and sender is receiver:
             reason = Reason("a pod always reaches itself")
-            return Answer(Verdict.ALLOW, Verdict.ALLOW, None, None, True, Verdict.ALLOW, (reason,))
-        decisions: list[Decision] = []
+            return Trace(leg, Answer(Verdict.ALLOW, Verdict.ALLOW, None, None, True, Verdict.ALLOW, (reason,)))
+        egress = ingress = None
         if sender is not None:
             lookup = self._lookup(sender, Direction.EGRESS, leg.family)
-            decisions.append(lookup.decide(leg.destination, leg.question.protocol, leg.question.port))
+            egress = lookup.decide(leg.destination, leg.question.protocol, leg.question.port)
         port_class = PortClass.UNGUARDED
         if receiver is not None:
             localhost = Entity.HOST in self._numbers.peers[leg.source].entities
             lookup = self._lookup(receiver, Direction.INGRESS, leg.family)
-            decisions.append(lookup.decide(leg.source, leg.question.protocol, leg.port, localhost=localhost))
+            ingress = lookup.decide(leg.source, leg.question.protocol, leg.port, localhost=localhost)
             if tcp:
                 port_class = self._cluster.capture(receiver).inbound[leg.family].at(leg.port)
+        decisions = [decision for decision in (egress, ingress) if decision is not None]
         network = Verdict.ALLOW
         if any(decision.network.verdict is Verdict.DENY for decision in decisions):
             network = Verdict.DENY
         asks_http = any(decision.network.verdict is Verdict.NEEDS_L7 for decision in decisions)
         passes = all(decision.passes for decision in decisions)
+        http = None
         if asks_http and network is Verdict.ALLOW and receiver is not None:
-            refusing = self._http_rules(leg, receiver)
-            if refusing:
+            http = self._http_rules(leg, receiver)
+            asks_http = http.verdict is Verdict.NEEDS_L7
+            if http.verdict is Verdict.DENY:
                 network = Verdict.DENY
-                decisions.append(_refused(refusing))
-            asks_http = refusing is None
-        mesh = MeshVerdict(Verdict.ALLOW)
+                decisions.append(Decision(http, LayerDecision(Layer.MESH, Verdict.ALLOW, ())))
+        mesh = _UNRESTRICTED
         if receiver is not None and port_class in (PortClass.CAPTURED, PortClass.EXCLUDED):
             mesh = self._mesh(leg, receiver)
         if not passes or network is Verdict.DENY:
@@ -204,7 +228,7 @@ class Evaluator:
             verdict = Verdict.NEEDS_L7 if asks_http else Verdict.ALLOW
             if port_class is PortClass.CAPTURED:
                 verdict = min(verdict, mesh.verdict)
-        return Answer(
+        answer = Answer(
             network=network,
             mesh=mesh.verdict,
             egress=self._seen_at_source(leg) if tcp and sender is not None else None,
@@ -213,8 +237,13 @@ class Evaluator:
             verdict=verdict,
             reasons=_reasons(verdict, decisions, mesh, port_class),
         )
+        return Trace(leg, answer, egress, ingress, port_class, http, mesh)
 
-    def _seen_at_source(self, leg: _Leg) -> str | None:
+    def peer(self, number: int) -> Peer:
+        """Who has an identity number, as policies see it."""
+        return self._numbers.peers[number]
+
+    def _seen_at_source(self, leg: Leg) -> str | None:
         workload = leg.sender.endpoint
         if workload is None or workload.proxy not in (ProxyClass.SIDECAR, ProxyClass.AMBIENT):
             return None
@@ -227,35 +256,38 @@ class Evaluator:
                 return "bypassed"
         return "captured"
 
-    def _mesh(self, leg: _Leg, receiver: Workload) -> MeshVerdict:
+    def guarded(self, leg: Leg, receiver: Workload) -> tuple[Guarded, Facts, AppProtocol]:
+        """What guards the receiver, what is known of the flow there, and what Envoy takes the port for."""
         guarded = self._guarded(receiver)
         question = leg.question
-        source = leg.sender.address
         destinations = (question.destination_ip,) if question.destination_ip is not None else receiver.addresses
         destinations = tuple(address for address in destinations if IpFamily.of(address) is leg.family)
-        ambient = receiver.proxy is ProxyClass.AMBIENT
-        protocol = AppProtocol.TCP if ambient else question.app_protocol
+        protocol = AppProtocol.TCP if receiver.proxy is ProxyClass.AMBIENT else question.app_protocol
         if protocol is None:
             protocol = guarded.protocol(leg.port)
-        facts = Facts(question, leg.port, source, destinations)
+        return guarded, Facts(question, leg.port, leg.sender.address, destinations), protocol
+
+    def _mesh(self, leg: Leg, receiver: Workload) -> MeshVerdict:
+        guarded, facts, protocol = self.guarded(leg, receiver)
+        question = leg.question
         if question.claims is not None:
             return mesh_verdict_on(guarded.guard, guarded.jwt_rules, facts, protocol)
         by_address = not guarded.asks.isdisjoint(_OF_SOURCE_ADDRESS)
         key = (
-            id(guarded), leg.port, protocol, source if by_address else None,
-            destinations if Attribute.DESTINATION_IP in guarded.asks else (), question.principal, question.remote_ip,
-            question.sni, question.token, question.http,
+            id(guarded), leg.port, protocol, facts.source if by_address else None,
+            facts.destinations if Attribute.DESTINATION_IP in guarded.asks else (), question.principal,
+            question.remote_ip, question.sni, question.token, question.http,
         )  # fmt: skip
         found = self._verdicts.get(key)
         if found is None:
             found = self._verdicts[key] = mesh_verdict_on(guarded.guard, guarded.jwt_rules, facts, protocol)
         return found
 
-    def _http_rules(self, leg: _Leg, receiver: Workload) -> tuple[Origin, ...] | None:
-        """Which HTTP rules of network policies refuse the request; None: too little of it is said."""
+    def _http_rules(self, leg: Leg, receiver: Workload) -> LayerDecision:
+        """What the HTTP rules of network policies say of the request; NEEDS_L7: too little of it is said."""
         http = leg.question.http
         if http is None or None in (http.method, http.path, http.host):
-            return None
+            return LayerDecision(Layer.NETWORK, Verdict.NEEDS_L7, (), judge=Judge.EXT_AUTHZ)
         judge = self._judges.get(id(receiver))
         if judge is None:
             judge = self._judges[id(receiver)] = RequestJudge.of(receiver, self._cluster.policies)
@@ -263,9 +295,12 @@ class Evaluator:
             source=leg.sender.address or _UNSPECIFIED, port=leg.port, method=http.method or "", path=http.path or "",
             host=http.host or "", headers=dict(http.headers), peer=self._numbers.peers[leg.source],
         )  # fmt: skip
-        return judge.http_rules_refuse(request)
+        refusing = judge.http_rules_refuse(request)
+        if refusing:
+            return LayerDecision(Layer.NETWORK, Verdict.DENY, refusing, DropReason.POLICY_DENY)
+        return LayerDecision(Layer.NETWORK, Verdict.ALLOW, ())
 
-    def _guarded(self, workload: Workload) -> _Guarded:
+    def _guarded(self, workload: Workload) -> Guarded:
         found = self._guards.get(id(workload))
         if found is None:
             selected = self._selecting(workload)
@@ -273,7 +308,7 @@ class Evaluator:
             if workload.proxy is ProxyClass.AMBIENT:
                 guard = ztunnel_guard(guard)
             found = self._guards[id(workload)] = self._shared(
-                _Guarded(
+                Guarded(
                     guard,
                     tuple(rule for policy in selected.request_authentication for rule in policy.rules),
                     tuple(sorted(self._cluster.protocols(workload).items())),
@@ -282,7 +317,7 @@ class Evaluator:
             )
         return found
 
-    def _shared(self, guarded: _Guarded) -> _Guarded:
+    def _shared(self, guarded: Guarded) -> Guarded:
         mtls = guarded.guard.mtls
         key = (guarded, tuple(sorted(mtls.ports.items())))  # which its hash and comparison leave out
         return self._equal_guards.setdefault(key, guarded)
@@ -345,11 +380,6 @@ def _reasons(
         known = {reason.origin for reason in found if reason.origin is not None}
         found += [reason for reason in _from_layer(said) if reason.origin is None or reason.origin not in known]
     return tuple(found) or (Reason("no policy restricts it"),)
-
-
-def _refused(origins: tuple[Origin, ...]) -> Decision:
-    denied = LayerDecision(Layer.NETWORK, Verdict.DENY, origins, DropReason.POLICY_DENY)
-    return Decision(denied, LayerDecision(Layer.MESH, Verdict.ALLOW, ()))
 
 
 def _from_layer(layer: LayerDecision) -> tuple[Reason, ...]:

@@ -76,12 +76,15 @@ def mesh_verdict_on(guard: Guard, jwt_rules: tuple[JwtRule, ...], facts: Facts, 
     presents = UNKNOWN if isinstance(principal, Principal) else _certain(principal is not None)
 
     def verdict(form: AppProtocol) -> MeshVerdict:
-        return verdict_of(guard, facts.port, form, presents, partial(_known, facts, form, guard))
+        return verdict_of(guard, facts.port, form, presents, partial(condition_on, facts, form, guard))
 
     return verdict_of_forms(verdict, protocol)
 
 
-def _known(facts: Facts, form: AppProtocol, guard: Guard, policy: AuthorizationPolicy, condition: Condition) -> Verdict:
+def condition_on(
+    facts: Facts, form: AppProtocol, guard: Guard, policy: AuthorizationPolicy, condition: Condition
+) -> Verdict:
+    """Whether a condition of a policy holds, by the form Envoy gives it; NEEDS_L7: the question does not tell."""
     question, attribute = facts.question, condition.attribute
     if attribute in HTTP_ONLY:
         return TRUE if form is AppProtocol.TCP else _of_request(facts, guard, policy, condition)
