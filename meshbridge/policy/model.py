@@ -183,20 +183,25 @@ class NetworkRule:
 
 
 class Severity(StrEnum):
-    """How much attention a notice wants."""
+    """How much attention something wants that is in force as it was written."""
 
+    INFO = "info"
     WARNING = "warning"
     ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something about a valid object that its author probably did not mean; it changes no verdict."""
+    """Something about a valid object that its author probably did not mean; it changes no verdict.
+
+    ``code`` is the finding that ``meshbridge analyze`` makes of it, a key of ``analysis.codes.CODES``.
+    """
 
     document: Document
     text: str
     path: str = ""
     severity: Severity = Severity.WARNING
+    code: str = ""
 
     def __str__(self) -> str:
         return _sentence(self.document, self.path, self.text, "")

@@ -49,7 +49,7 @@ def parse(document: Document) -> Parsed:
         return parse_cluster_object(document)
     if group in _GUARDING_GROUPS:
         text = f"{document.api_version} {document.kind} is not read and has no effect here"
-        return Parsed(document, notices=(Notice(document, text, severity=Severity.ERROR),))
+        return Parsed(document, notices=(Notice(document, text, severity=Severity.ERROR, code="MB0004"),))
     return Parsed(document)
 
 

@@ -148,9 +148,11 @@ def _subject_notices(at: Reader, written: list[Requirement], subject: Selector, 
     found = list(contradiction_notices(scope.document, [(at.path, subject)]))
     if scope.namespace is not None and mentions(written, LabelSource.NAMESPACE):
         text = f"the namespace in it is ignored: the policy applies in its own namespace {scope.namespace!r}"
-        found.append(Notice(scope.document, text, at.path))
+        found.append(Notice(scope.document, text, at.path, code="MB0406"))
     found += [
-        Notice(scope.document, f"label {r.key!r} is not part of identities, so nothing ever has it", at.path)
+        Notice(
+            scope.document, f"label {r.key!r} is not part of identities, so nothing ever has it", at.path, code="MB0407"
+        )
         for r in written
         if r.source is LabelSource.ABSENT
     ]

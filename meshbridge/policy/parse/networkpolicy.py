@@ -45,7 +45,7 @@ def _rules(document: Document, notices: list[Notice]) -> list[NetworkRule]:
             found += parsed
         elif elements:
             text = f"has no effect: {name} rules without policyTypes: [{name.capitalize()}]"
-            notices.append(Notice(document, text, f"spec.{name}"))
+            notices.append(Notice(document, text, f"spec.{name}", code="MB0506"))
     return found
 
 

@@ -127,7 +127,7 @@ def origin_of(document: Document, path: str) -> Origin:
 def contradiction_notices(document: Document, selectors: Iterable[tuple[str, Selector]]) -> tuple[Notice, ...]:
     """One error for each (path, selector) that can pick nobody: valid, in force as written, hardly meant."""
     return tuple(
-        Notice(document, f"selects nothing: {why}; change one of the requirements", path, Severity.ERROR)
+        Notice(document, f"selects nothing: {why}; change one of the requirements", path, Severity.ERROR, "MB0405")
         for path, selector in selectors
         if (why := selector.contradiction())
     )

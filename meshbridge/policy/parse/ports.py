@@ -79,7 +79,7 @@ def cilium_ports(at: Reader, document: Document, notices: list[Notice]) -> Anyth
         if not text.isascii() or not text.isdigit():
             if end is not None:
                 end.integer(0, LAST_PORT)
-                notices.append(Notice(document, "endPort has no effect with a named port", end.path))
+                notices.append(Notice(document, "endPort has no effect with a named port", end.path, code="MB0507"))
             name = _port_name(fields["port"], text.lower())
             found += [PortMatch(number, name=name) for number in _numbers(protocol)]
             continue

@@ -34,7 +34,7 @@ def parse_request_authentication(document: Document) -> Parsed:
         return Parsed(document)
     policy = RequestAuthentication(document.namespace, document.name, rules, origin_of(document, ""), selector)
     notices = contradiction_notices(document, [("spec.selector", selector)]) + tuple(
-        Notice(document, _NOT_FETCHED.format(rule.issuer), rule.origin.rule, Severity.ERROR)
+        Notice(document, _NOT_FETCHED.format(rule.issuer), rule.origin.rule, Severity.ERROR, "MB0114")
         for rule in rules
         if rule.jwks_uri
     )
