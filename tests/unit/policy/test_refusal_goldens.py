@@ -7,6 +7,7 @@ read what it wrote. A kind in ``COMPLETE`` has a case for every field its parser
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_every_field_has_a_case(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     for path in CASES:
         if path.parent.name == kind:
             steps = _steps(refusal_of(path).path)
-            refused |= {".".join(pair) for pair in zip(steps, steps[1:], strict=False)}
+            refused |= {".".join(pair) for pair in itertools.pairwise(steps)}
     assert known - refused == set(), f"fields of {kind} without a case"
 
 
