@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from meshbridge.identity.model import IpNetwork, Peer
-from meshbridge.policy.baseline import Flow, Guard, mesh_verdict
+from meshbridge.policy.baseline import Flow, Guard, Principal, mesh_verdict
 from meshbridge.policy.capture import AppProtocol
 from meshbridge.policy.lowering import Outcome, lower_excluded, own_principal
 from meshbridge.policy.mesh import Action, MtlsMode
@@ -58,7 +58,7 @@ def inbound_compensation(guard: Guard, port: int, sources: Mapping[str, Peer], *
     """
     if why := nothing_to_enforce(guard, port):
         return Compensation(False, why)
-    judged: dict[tuple[frozenset[IpNetwork], str | None], Outcome] = {}
+    judged: dict[tuple[frozenset[IpNetwork], Principal | str | None], Outcome] = {}
     outcomes: dict[str, Outcome] = {}
     for name, peer in sources.items():
         asked = (peer.networks & guard.networks, own_principal(peer))

@@ -71,8 +71,13 @@ def lower_excluded(baseline: MeshVerdict) -> Outcome:
     return Outcome(Verdict.DENY, baseline.origins, DropReason.COMPENSATION)
 
 
-def own_principal(peer: Peer) -> str | None:
-    """The one name a peer can have where only its address speaks for it (DESIGN §2, "Principals")."""
+def own_principal(peer: Peer) -> Principal | str | None:
+    """The one name a peer can have where only its address speaks for it (DESIGN §2, "Principals").
+
+    An address that several claim may be any of them, so nothing is certain that a name decides.
+    """
+    if Entity.UNMANAGED in peer.entities:
+        return UNDECIDED
     if not peer.is_pod or peer.masqueraded or peer.proxy not in _WITH_OWN_PRINCIPAL:
         return None
     return f"spiffe://{peer.trust_domain}/ns/{peer.namespace}/sa/{peer.service_account}"

@@ -41,8 +41,9 @@ OTHERS: dict[str, Peer] = {
     "203.0.113.7": Peer(entities=frozenset({Entity.WORLD, Entity.WORLD_IPV4})),
     "10.9.9.9": Peer(entities=frozenset({Entity.WORLD, Entity.WORLD_IPV4})),
     "2001:db8::7": Peer(entities=frozenset({Entity.WORLD, Entity.WORLD_IPV6})),
+    "10.1.0.9": Peer(entities=frozenset({Entity.UNMANAGED})),
 }
-NODE, REMOTE, WORLD, PRIVATE, WORLD6 = OTHERS
+NODE, REMOTE, WORLD, PRIVATE, WORLD6, CONTESTED = OTHERS
 
 ICMP_ECHO = ("ICMP", 8)
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132, "ICMP": 1, "ICMPv6": 58}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
-from policycast import AGENT, API, LEDGER, NODE, PRIVATE, WEB, WEB6, WORLD, compiled, decide, policies
+from policycast import AGENT, API, CONTESTED, LEDGER, NODE, PRIVATE, WEB, WEB6, WORLD, compiled, decide, policies
 
 from meshbridge.identity.model import IpFamily, ProxyClass, Workload
 from meshbridge.policy.capture import AppProtocol, Capture, PortClass, PortClasses
@@ -124,6 +124,14 @@ EXCLUDED: dict[str, tuple[str, Workload | str, Verdict]] = {
     "STRICT passes a pod of the mesh, by its address": (mtls("STRICT"), WEB, ALLOW),
     "a refused mesh policy closes the port": (authorization("ALLOW", "[{nonsense: 1}]"), WEB, DENY),
     "CUSTOM closes the port": (authorization("CUSTOM, provider: {name: opa}", "[{}]"), WEB, DENY),
+    "an address of two claimants may be the one that is denied": (
+        authorization("DENY", f"[{BY_NAME}]"), CONTESTED, DENY),
+    "an address of two claimants may be the one without a name": (
+        authorization("DENY", f"[{NOT_BY_NAME}]"), CONTESTED, DENY),
+    "an address of two claimants may not be the one that is allowed": (
+        authorization("ALLOW", f"[{BY_NAME}]"), CONTESTED, DENY),
+    "an address of two claimants passes where nobody is told apart": (
+        authorization("DENY", "[{to: [{operation: {ports: ['9']}}]}]"), CONTESTED, ALLOW),
 }  # fmt: skip
 BYPASSED = Capture(
     dict.fromkeys(IpFamily, PortClasses.of(PortClass.CAPTURED, {8080: PortClass.EXCLUDED})), frozenset({Judge.ENVOY})
