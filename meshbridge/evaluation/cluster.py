@@ -63,6 +63,11 @@ class Cluster:
         self._captures: dict[int, tuple[Workload, Capture]] = {}
 
     @cached_property
+    def workloads(self) -> tuple[Workload, ...]:
+        """Every pod, and what makes pods, as it will run; by name."""
+        return tuple(found for key in self._workloads if (found := self._pod(key)) is not None)
+
+    @cached_property
     def _pods_at(self) -> dict[IpAddress, Workload]:
         return {
             address: workload
