@@ -31,6 +31,7 @@ from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, ProxyC
 from meshbridge.observe.messages import rule_messages
 from meshbridge.policy.model import Direction
 from meshbridge.policy.policyset import PolicySet
+from meshbridge.policy.selectors import is_node
 from meshbridge.protos import observer_pb2 as pb
 from meshbridge.xds.client import Update
 
@@ -274,8 +275,10 @@ class Node:
     def _own_address(self, address: bytes) -> Peer:
         """The node's own addresses are ``host`` here, whatever they are called elsewhere."""
         told = self._view.holders.get(address)
-        entities = told.peer.entities & _KEPT_ENTITIES if told else frozenset[Entity]()
-        return Peer(entities=entities | {Entity.HOST})
+        if told is None:
+            return Peer(entities=frozenset({Entity.HOST}))
+        labels = told.peer.labels if is_node(told.peer) else {}
+        return Peer(labels=labels, entities=told.peer.entities & _KEPT_ENTITIES | {Entity.HOST})
 
     def _desired_endpoints(self, pods: Mapping[str, LocalPod]) -> dict[int, DesiredEndpoint]:
         return {

@@ -37,8 +37,7 @@ class Distinctions:
     port_names: frozenset[str] = frozenset()
 
     def __or__(self, other: Distinctions) -> Distinctions:
-        labels = LabelKeys(self.labels.pod | other.labels.pod, self.labels.namespace | other.labels.namespace)
-        return Distinctions(labels, self.port_names | other.port_names)
+        return Distinctions(self.labels | other.labels, self.port_names | other.port_names)
 
 
 class AddressBook:
@@ -55,11 +54,11 @@ class AddressBook:
         self._views: dict[Distinctions, dict[str, Resource]] = {}
         self._stale: set[IpAddress] = set()
 
-    def claim(self, address: IpAddress, claimant: str, holder: Holder | None) -> None:
-        """Say that ``claimant`` holds ``address``, or, with None, no longer does."""
+    def claim(self, address: IpAddress, claimant: str, holder: Holder | None) -> bool:
+        """Say that ``claimant`` holds ``address``, or, with None, no longer does; whether that is news."""
         claims = self._claims.setdefault(address, {})
         if claims.get(claimant) == holder:
-            return
+            return False
         if holder is None:
             del claims[claimant]
         else:
@@ -67,6 +66,7 @@ class AddressBook:
         if not claims:
             del self._claims[address]
         self._stale.add(address)
+        return True
 
     def holder(self, address: IpAddress) -> Holder | None:
         """Who holds ``address`` now."""
@@ -116,7 +116,7 @@ class AddressBook:
 
     def _derived(self, to: Distinctions, like: Distinctions, base: Mapping[str, Resource]) -> dict[str, Resource]:
         view = dict(base)
-        pod_keys = to.labels.pod ^ like.labels.pod
+        pod_keys, node_keys = to.labels.pod ^ like.labels.pod, to.labels.node ^ like.labels.node
         namespace_keys = to.labels.namespace ^ like.labels.namespace
         port_names = to.port_names ^ like.port_names
         for address in self._claims:
@@ -125,7 +125,7 @@ class AddressBook:
                 continue
             peer = holder.peer
             if (
-                not pod_keys.isdisjoint(peer.labels)
+                not (pod_keys if peer.is_pod else node_keys).isdisjoint(peer.labels)
                 or not namespace_keys.isdisjoint(peer.namespace_labels)
                 or any(port.name in port_names for port in peer.ports)
             ):
@@ -137,10 +137,11 @@ class AddressBook:
         if holder is None:
             view.pop(str(address), None)
             return
+        keys = distinctions.labels
         peer = replace(
             holder.peer,
-            labels=distinctions.labels.trim(holder.peer.labels),
-            namespace_labels=distinctions.labels.trim_namespace(holder.peer.namespace_labels),
+            labels=(keys.trim if holder.peer.is_pod else keys.trim_node)(holder.peer.labels),
+            namespace_labels=keys.trim_namespace(holder.peer.namespace_labels),
             ports=frozenset(port for port in holder.peer.ports if port.name in distinctions.port_names),
         )
         message = address_message(address, peer, name=holder.name, uid=holder.uid, node=holder.node)

@@ -334,10 +334,10 @@ class Cluster:
         claimant = f"node {key[3]}"
         for address in before:
             if address not in after:
-                self.addresses.claim(address, claimant, None)
+                touched.addresses |= self.addresses.claim(address, claimant, None)
         for address in after:
-            self.addresses.claim(address, claimant, Holder(_NODE_PEER, node=key[3]))
-        touched.addresses |= before != after
+            holder = Holder(replace(_NODE_PEER, labels=node.labels if node else {}), node=key[3])
+            touched.addresses |= self.addresses.claim(address, claimant, holder)
 
     def _find_contested(self) -> None:
         for address in self.addresses.stale:

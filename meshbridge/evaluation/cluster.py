@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from ipaddress import IPv4Address, IPv6Address
@@ -87,6 +87,11 @@ class Cluster:
             for address in dict.fromkeys((*service.addresses, *service.outside_addresses)):
                 found.setdefault(address, []).append(service)
         return found
+
+    def node_labels(self, name: str) -> Mapping[str, str]:
+        """The labels of a node; none where it is not among the documents."""
+        node = self._nodes.get(name)
+        return node.labels if node is not None else {}
 
     def source(self, question: Question) -> Party:
         """Who sends.

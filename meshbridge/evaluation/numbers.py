@@ -18,6 +18,7 @@ class Numbers:
         self.peers: dict[int, Peer] = dict(RESERVED)
         self._numbers = {class_of(peer): number for number, peer in RESERVED.items()}
         self._index = NetworkIndex(networks)
+        self._cluster = cluster
         self._labels = cluster.policies.referenced_labels()
         self._port_names = cluster.policies.referenced_port_names()
         self._mesh = cluster.policies.mesh
@@ -48,15 +49,16 @@ class Numbers:
                 trust_domain=self._mesh.trust_domain,
                 ports=frozenset(port for port in workload.ports if port.name in self._port_names),
             )
-        entities = party.entities
+        entities, labels = party.entities, dict[str, str]()
         if party.workload is not None or Entity.REMOTE_NODE in entities:
             entities = frozenset({Entity.HOST if own_node else Entity.REMOTE_NODE})
+            labels = self._labels.trim_node(self._cluster.node_labels(party.node))
         elif address is None and entities & {Entity.WORLD}:
             of_family = Entity.WORLD_IPV4 if family is IpFamily.IPV4 else Entity.WORLD_IPV6
             entities |= {of_family}
             networks = frozenset(n for n in self._index.networks if n.prefixlen == 0 and IpFamily.of(n) is family)
         service = ", ".join(f"{s.namespace}/{s.name}" for s in party.services)
-        return Peer(entities=entities, networks=networks, service=service)
+        return Peer(labels=labels, entities=entities, networks=networks, service=service)
 
     def _number(self, peer: Peer) -> int:
         key = class_of(peer)

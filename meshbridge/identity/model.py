@@ -65,6 +65,7 @@ class Peer:
     """Everything policies can ask of the other side of a flow; two addresses with equal Peers share an identity.
 
     A pod has a namespace and no entities; a node, the world or an unknown address has entities and no namespace.
+    ``labels`` are the pod's own, or the node's: which of the two a selector means it says itself.
     ``networks`` holds those CIDRs written in any policy that contain the address, so that an ipBlock is a set lookup.
     ``ports`` holds those container ports whose name an egress policy uses (``PolicySet.referenced_port_names``).
     ``service`` (namespace/name) makes a Service's address a class of its own, see ``policy.frontends``.

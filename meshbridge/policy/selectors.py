@@ -27,6 +27,7 @@ class LabelSource(StrEnum):
     SERVICE_ACCOUNT = "service-account"
     CLUSTER = "cluster"
     RESERVED = "reserved"
+    NODE = "node"
     ABSENT = "absent"
     """A key no identity carries (Cilium filters such labels out): it never exists."""
 
@@ -128,6 +129,7 @@ class ClusterPeers:
         return not CLUSTER_ENTITIES.isdisjoint(peer.entities)
 
 
+NODE_ENTITIES = frozenset({Entity.HOST, Entity.REMOTE_NODE})
 CLUSTER_ENTITIES = frozenset(
     {
         Entity.HOST,
@@ -179,8 +181,15 @@ def label_of(peer: Peer, source: LabelSource, key: str) -> str | None:
             return peer.cluster if peer.is_pod else None
         case LabelSource.RESERVED:
             return "" if key in peer.entities else None
+        case LabelSource.NODE:
+            return peer.labels.get(key) if is_node(peer) else None
         case LabelSource.ABSENT:
             return None
+
+
+def is_node(peer: Peer) -> bool:
+    """Whether it is an address of a node, whose labels are the node's."""
+    return not NODE_ENTITIES.isdisjoint(peer.entities)
 
 
 def in_namespace(namespace: str) -> Requirement:
@@ -196,10 +205,18 @@ class LabelKeys:
 
     pod: frozenset[str] = frozenset()
     namespace: frozenset[str] = frozenset()
+    node: frozenset[str] = frozenset()
+
+    def __or__(self, other: LabelKeys) -> LabelKeys:
+        return LabelKeys(self.pod | other.pod, self.namespace | other.namespace, self.node | other.node)
 
     def trim(self, labels: Mapping[str, str]) -> dict[str, str]:
         """Only those pod labels that matter."""
         return {key: value for key, value in labels.items() if key in self.pod}
+
+    def trim_node(self, labels: Mapping[str, str]) -> dict[str, str]:
+        """Only those node labels that matter."""
+        return {key: value for key, value in labels.items() if key in self.node}
 
     def trim_namespace(self, labels: Mapping[str, str]) -> dict[str, str]:
         """Only those namespace labels that matter."""
@@ -212,6 +229,7 @@ def label_keys(selectors: Iterable[PeerSelector]) -> LabelKeys:
     return LabelKeys(
         pod=frozenset(r.key for r in requirements if r.source is LabelSource.POD),
         namespace=frozenset(r.key for r in requirements if r.source is LabelSource.NAMESPACE_LABEL),
+        node=frozenset(r.key for r in requirements if r.source is LabelSource.NODE),
     )
 
 
