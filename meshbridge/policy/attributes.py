@@ -22,7 +22,13 @@ from meshbridge.policy.mesh import (
     network_of,
 )
 from meshbridge.policy.model import Verdict
-from meshbridge.policy.strings import matches_host, matches_identity, matches_path, matches_text
+from meshbridge.policy.strings import (
+    matches_host,
+    matches_identity,
+    matches_path,
+    matches_text,
+    request_principal_forms,
+)
 
 _SPACE_DELIMITED: Final = frozenset({"scope", "permission"})
 """Claims that Istio has Envoy split at spaces before policies see them (OAuth writes scopes so)."""
@@ -130,14 +136,10 @@ def _value(
 
 def _request_principal(pattern: str, claims: Claims) -> bool:
     issuer, subject = claims.get("iss"), claims.get("sub")
-    if not isinstance(issuer, str) or not isinstance(subject, str) or not issuer or not subject:
+    if not isinstance(issuer, str) or not isinstance(subject, str):
         return False
-    if pattern == "*":
-        return True
-    wanted_issuer, slash, wanted_subject = pattern.rpartition("/")
-    if not slash:
-        return matches_text(pattern, f"{issuer}/{subject}")
-    return matches_text(wanted_issuer, issuer) and matches_text(wanted_subject, subject)
+    of_issuer, of_subject = request_principal_forms(pattern)
+    return of_issuer.matches(issuer) and of_subject.matches(subject)
 
 
 def _claim(pattern: str, claims: Claims, path: tuple[str, ...]) -> bool:

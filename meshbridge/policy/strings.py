@@ -6,13 +6,48 @@ Spec: ISTIO.md §a, "String forms".
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from enum import StrEnum
 from functools import lru_cache
+from typing import Final
 
 from meshbridge.policy.mesh import Attribute, MeshSettings
 
 _SCHEME = "spiffe://"
 _OURS = "cluster.local"
 """In a principal this trust domain always means the mesh's own."""
+
+TEMPLATE_LITERAL: Final = "-a-zA-Z0-9._~%!$&'()+,;:@"
+"""What Envoy's path templates let a segment consist of, as the inside of a character class."""
+
+
+class TextForm(StrEnum):
+    EXACT = "exact"
+    PREFIX = "prefix"
+    SUFFIX = "suffix"
+    PRESENT = "present"
+
+
+@dataclass(frozen=True, slots=True)
+class TextPattern:
+    """One string of a policy in the form Istio gives it; ``text`` is without its wildcard."""
+
+    form: TextForm
+    text: str = ""
+
+    def matches(self, value: str) -> bool:
+        match self.form:
+            case TextForm.EXACT:
+                return value == self.text
+            case TextForm.PREFIX:
+                return value.startswith(self.text)
+            case TextForm.SUFFIX:
+                return value.endswith(self.text)
+            case TextForm.PRESENT:
+                return value != ""
+
+
+_PRESENT: Final = TextPattern(TextForm.PRESENT)
 
 
 def matches_text(pattern: str, value: str) -> bool:
@@ -40,9 +75,44 @@ def matches_path(pattern: str, path: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _template(pattern: str) -> re.Pattern[str]:
+    return re.compile(template_expression(pattern))
+
+
+def template_expression(pattern: str) -> str:
+    """A path template as the regular expression Envoy makes of it, to match as a whole.
+
+    Spec: Envoy, uri_template_lib: a glob takes no character outside ``TEMPLATE_LITERAL``.
+    """
     parts = re.split(r"(\{\*\*\}|\{\*\})", pattern)
-    forms = {"{*}": r"[^/]+", "{**}": r".*"}
-    return re.compile("".join(forms.get(part, re.escape(part)) for part in parts), re.DOTALL)
+    forms = {"{*}": f"[{TEMPLATE_LITERAL}]+", "{**}": f"[{TEMPLATE_LITERAL}/]*"}
+    return "".join(forms.get(part, re.escape(part)) for part in parts)
+
+
+@lru_cache(maxsize=4096)
+def request_principal_forms(pattern: str) -> tuple[TextPattern, TextPattern]:
+    """What a request principal asks of the issuer and of the subject.
+
+    They are parted at the last slash. Only a wildcard at an end of the whole counts: beside a leading one the subject
+    is exact, beside a trailing one the issuer is.
+
+    Spec: istio, pilot/pkg/security/authz/model/generator.go, requestPrincipalGenerator.
+    """
+    issuer, slash, subject = pattern.rpartition("/")
+    if pattern == "*":
+        return _PRESENT, _PRESENT
+    if pattern.startswith("*"):
+        if not slash:
+            return _PRESENT, TextPattern(TextForm.SUFFIX, pattern[1:])
+        first = _PRESENT if issuer == "*" else TextPattern(TextForm.SUFFIX, issuer[1:])
+        return first, TextPattern(TextForm.EXACT, subject)
+    if pattern.endswith("*"):
+        if not slash:
+            return TextPattern(TextForm.PREFIX, pattern[:-1]), _PRESENT
+        second = _PRESENT if subject == "*" else TextPattern(TextForm.PREFIX, subject[:-1])
+        return TextPattern(TextForm.EXACT, issuer), second
+    if not slash:
+        issuer, subject = pattern, ""
+    return TextPattern(TextForm.EXACT, issuer), TextPattern(TextForm.EXACT, subject)
 
 
 def matches_identity(
@@ -81,19 +151,24 @@ def _matches_principal(pattern: str, uri: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def principal_forms(pattern: str, mesh: MeshSettings) -> tuple[str, ...]:
-    """A principal of the mesh's own trust domain under each of its names; any other as written."""
-    parts = pattern.split("/")
-    if len(parts) != 5 or parts[0].startswith("*"):
-        return (pattern,)
+    """A principal of the mesh's own trust domain under each of its names; any other as written.
+
+    Spec: istio, pilot/pkg/security/trustdomain/bundle.go, ReplaceTrustDomainAliases.
+    """
+    domain, *rest = pattern.split("/")
     own = (mesh.trust_domain, *mesh.trust_domain_aliases)
-    if parts[0] != _OURS and parts[0] not in own:
+    if len(rest) != 4 or domain == "*" or not (domain == _OURS or any(matches_text(domain, name) for name in own)):
         return (pattern,)
-    return tuple("/".join([domain, *parts[1:]]) for domain in own)
+    forms = (
+        pattern if domain.startswith("*") and matches_text(domain, name) else "/".join([name, *rest]) for name in own
+    )
+    return tuple(dict.fromkeys(forms))
 
 
 def domain_forms(pattern: str, mesh: MeshSettings) -> tuple[str, ...]:
+    """A trust domain under each of the mesh's names; here cluster.local has no other meaning than itself."""
     own = (mesh.trust_domain, *mesh.trust_domain_aliases)
-    return own if pattern == _OURS or pattern in own else (pattern,)
+    return own if pattern in own else (pattern,)
 
 
 @lru_cache(maxsize=4096)

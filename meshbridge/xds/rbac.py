@@ -52,7 +52,14 @@ from meshbridge.policy.mesh import (
     MeshSettings,
     network_of,
 )
-from meshbridge.policy.strings import domain_forms, principal_forms
+from meshbridge.policy.strings import (
+    TextForm,
+    TextPattern,
+    domain_forms,
+    principal_forms,
+    request_principal_forms,
+    template_expression,
+)
 from meshbridge.xds.names import JWT_METADATA_NAMESPACE, JWT_PAYLOAD_KEY
 
 _SCHEME: Final = "spiffe://"
@@ -246,15 +253,21 @@ def _domain_text(pattern: str) -> StringMatcher:
 
 
 def _request_principal(pattern: str) -> Principal:
-    """The issuer before the last slash and the subject behind it; both have to be there."""
-    issuer, slash, subject = pattern.rpartition("/")
-    if pattern == "*" or (not slash and pattern.startswith("*")):
-        issuer, subject = "*", pattern
-    elif not slash and pattern.endswith("*"):
-        issuer, subject = pattern, "*"
-    both = [_claim(("iss",), _text(issuer)), _claim(("sub",), _text(subject))]
-    present = [_claim(("iss",), _PRESENT), _claim(("sub",), _PRESENT)]
-    return _all_ids([*both, *present])
+    """Issuer and subject; both have to be there."""
+    issuer, subject = request_principal_forms(pattern)
+    return _all_ids([_claim(("iss",), _matcher(issuer)), _claim(("sub",), _matcher(subject))])
+
+
+def _matcher(pattern: TextPattern) -> StringMatcher:
+    match pattern.form:
+        case TextForm.EXACT:
+            return StringMatcher(exact=pattern.text)
+        case TextForm.PREFIX:
+            return StringMatcher(prefix=pattern.text)
+        case TextForm.SUFFIX:
+            return StringMatcher(suffix=pattern.text)
+        case TextForm.PRESENT:
+            return _PRESENT
 
 
 def _claim(path: tuple[str, ...], text: StringMatcher) -> Principal:
@@ -276,11 +289,7 @@ def _header(name: str, value: str) -> HeaderMatcher:
 
 
 def _path_text(pattern: str) -> StringMatcher:
-    if "{" not in pattern:
-        return _text(pattern)
-    parts = re.split(r"(\{\*\*\}|\{\*\})", pattern)
-    forms = {"{*}": "[^/]+", "{**}": ".*"}
-    return _regex("".join(forms.get(part, re.escape(part)) for part in parts))
+    return _regex(template_expression(pattern)) if "{" in pattern else _text(pattern)
 
 
 def _text(pattern: str, *, ignore_case: bool = False) -> StringMatcher:

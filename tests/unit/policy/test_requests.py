@@ -68,6 +68,14 @@ MATCHES = {
     "the issuer may be any": (source("requestPrincipals", "*/ann"), True),
     "any request principal": (source("requestPrincipals", "*"), True),
     "another subject": (source("requestPrincipals", "https://issuer/bob"), False),
+    "an issuer by suffix": (source("requestPrincipals", "*issuer/ann"), True),
+    "beside a leading wildcard the subject is exact": (source("requestPrincipals", "*/an*"), False),
+    "beside a trailing wildcard the issuer is exact": (source("requestPrincipals", "https://iss*/a*"), False),
+    "a wildcard at the start of the subject alone is a literal": (source("requestPrincipals", "https://issuer/*n"),
+                                                                  False),
+    "without a slash a suffix asks of the subject": (source("requestPrincipals", "*nn"), True),
+    "without a slash a prefix asks of the issuer": (source("requestPrincipals", "https*"), True),
+    "without a slash or wildcard the subject has to be empty": (source("requestPrincipals", "issuer"), False),
     "a method": (operation("methods", "GET", "POST"), True),
     "methods mind the case": (operation("methods", "post"), False),
     "notMethods": (operation("notMethods", "POST"), False),
@@ -78,6 +86,8 @@ MATCHES = {
     "one segment of a template": (operation("paths", "/api/{*}/process"), True),
     "a template's segment is one segment": (operation("paths", "/{*}/process"), False),
     "the tail of a template": (operation("paths", "/api/{**}"), True),
+    "a template ends where it ends": (operation("paths", "/api/{*}"), False),
+    "a template with a literal end": (operation("paths", "/{**}/process"), True),
     "paths mind the case": (operation("paths", "/API/v1/process"), False),
     "a host ignores case and has its port": (operation("hosts", "api.EXAMPLE:8080"), True),
     "a host without the port that was sent": (operation("hosts", "api.example"), False),
@@ -290,6 +300,42 @@ def test_trust_domain_aliases(principal: str, peer: str, expected: bool) -> None
     found = policies(authorization("ALLOW", f"[{source('principals', principal)}]"), ALIASES)
     request = replace(BASE, principal=f"spiffe://{peer}/ns/shop/sa/default")
     assert decide_request(API, found, request).allowed is expected
+
+
+@pytest.mark.parametrize(
+    ("written", "peer", "expected"),
+    [
+        ("td1", "old", True),
+        ("old", "td1", True),
+        ("cluster.local", "td1", False),
+        ("cluster.local", "cluster.local", True),
+        ("td*", "td1", True),
+        ("td*", "old", False),
+    ],
+    ids=[
+        "own means aliases too", "and the other way round", "cluster.local means no other", "but itself",
+        "a wildcard asks of the name", "and is not expanded",
+    ],
+)  # fmt: skip
+def test_trust_domains_are_expanded_by_their_own_rule(written: str, peer: str, expected: bool) -> None:
+    found = policies(authorization("ALLOW", f"[{source('trustDomains', written)}]"), ALIASES)
+    request = replace(BASE, principal=f"spiffe://{peer}/ns/shop/sa/default")
+    assert decide_request(API, found, request).allowed is expected
+
+
+@pytest.mark.parametrize(("peer", "expected"), [("new-td", True), ("old", True), ("other-td", True), ("x", False)])
+def test_a_trust_domain_by_suffix_means_what_it_matches_and_the_meshs_other_names(peer: str, expected: bool) -> None:
+    mesh = MeshSettings(trust_domain="new-td", trust_domain_aliases=("old",))
+    found = policies(authorization("ALLOW", f"[{source('principals', '*-td/ns/shop/sa/default')}]"), mesh)
+    request = replace(BASE, principal=f"spiffe://{peer}/ns/shop/sa/default")
+    assert decide_request(API, found, request).allowed is expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [("/a/b/c", True), ("/a/", True), ("/a/b*c", False), ('/a/"b"', False), ("/a/b=c", False)]
+)
+def test_a_glob_takes_what_envoys_templates_take(path: str, expected: bool) -> None:
+    assert matches_path("/a/{**}", path) is expected
 
 
 HTTP_RULES = """
