@@ -29,6 +29,7 @@ class _Service:
 
     addresses: tuple[bytes, ...]
     ports: tuple[_Port, ...]
+    outside: frozenset[bytes]
 
 
 @dataclass(slots=True)
@@ -57,12 +58,16 @@ class Services:
             yield from service.addresses if service is not None else ()
 
     def peer(self, address: bytes, holder: Peer | None) -> Peer | None:
-        """Who a Service's address is: its holder, else the world, set apart from all others by the Service's name."""
+        """Who a Service's address is: its holder, else the world, set apart from all others by the Service's name.
+
+        An outside address is apart from the Service's own as well, since denies count for it.
+        """
         names = self._at.get(address)
         if not names:
             return holder
         held = holder or _WORLD[IpFamily.of(parse_address(address))]
-        return replace(held, service=", ".join(sorted(names)))
+        said = (f"{name} (outside)" if address in self._services[name].outside else name for name in sorted(names))
+        return replace(held, service=", ".join(said))
 
     def frontends(self, number: Callable[[bytes], int | None]) -> Mapping[int, tuple[FrontendPort, ...]]:
         """The ports of Services by the identity of their addresses.
@@ -73,12 +78,15 @@ class Services:
             number: the identity of an address whose holder is known.
         """
         found: dict[int, dict[tuple[int, int], set[Backend] | None]] = {}
+        outside: set[int] = set()
         for address, names in self._at.items():
             identity = number(address)
             if identity is None:
                 continue
             family = IpFamily.of(parse_address(address))
             ports = found.setdefault(identity, {})
+            if any(address in self._services[name].outside for name in names):
+                outside.add(identity)
             for name in sorted(names):
                 for port in self._services[name].ports:
                     key = (port.protocol, port.port)
@@ -86,7 +94,7 @@ class Services:
                     ports[key] = _joined(ports[key], backends) if key in ports else backends
         return {
             identity: tuple(
-                FrontendPort(protocol, port, tuple(sorted(backends or ())))
+                FrontendPort(protocol, port, tuple(sorted(backends or ())), identity in outside)
                 for (protocol, port), backends in sorted(ports.items())
             )
             for identity, ports in sorted(found.items())
@@ -100,7 +108,9 @@ def _packed(service: ServiceFrontends) -> _Service:
         for address, target in port.backends:
             backends.setdefault(IpFamily.of(address), []).append((address_bytes(address), target))
         ports.append(_Port(port.protocol, port.port, {family: tuple(known) for family, known in backends.items()}))
-    return _Service(tuple(map(address_bytes, service.addresses)), tuple(ports))
+    outside = tuple(map(address_bytes, service.outside_addresses))
+    addresses = dict.fromkeys((*map(address_bytes, service.addresses), *outside))
+    return _Service(tuple(addresses), tuple(ports), frozenset(outside))
 
 
 def _numbered(backends: Iterable[tuple[bytes, int]], number: Callable[[bytes], int | None]) -> set[Backend] | None:

@@ -82,9 +82,8 @@ def service_message(service: Service, pods: Iterable[Workload]) -> agent_pb2.Ser
     """A Service with those of ``pods``, all of its own, that answer behind each port."""
     backends = sorted(pods, key=lambda pod: pod.key)
     message = agent_pb2.Service(namespace=service.namespace, name=service.name)
-    message.addresses.extend(
-        address.packed for address in dict.fromkeys((*service.addresses, *service.outside_addresses))
-    )
+    message.addresses.extend(address.packed for address in dict.fromkeys(service.addresses))
+    message.outside_addresses.extend(address.packed for address in dict.fromkeys(service.outside_addresses))
     for port in service.ports:
         if port.protocol not in PROTOCOLS:
             continue  # nobody translates it either

@@ -161,6 +161,7 @@ class Evaluator:
     def _tell(self, frontend: Party, number: int, family: IpFamily) -> None:
         """The pods behind each port of a Service's address, for the maps and for what comes after."""
         ports: dict[tuple[int, int], set[Backend]] = {}
+        outside = any(frontend.address in service.outside_addresses for service in frontend.services)
         for service in frontend.services:
             pods = self._cluster.backends(service)
             for port in service.ports:
@@ -176,7 +177,7 @@ class Evaluator:
                         backends.add(Backend(self._numbers.of(party, "", family), target))
                         self._backends.setdefault((number, protocol, port.port), []).append((party, target))
         self._frontends[number] = tuple(
-            FrontendPort(protocol, port, tuple(sorted(backends)))
+            FrontendPort(protocol, port, tuple(sorted(backends)), outside)
             for (protocol, port), backends in sorted(ports.items())
         )
 

@@ -34,11 +34,15 @@ class Backend:
 
 @dataclass(frozen=True, slots=True, order=True)
 class FrontendPort:
-    """A port of a Service's address. Without backends nobody is known to answer: it may be anybody, at any port."""
+    """A port of a Service's address. Without backends nobody is known to answer: it may be anybody, at any port.
+
+    ``outside``: the address is no ClusterIP, but one that a Service claims of those outside of the cluster.
+    """
 
     protocol: int
     port: int
     backends: tuple[Backend, ...]
+    outside: bool = False
 
 
 def with_frontends(policy_map: PolicyMap, frontends: Mapping[int, Iterable[FrontendPort]]) -> PolicyMap:
@@ -46,7 +50,8 @@ def with_frontends(policy_map: PolicyMap, frontends: Mapping[int, Iterable[Front
 
     ``policy_map`` itself is returned where it restricts nothing. A port none of whose backends may be reached drops for
     their reason, one with some for ``service backends differ``, and one without known backends for that reason, unless
-    policy lets the endpoint reach anybody at any port.
+    policy lets the endpoint reach anybody at any port. What a rule denies of an outside address stays denied, whoever
+    answers there: a Service must not open an address that somebody denied before it was claimed.
     """
     if not frontends or not restricts(policy_map):
         return policy_map
@@ -54,7 +59,7 @@ def with_frontends(policy_map: PolicyMap, frontends: Mapping[int, Iterable[Front
     added = {}
     for number, ports in frontends.items():
         for port in ports:
-            entry = judge.entry(port)
+            entry = judge.entry(number, port)
             if not judge.says(number, port, entry):
                 added[PolicyKey(number, Layer.NETWORK, port.protocol, port.port, PREFIX_PORT)] = entry
     if not added:
@@ -78,8 +83,12 @@ class _Judge:
         self._decided: dict[tuple[int, int, int], Decision] = {}
         self._open: dict[int, bool] = {}
 
-    def entry(self, port: FrontendPort) -> PolicyEntry:
+    def entry(self, number: int, port: FrontendPort) -> PolicyEntry:
         """What a packet to the Service's port gets."""
+        if port.outside:
+            own = self._decide(number, port.protocol, port.port).network
+            if own.deny_reason == DropReason.POLICY_DENY:
+                return PolicyEntry(Verdict.DENY, _ABOVE_ALL, own.origins, own.deny_reason)
         if not port.backends:
             if self._is_open(port.protocol):
                 return PolicyEntry(Verdict.ALLOW, _ABOVE_ALL, ())

@@ -187,16 +187,18 @@ class Address(_message.Message):
     def __init__(self, address: _Optional[bytes] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., namespace_labels: _Optional[_Mapping[str, str]] = ..., service_account: _Optional[str] = ..., cluster: _Optional[str] = ..., trust_domain: _Optional[str] = ..., proxy: _Optional[str] = ..., entities: _Optional[_Iterable[str]] = ..., node: _Optional[str] = ..., uid: _Optional[str] = ..., ports: _Optional[_Iterable[_Union[ContainerPort, _Mapping]]] = ...) -> None: ...
 
 class Service(_message.Message):
-    __slots__ = ("namespace", "name", "addresses", "ports")
+    __slots__ = ("namespace", "name", "addresses", "ports", "outside_addresses")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     PORTS_FIELD_NUMBER: _ClassVar[int]
+    OUTSIDE_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     name: str
     addresses: _containers.RepeatedScalarFieldContainer[bytes]
     ports: _containers.RepeatedCompositeFieldContainer[ServicePort]
-    def __init__(self, namespace: _Optional[str] = ..., name: _Optional[str] = ..., addresses: _Optional[_Iterable[bytes]] = ..., ports: _Optional[_Iterable[_Union[ServicePort, _Mapping]]] = ...) -> None: ...
+    outside_addresses: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, namespace: _Optional[str] = ..., name: _Optional[str] = ..., addresses: _Optional[_Iterable[bytes]] = ..., ports: _Optional[_Iterable[_Union[ServicePort, _Mapping]]] = ..., outside_addresses: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ServicePort(_message.Message):
     __slots__ = ("protocol", "port", "backends")

@@ -157,11 +157,15 @@ class ServicePort:
 
 @dataclass(frozen=True, slots=True)
 class ServiceFrontends:
-    """The addresses of a Service and who answers behind its ports; ``name`` is ``namespace/name``."""
+    """The addresses of a Service and who answers behind its ports; ``name`` is ``namespace/name``.
+
+    ``addresses`` are ClusterIPs, ``outside_addresses`` those it claims outside of the cluster.
+    """
 
     name: str
     addresses: tuple[IpAddress, ...]
     ports: tuple[ServicePort, ...]
+    outside_addresses: tuple[IpAddress, ...] = ()
 
 
 def service_of(message: agent_pb2.Service) -> ServiceFrontends:
@@ -184,7 +188,10 @@ def service_of(message: agent_pb2.Service) -> ServiceFrontends:
             (address_of(packed, where), same_port.port) for same_port in port.backends for packed in same_port.addresses
         )
         ports.append(ServicePort(protocol, port.port, backends))
-    return ServiceFrontends(name, tuple(address_of(packed, where) for packed in message.addresses), tuple(ports))
+    addresses, outside = (
+        tuple(address_of(packed, where) for packed in given) for given in (message.addresses, message.outside_addresses)
+    )
+    return ServiceFrontends(name, addresses, tuple(ports), outside)
 
 
 def mesh_of(message: agent_pb2.Mesh) -> MeshSettings:

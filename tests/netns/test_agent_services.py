@@ -16,7 +16,7 @@ from meshbridge.protos import agent_pb2
 
 pytestmark = pytest.mark.root
 
-VIP4, VIP6 = "10.96.0.1", "fd96::1"
+VIP4, VIP6, OUTSIDE = "10.96.0.1", "fd96::1", "203.0.113.5"
 WEB_TO_API = """
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -53,6 +53,7 @@ def proxy(node: NodeHarness, pod: Pod) -> None:
     """What kube-proxy does: port 80 of the Service's addresses is the pod's 8080."""
     for command, vip, target in (
         ("iptables", VIP4, f"{pod.ipv4}:8080"),
+        ("iptables", OUTSIDE, f"{pod.ipv4}:8080"),
         ("ip6tables", VIP6, f"[{pod.ipv6}]:8080"),
     ):
         rule = ("-d", vip, "-p", "tcp", "--dport", "80", "-j", "DNAT", "--to-destination", target)
@@ -64,6 +65,7 @@ def tell(node: NodeHarness, *backends: Pod) -> None:
     behind = [agent_pb2.ServiceBackends(port=8080, addresses=addresses)] if backends else []
     node.services["shop/api"] = agent_pb2.Service(
         namespace="shop", name="api", addresses=[ip_address(vip).packed for vip in (VIP4, VIP6)],
+        outside_addresses=[ip_address(OUTSIDE).packed],
         ports=[agent_pb2.ServicePort(protocol="TCP", port=80, backends=behind)],
     )  # fmt: skip
     node.sync()
@@ -112,3 +114,26 @@ def test_a_service_is_judged_by_the_pods_behind_it(node: NodeHarness) -> None:
     del node.services["shop/api"]
     node.sync()
     assert reaches_both(node, web) == {True}, "without the Service the address is the world's"
+
+
+NOT_OUTSIDE = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: web, namespace: shop}
+spec:
+  endpointSelector: {matchLabels: {app: web}}
+  egress: [{toEntities: [all]}]
+  egressDeny: [{toCIDR: [203.0.113.0/24]}]
+"""
+
+
+def test_a_service_opens_no_outside_address_that_a_policy_denies(node: NodeHarness) -> None:
+    api, web = (node.add_pod("shop", name) for name in ("api", "web"))
+    node.listen(api, 8080)
+    proxy(node, api)
+    tell(node, api)
+    assert node.reaches(web.netns, OUTSIDE, 80)
+    node.apply(NOT_OUTSIDE)
+    node.sync()
+    assert not node.reaches(web.netns, OUTSIDE, 80)
+    assert reaches_both(node, web) == {True}, "the Service's own addresses are judged by its backends alone"

@@ -78,6 +78,14 @@ def test_a_services_address_is_the_world_or_its_holder_with_the_services_name() 
     assert services.peer(address_bytes(POD4), None) is None
 
 
+def test_an_outside_address_is_apart_from_the_services_own() -> None:
+    given = ServiceFrontends("s/a", (VIP4,), (ServicePort(6, 80, BOTH),), outside_addresses=(OUTSIDE,))
+    services = known(given)
+    assert services.peer(address_bytes(VIP4), None) != services.peer(address_bytes(OUTSIDE), None)
+    frontends = services.frontends(number)
+    assert {n: [port.outside for port in ports] for n, ports in frontends.items()} == {300: [False], 302: [True]}
+
+
 def update(revision: int, removed: set[str] | None = None, **messages: agent_pb2.Service) -> Update:
     changed: dict[str, dict[str, Any]] = {type_url: {} for type_url in MESSAGES}
     changed[xds.SERVICE] = {f"s/{name}": message for name, message in messages.items()}

@@ -83,19 +83,21 @@ def balanced(**ingress: str) -> dict[str, Any]:
     return {"loadBalancer": {"ingress": [ingress]}}
 
 
-ADDRESSES: dict[str, tuple[Document, list[str]]] = {
-    "both families": (service(clusterIPs=["10.96.0.1", "fd96::1"]), ["10.96.0.1", "fd96::1"]),
-    "external IPs": (service(externalIPs=["203.0.113.5"]), ["10.96.0.1", "203.0.113.5"]),
-    "a load balancer's": (service(status=balanced(ip="203.0.113.6")), ["10.96.0.1", "203.0.113.6"]),
+ADDRESSES: dict[str, tuple[Document, list[str], list[str]]] = {
+    "both families": (service(clusterIPs=["10.96.0.1", "fd96::1"]), ["10.96.0.1", "fd96::1"], []),
+    "external IPs": (service(externalIPs=["203.0.113.5"]), ["10.96.0.1"], ["203.0.113.5"]),
+    "a load balancer's": (service(status=balanced(ip="203.0.113.6")), ["10.96.0.1"], ["203.0.113.6"]),
     "not a load balancer's that the node does not translate": (
-        service(status=balanced(ip="203.0.113.6", ipMode="Proxy")), ["10.96.0.1"]),
-    "a load balancer known by name": (service(status=balanced(hostname="lb.example")), ["10.96.0.1"]),
+        service(status=balanced(ip="203.0.113.6", ipMode="Proxy")), ["10.96.0.1"], []),
+    "a load balancer known by name": (service(status=balanced(hostname="lb.example")), ["10.96.0.1"], []),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("given", "expected"), ADDRESSES.values(), ids=ADDRESSES.keys())
-def test_the_addresses_of_a_service(given: Document, expected: list[str]) -> None:
-    assert told(cluster(given))["shop/api"].addresses == tuple(map(ip_address, expected))
+@pytest.mark.parametrize(("given", "own", "outside"), ADDRESSES.values(), ids=ADDRESSES.keys())
+def test_the_addresses_of_a_service(given: Document, own: list[str], outside: list[str]) -> None:
+    known = told(cluster(given))["shop/api"]
+    assert (known.addresses, known.outside_addresses) == (
+        tuple(map(ip_address, own)), tuple(map(ip_address, outside)))  # fmt: skip
 
 
 SILENT = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+
 import pytest
-from policycast import API, LEDGER, WEB, numbered, policies
+from policycast import API, LEDGER, PRIVATE, WEB, numbered, policies
 
 from meshbridge.identity.model import IpFamily, Workload
 from meshbridge.policy.capture import Capture
@@ -82,6 +84,33 @@ spec: {{podSelector: {{}}, policyTypes: [Egress], {rules}}}
     base = compile_endpoint(WEB, found, numbered(found).identities, Capture.none()).map(Direction.EGRESS, IpFamily.IPV4)
     answered = with_frontends(base, {SERVICE: [FrontendPort(6, 80, ())]})
     assert evaluate(answered, SERVICE, 6, 80).passes
+
+
+ALL_BUT = "egress: [{toEntities: [all]}], egressDeny: "
+OUTSIDE: dict[str, tuple[str, int, int]] = {
+    "a deny of its CIDR": (ALL_BUT + "[{toCIDR: [10.9.9.0/24]}]", DropReason.POLICY_DENY, 0),
+    "a deny of the world": (ALL_BUT + "[{toEntities: [world]}]", DropReason.POLICY_DENY, 0),
+    "a deny of its port": (
+        ALL_BUT + "[{toCIDR: [10.9.9.0/24], toPorts: [{ports: [{port: '80'}]}]}]", DropReason.POLICY_DENY, 0),
+    "a deny of another port": (ALL_BUT + "[{toCIDR: [10.9.9.0/24], toPorts: [{ports: [{port: '81'}]}]}]", 0, 0),
+    "a deny of another CIDR": (ALL_BUT + "[{toCIDR: [203.0.113.0/24]}]", 0, 0),
+    "nothing allows its CIDR, but the backends are allowed": (TO_API, 0, 0),
+    "an allow of its CIDR allows no backend": (
+        "egress: [{toCIDR: [10.9.9.0/24]}]", DropReason.POLICY, DropReason.POLICY),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rules", "outside", "cluster_ip"), OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_an_outside_address_of_a_service_is_what_a_deny_says_of_it_as_well(
+    rules: str, outside: int, cluster_ip: int
+) -> None:
+    found = policies(egress(rules))
+    numbering = numbered(found)
+    base = compile_endpoint(WEB, found, numbering.identities, Capture.none()).map(Direction.EGRESS, IpFamily.IPV4)
+    api, number = (numbering.addresses[a].identity for a in (API.addresses[0], ip_address(PRIVATE)))
+    for is_outside, reason in ((True, outside), (False, cluster_ip)):
+        answered = with_frontends(base, {number: [FrontendPort(6, 80, (Backend(api, 8080),), is_outside)]})
+        assert evaluate(answered, number, 6, 80).deny_reason == reason
 
 
 def test_what_the_map_says_anyway_is_not_written_again() -> None:
