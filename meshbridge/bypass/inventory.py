@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 
-from meshbridge.bypass.annotations import MeshDefaults
+from meshbridge.bypass.annotations import TRAFFIC, MeshDefaults
+from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.rules import SeenRules
-from meshbridge.bypass.state import CaptureState
-from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, Workload
+from meshbridge.bypass.state import CaptureState, Truth
+from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, ProxyClass, Workload
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse import Parsed, parse
@@ -33,6 +35,7 @@ class Inventory:
     states: Mapping[str, CaptureState] = field(hash=False)
     predicted: bool = True
     others: Mapping[str, Peer] = field(default_factory=dict, hash=False)
+    bypass_policies: BypassPolicies = NO_BYPASS_POLICIES
 
     def peer(self, workload: Workload) -> Peer:
         """The workload as policies see it, with the CIDRs that contain its addresses."""
@@ -94,35 +97,69 @@ def inventory(
     mesh: MeshSettings | None = None,
     defaults: MeshDefaults | None = None,
     seen: Mapping[str, SeenRules] | None = None,
+    now: datetime | None = None,
 ) -> Inventory:
     """Read a cluster from its objects.
 
     Args:
         seen: The rules read in the namespaces of pods, by ``namespace/name``.
+        now: When it is, for what BypassPolicies accept until some time; without it they are not read.
     """
-    parsed = [parse(document) for document in documents]
-    workloads = workloads_of(parsed)
+    given = list(documents)
+    parsed = [parse(document) for document in given]
     rules = seen or {}
+    workloads = workloads_of(parsed)
+    named = {o.name for item in parsed for o in item.objects if isinstance(o, Namespace)}
+    states = {
+        w.key: capture_state(w if w.namespace in named else _expecting(w), mesh=defaults, seen=rules.get(w.key))
+        for w in workloads
+    }
     return Inventory(
-        workloads,
+        tuple(_injected(workload, states[workload.key]) for workload in workloads),
         tuple(o for item in parsed for o in item.objects if isinstance(o, Service)),
         PolicySet.of_parsed(parsed, mesh or MeshSettings()),
-        {w.key: capture_state(w, mesh=defaults, seen=rules.get(w.key)) for w in workloads},
+        states,
         predicted=seen is None,
+        bypass_policies=BypassPolicies.of(given, now) if now is not None else NO_BYPASS_POLICIES,
     )
+
+
+def _expecting(workload: Workload) -> Workload:
+    """Nothing is said of its namespace: whoever writes annotations for a sidecar expects one."""
+    if workload.addresses or not any(name.startswith(TRAFFIC) for name in workload.annotations):
+        return workload
+    return replace(workload, namespace_labels={"istio-injection": "enabled"})
+
+
+def _injected(workload: Workload, state: CaptureState) -> Workload:
+    """A pod as a person wrote it, with the sidecar that the injector will give it; what runs stays what it is."""
+    predicted = state.truth is Truth.PREDICTED and not workload.addresses
+    return replace(workload, proxy=ProxyClass.SIDECAR) if predicted else workload
 
 
 def workloads_of(parsed: Iterable[Parsed]) -> tuple[Workload, ...]:
     """Pods and the templates of pods, with the labels of their namespaces, by name.
 
-    A Pod stands for itself and for the template it came from when both are given under one name.
+    A template is left out where pods that carry its labels are given: those are what became of it.
     """
     every = list(parsed)
     namespaces = {o.name: o for item in every for o in item.objects if isinstance(o, Namespace)}
-    found: dict[str, Workload] = {}
+    pods: dict[str, Workload] = {}
+    templates: dict[str, Workload] = {}
     for item in every:
         for read in item.objects:
-            if isinstance(read, Workload) and (read.key not in found or item.document.kind == "Pod"):
+            if isinstance(read, Workload):
                 namespace = namespaces.get(read.namespace)
-                found[read.key] = replace(read, namespace_labels=namespace.labels) if namespace else read
+                written = replace(read, namespace_labels=namespace.labels) if namespace else read
+                (pods if item.document.kind == "Pod" else templates)[read.key] = written
+    found = dict(pods)
+    labelled = {(pod.namespace, label) for pod in pods.values() for label in pod.labels.items()}
+    for template in templates.values():
+        candidates = all((template.namespace, label) in labelled for label in template.labels.items())
+        if not (template.labels and candidates and any(_became(template, pod) for pod in pods.values())):
+            found.setdefault(template.key, template)
     return tuple(found[key] for key in sorted(found))
+
+
+def _became(template: Workload, pod: Workload) -> bool:
+    return pod.namespace == template.namespace and template.labels.items() <= pod.labels.items()

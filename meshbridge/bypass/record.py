@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from meshbridge.bypass.bypasspolicy import Ruling
 from meshbridge.bypass.compensation import Compensation
 from meshbridge.bypass.guarantees import Guarantee
 from meshbridge.bypass.report import HalfBypass, Report, Row
@@ -80,6 +81,21 @@ def _row(row: Row) -> dict[str, Any]:
         "route": {"kind": row.route.kind.value, "detail": row.route.detail},
         "guarantees": [_guarantee(guarantee) for guarantee in row.guarantees],
         "compensation": _compensation(row.compensation),
+        "ruling": _ruling(row.ruling),
+    }
+
+
+def _ruling(ruling: Ruling | None) -> dict[str, Any] | None:
+    if ruling is None:
+        return None
+    return {
+        "mode": ruling.mode.name.lower(),
+        "allowed": ruling.allowed,
+        "unaccepted": [_guarantee(guarantee) for guarantee in ruling.unaccepted],
+        "otherwise": ruling.otherwise.name.lower() if ruling.otherwise is not None else None,
+        "policies": [origin_record(origin) for origin in ruling.policies],
+        "notes": list(ruling.notes),
+        "proof": ruling.proof,
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from meshbridge.bypass.bypasspolicy import Ruling
 from meshbridge.bypass.compensation import Compensation, excluded_outcome, inbound_compensation
 from meshbridge.bypass.findings import Finding, FindingCode
 from meshbridge.bypass.guarantees import Fate, Guarantee, inbound_guarantees, outbound_guarantees
@@ -35,7 +36,10 @@ _TCP = 6
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One pod, direction, class and route, and the ports that share their fate."""
+    """One pod, direction, class and route, and the ports that share their fate.
+
+    ``ruling``: what BypassPolicies make of it; None where no mesh policy would guard the ports anyway.
+    """
 
     pod: str
     direction: Direction
@@ -46,6 +50,7 @@ class Row:
     destinations: tuple[str, ...] = ()
     guarantees: tuple[Guarantee, ...] = ()
     compensation: Compensation | None = None
+    ruling: Ruling | None = None
 
     def with_fate(self, fate: Fate) -> tuple[Guarantee, ...]:
         return tuple(guarantee for guarantee in self.guarantees if guarantee.fate is fate)
@@ -149,11 +154,21 @@ def _inbound_row(
     port = ports.spans[0][0]
     probed = port in {target_port(workload, probe) for probe in workload.probe_ports}
     sources = {name: peer for name, peer in inventory.sources().items() if name != workload.key}
-    return replace(
-        row,
-        guarantees=inbound_guarantees(guard, selected.request_authentication, port),
-        compensation=inbound_compensation(guard, port, sources, probed=probed),
+    return _ruled(
+        replace(
+            row,
+            guarantees=inbound_guarantees(guard, selected.request_authentication, port),
+            compensation=inbound_compensation(guard, port, sources, probed=probed),
+        ),
+        workload,
+        span,
+        inventory,
     )
+
+
+def _ruled(row: Row, workload: Workload, span: Span, inventory: Inventory) -> Row:
+    ruling = inventory.bypass_policies.ruling(workload.peer(), span, row.ports, row.with_fate(Fate.LOST))
+    return replace(row, ruling=ruling)
 
 
 def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
@@ -170,7 +185,7 @@ def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
         why = "no known destination's policy refuses this pod on these ports; identity and encryption are lost"
     else:
         why = "no destination is known"
-    return Row(
+    row = Row(
         workload.key,
         Direction.EGRESS,
         (),
@@ -181,6 +196,7 @@ def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
         outbound_guarantees(destination_drops=bool(refusing)),
         Compensation(bool(refusing), why, refused=refusing, outbound=True),
     )
+    return _ruled(row, workload, span, inventory)
 
 
 def _destinations(span: Span) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from meshbridge.observe.tables import aligned
 from meshbridge.observe.text import printable
 
 SOMETHING_BREAKS = 3
+NOT_ACCEPTED = 4
+_OTHERWISE = {
+    "deny": "refused at admission",
+    "warn": "compensated, with a warning",
+    "compensate": "compensated",
+}
 _FATES = ("lost", "weakened", "kept")
 
 _files = click.option(
@@ -102,37 +109,63 @@ def show(pod: str, files: tuple[Path, ...], output: str, node: str | None, socke
     print_lines(_show_lines(pod, record))
 
 
-@command.command(name="preview")
+@command.command(name="plan")
 @_files
 @_output
 @_node
 @_socket
-def preview(files: tuple[Path, ...], output: str, node: str | None, socket: Path | None) -> None:
-    """Say what will happen before it does: bypasses, half bypasses, isolated ports, pods that never start.
+def plan(files: tuple[Path, ...], output: str, node: str | None, socket: Path | None) -> None:
+    """Say what will happen before it does: what bypasses lose, what of it nobody accepted, what breaks.
+
+    What is lost has to be accepted by a BypassPolicy among the objects; the injector's sidecar is taken as given.
 
     \b
     Examples:
-      meshbridge bypass preview -f manifests/
-      meshbridge bypass preview -f prometheus-deployment.yaml -f ccnp-prometheus-scrape-access.yaml -o json
+      meshbridge bypass plan -f deployment.yaml -f bypass-policy.yaml
+      meshbridge bypass plan -f manifests/ -o json | jq '.bypasses[].ruling'
     \b
-    Exit codes: 0 nothing breaks, 3 something does (a connection, a port that stops working, a pod that never starts),
-    1 no agent answers or a manifest cannot be read.
+    Exit codes: 0 nothing breaks and what is lost is accepted, 3 something breaks (a connection, a port that stops
+    working, a pod that never starts), 4 something is lost that nobody accepted, 1 no agent answers or a manifest
+    cannot be read.
     """
     record = _record(files, node, socket)
+    rows = [row for row in record["bypasses"] if row["class"] == "excluded"]
     if output == "json":
         print_lines([json.dumps(record, indent=2)])
     else:
-        rows = [row for row in record["bypasses"] if row["class"] == "excluded"]
-        print_lines(_list_lines(rows, record))
+        print_lines([*_list_lines(rows, record), *_ruling_lines(rows)])
     broken = any(half["delivery"] == "broken" for half in record["half_bypasses"])
     closed = any(port["closed"] for isolation in record["isolations"] for port in isolation["ports"])
     if broken or closed or record["not_starting"]:
         sys.exit(SOMETHING_BREAKS)
+    if any(row["ruling"]["unaccepted"] or not row["ruling"]["allowed"] for row in rows):
+        sys.exit(NOT_ACCEPTED)
+
+
+def _ruling_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is lost and nobody accepted, and what BypassPolicies therefore do."""
+    lines: list[str] = []
+    for row in rows:
+        ruling = row["ruling"]
+        subject = f"{row['pod']} {row['direction']} TCP {ports_text(row['ports'])}"
+        by = ", ".join(origin["name"] for origin in ruling["policies"]) or "no BypassPolicy selects the pod"
+        if not ruling["allowed"]:
+            lines.append(
+                f"✗ {printable(subject)}: {_OTHERWISE[ruling['otherwise']]}: no route of {printable(by)} is this"
+            )
+        elif ruling["unaccepted"]:
+            kinds = ", ".join(dict.fromkeys(guarantee["kind"] for guarantee in ruling["unaccepted"]))
+            what = f"loses {kinds}, which nobody accepted ({by})"
+            lines.append(f"✗ {printable(subject)}: {_OTHERWISE[ruling['otherwise']]}: {printable(what)}")
+        elif ruling["policies"]:
+            lines.append(f"✓ {printable(subject)}: accepted by {printable(by)}")
+        lines += [f"  {printable(note)}" for note in ruling["notes"]]
+    return [*([""] if lines else []), *lines]
 
 
 def _record(files: Sequence[Path], node: str | None, socket: Path | None) -> dict[str, Any]:
     if files:
-        return report_record(report(inventory(read_manifests(files))))
+        return report_record(report(inventory(read_manifests(files), now=datetime.now(UTC))))
     return merged_records(json.loads(agent.bypasses()) for agent in answering(find_agents(socket, node)))
 
 

@@ -28,6 +28,8 @@ POLICY_KINDS: Final = frozenset(
         ("security.istio.io", "AuthorizationPolicy"),
         ("security.istio.io", "PeerAuthentication"),
         ("security.istio.io", "RequestAuthentication"),
+        ("meshbridge.io", "BypassPolicy"),
+        ("meshbridge.io", "ClusterBypassPolicy"),
     }
 )
 STATE_KINDS: Final = frozenset(
@@ -49,6 +51,7 @@ CLUSTER_SCOPED: Final = frozenset(
         ("policy.networking.k8s.io", "ClusterNetworkPolicy"),
         ("policy.networking.k8s.io", "AdminNetworkPolicy"),
         ("policy.networking.k8s.io", "BaselineAdminNetworkPolicy"),
+        ("meshbridge.io", "ClusterBypassPolicy"),
     }
 )
 

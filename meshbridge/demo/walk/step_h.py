@@ -54,8 +54,8 @@ def run(walk: Walk) -> None:
 
 
 def _warned(walk: Walk) -> None:
-    """The preview of what is about to be applied, asked of the same files."""
-    argv = ("bypass", "preview", "-f", str(MANIFESTS), "-f", str(KUBELET), "-f", str(CCNP))
+    """The plan for what is about to be applied, asked of the same files."""
+    argv = ("bypass", "plan", "-f", str(MANIFESTS), "-f", str(KUBELET), "-f", str(CCNP))
     said = walk.output(*argv)
     warnings = [line for line in said.lines if "default deny" in line and POLICY_NAME in line]
     walk.quote(argv, warnings or said.lines[-5:])

@@ -37,7 +37,7 @@ def run(walk: Walk) -> None:
 
 def _reported(walk: Walk) -> None:
     """Both halves are said while nobody has met them."""
-    argv = ("bypass", "preview", "-f", str(MANIFESTS), "-f", str(KUBELET))
+    argv = ("bypass", "plan", "-f", str(MANIFESTS), "-f", str(KUBELET))
     said = walk.output(*argv)
     halves = [line for line in said.lines if "half bypass" in line]
     walk.quote(argv, halves or said.lines[-5:])

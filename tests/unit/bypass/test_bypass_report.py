@@ -319,7 +319,7 @@ def test_list_of_a_namespace_and_as_json(manifests: Path) -> None:
     (bypass,) = record["bypasses"]
     assert set(bypass) == {
         "pod", "direction", "families", "protocol", "ports", "destinations", "class", "route", "guarantees",
-        "compensation",
+        "compensation", "ruling",
     }  # fmt: skip
     assert (bypass["pod"], bypass["ports"], bypass["class"]) == ("finance/api", [[8080, 8080]], "excluded")
     assert bypass["compensation"]["allowed"] == ["monitoring/prometheus"]
@@ -340,27 +340,27 @@ def test_show_of_an_unknown_pod_says_so(manifests: Path) -> None:
     assert "nothing is known of this pod" in str(result.exception)
 
 
-def test_preview_exits_3_when_something_breaks(tmp_path: Path, manifests: Path) -> None:
-    assert run("preview", "-f", str(manifests)).exit_code == 0
+def test_plan_exits_3_when_something_breaks(tmp_path: Path, manifests: Path) -> None:
+    assert run("plan", "-f", str(manifests)).exit_code == 4
     text = NAMESPACES + pod("finance/api", "10.0.0.1") + PROMETHEUS + STRICT
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/all.yaml").write_text(text)
-    result = run("preview", "-f", str(tmp_path / "broken"))
+    result = run("plan", "-f", str(tmp_path / "broken"))
     assert result.exit_code == 3
     assert "half bypass: monitoring/prometheus → finance/api:8080: broken" in result.output
 
 
-def test_preview_of_the_inputs_names_what_prometheus_loses() -> None:
-    result = run("preview", "-f", str(INPUTS / "prometheus-deployment.yaml"))
-    assert result.exit_code == 0
+def test_plan_of_the_inputs_names_what_prometheus_loses() -> None:
+    result = run("plan", "-f", str(INPUTS / "prometheus-deployment.yaml"))
+    assert result.exit_code == 4
     assert "8080,9090" in result.output
     assert "9090" in result.output
 
 
-def test_preview_names_pods_that_never_start(tmp_path: Path) -> None:
+def test_plan_names_pods_that_never_start(tmp_path: Path) -> None:
     bad = pod("finance/api", "10.0.0.1", '{traffic.sidecar.istio.io/excludeInboundPorts: "090"}')
     (tmp_path / "all.yaml").write_text(NAMESPACES + bad)
-    result = run("preview", "-f", str(tmp_path))
+    result = run("plan", "-f", str(tmp_path))
     assert result.exit_code == 3
     assert "finance/api is refused or never starts" in result.output
     assert "'090'" in result.output
@@ -384,5 +384,5 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes) -> 
 def test_names_from_manifests_cannot_forge_lines(tmp_path: Path) -> None:
     bad = pod("finance/api", "10.0.0.1", '{traffic.sidecar.istio.io/excludeInboundPorts: "80\\n! forged"}')
     (tmp_path / "all.yaml").write_text(NAMESPACES + bad)
-    output = run("preview", "-f", str(tmp_path)).output
+    output = run("plan", "-f", str(tmp_path)).output
     assert not any(line.startswith("! forged") for line in output.splitlines())

@@ -1,0 +1,322 @@
+"""BypassPolicy and ClusterBypassPolicy: which bypasses may be, what may be lost by them, and what happens otherwise.
+
+They are our own kinds (``meshbridge.io/v1alpha1``); docs/bypass-policies.md is their reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import IntEnum, StrEnum
+from typing import Final
+
+from meshbridge.bypass.guarantees import Guarantee, GuaranteeKind
+from meshbridge.bypass.sets import PORTS, IntSet, addresses, union
+from meshbridge.bypass.state import RouteKind, Span
+from meshbridge.identity.model import IpFamily, IpNetwork, Peer
+from meshbridge.policy.model import ANY, Anything, Direction, Document, Origin, Refusal
+from meshbridge.policy.parse.labels import kubernetes_requirements
+from meshbridge.policy.parse.parsed import origin_of, spec_of
+from meshbridge.policy.parse.reader import Invalid, Reader, shown
+from meshbridge.policy.selectors import IS_POD, LabelSource, Requirement, Selector, in_namespace
+
+GROUP: Final = "meshbridge.io"
+NAMESPACED: Final = "BypassPolicy"
+CLUSTERWIDE: Final = "ClusterBypassPolicy"
+KINDS: Final = frozenset({(GROUP, NAMESPACED), (GROUP, CLUSTERWIDE)})
+
+
+class Loss(StrEnum):
+    """What a bypass may cost, as a policy accepts it; every guarantee that can be lost is one of these."""
+
+    TELEMETRY = "telemetry"
+    ENCRYPTION = "encryption"
+    IDENTITY = "identity"
+    L7 = "l7"
+    REGISTRY_ONLY = "registry-only"
+
+
+LOSSES: Final[Mapping[GuaranteeKind, Loss]] = {
+    GuaranteeKind.PEER_CERTIFICATE: Loss.IDENTITY,
+    GuaranteeKind.SERVER_CERTIFICATE: Loss.IDENTITY,
+    GuaranteeKind.ENCRYPTION: Loss.ENCRYPTION,
+    GuaranteeKind.AUTHORIZATION: Loss.L7,
+    GuaranteeKind.CUSTOM: Loss.L7,
+    GuaranteeKind.JWT: Loss.L7,
+    GuaranteeKind.TELEMETRY: Loss.TELEMETRY,
+    GuaranteeKind.REGISTRY_ONLY: Loss.REGISTRY_ONLY,
+    GuaranteeKind.REFUSED_POLICY: Loss.L7,
+}
+"""Under which name a lost guarantee has to be accepted."""
+
+ROUTES: Final[Mapping[str, RouteKind]] = {
+    "excludeInboundPorts": RouteKind.EXCLUDE_INBOUND_PORTS,
+    "includeInboundPorts": RouteKind.INCLUDE_INBOUND_PORTS,
+    "excludeOutboundPorts": RouteKind.EXCLUDE_OUTBOUND_PORTS,
+    "includeOutboundPorts": RouteKind.INCLUDE_OUTBOUND_PORTS,
+    "excludeOutboundIPRanges": RouteKind.EXCLUDE_OUTBOUND_RANGES,
+    "includeOutboundIPRanges": RouteKind.INCLUDE_OUTBOUND_RANGES,
+    "excludeInterfaces": RouteKind.EXCLUDE_INTERFACES,
+    "interceptionModeNone": RouteKind.MODE_NONE,
+    "ipv6": RouteKind.IPV6,
+    "ambientBypassInboundCapture": RouteKind.AMBIENT,
+}
+"""The routes a policy can allow. Missing or foreign rules are no route: nobody asked for them."""
+
+
+class Mode(IntEnum):
+    """Whether the compensation drops, or lets pass and counts; the higher is the stricter."""
+
+    AUDIT = 0
+    ENFORCE = 1
+
+
+class Otherwise(IntEnum):
+    """What happens to a bypass that is not allowed, or loses what nobody accepted; the higher is the stricter.
+
+    All three are compensated: ``WARN`` is said to whoever applies the pod, ``DENY`` refuses the pod at admission.
+    """
+
+    COMPENSATE = 0
+    WARN = 1
+    DENY = 2
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedRoute:
+    """A route round the sidecar that may be: ``networks`` are destinations, and mean nothing inbound."""
+
+    direction: Direction
+    kinds: Anything | frozenset[RouteKind] = ANY
+    ports: IntSet = PORTS
+    networks: Anything | tuple[IpNetwork, ...] = ANY
+
+    def allows(self, span: Span, ports: IntSet) -> bool:
+        """Whether these ports of a bypass take this route, to the last flow."""
+        if span.direction is not self.direction or ports - self.ports:
+            return False
+        if not isinstance(self.kinds, Anything) and span.route.kind not in self.kinds:
+            return False
+        if self.direction is Direction.INGRESS or isinstance(self.networks, Anything):
+            return True
+        return not span.box.destination - addresses(*(n for n in self.networks if IpFamily.of(n) is span.family))
+
+
+EVERY_ROUTE: Final = tuple(AllowedRoute(direction) for direction in Direction)
+
+
+@dataclass(frozen=True, slots=True)
+class BypassPolicy:
+    """One policy. ``until`` ends what it accepts, not what it allows; ``proof``: the agent is to probe."""
+
+    origin: Origin
+    subject: Selector
+    mode: Mode = Mode.ENFORCE
+    routes: tuple[AllowedRoute, ...] = EVERY_ROUTE
+    accept: frozenset[Loss] = frozenset()
+    until: datetime | None = None
+    reason: str = ""
+    otherwise: Otherwise = Otherwise.WARN
+    proof: bool = False
+    refusal: Refusal | None = field(default=None, compare=False)
+
+    def accepted(self, now: datetime) -> frozenset[Loss]:
+        return frozenset() if self.is_expired(now) else self.accept
+
+    def is_expired(self, now: datetime) -> bool:
+        return self.until is not None and now >= self.until
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What the policies make of one bypass.
+
+    ``allowed`` False: policies select the pod and none allows the route. ``unaccepted`` are the guarantees lost that
+    nobody accepted; ``otherwise`` says what therefore happens, None: nothing is to be objected to.
+    """
+
+    mode: Mode = Mode.ENFORCE
+    allowed: bool = True
+    unaccepted: tuple[Guarantee, ...] = ()
+    otherwise: Otherwise | None = None
+    policies: tuple[Origin, ...] = ()
+    notes: tuple[str, ...] = ()
+    proof: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BypassPolicies:
+    """Every BypassPolicy there is, and the time by which they are read."""
+
+    policies: tuple[BypassPolicy, ...]
+    now: datetime
+
+    @classmethod
+    def of(cls, documents: Iterable[Document], now: datetime) -> BypassPolicies:
+        """Those among ``documents``, in an order that does not depend on theirs."""
+        found = (parse_bypass_policy(document) for document in documents if is_bypass_policy(document))
+        return cls(tuple(sorted(found, key=lambda policy: policy.origin)), now)
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        return tuple(policy.refusal for policy in self.policies if policy.refusal is not None)
+
+    def selecting(self, peer: Peer) -> tuple[BypassPolicy, ...]:
+        """Those that select a pod, or were refused and may select it."""
+        return tuple(policy for policy in self.policies if policy.subject.matches(peer))
+
+    def ruling(self, peer: Peer, span: Span, ports: IntSet, lost: Iterable[Guarantee]) -> Ruling:
+        """What they make of these ports of a bypass of one pod; ``lost`` is what it loses there.
+
+        Of policies that allow the same route the stricter holds in every respect: what all of them accept is accepted,
+        what one of them enforces is enforced.
+        """
+        missing = tuple(lost)
+        selecting = self.selecting(peer)
+        if not selecting:
+            return Ruling(unaccepted=missing, otherwise=Otherwise.WARN if missing else None)
+        allowing = tuple(policy for policy in selecting if any(r.allows(span, ports) for r in policy.routes))
+        deciding = allowing or selecting
+        accepted = frozenset.intersection(*(policy.accepted(self.now) for policy in deciding)) if allowing else ()
+        unaccepted = tuple(guarantee for guarantee in missing if LOSSES[guarantee.kind] not in accepted)
+        refused = any(policy.refusal is not None for policy in selecting)
+        objects = bool(unaccepted) or not allowing or refused
+        return Ruling(
+            mode=Mode.ENFORCE if refused else max(policy.mode for policy in deciding),
+            allowed=bool(allowing),
+            unaccepted=missing if refused else unaccepted,
+            otherwise=max(policy.otherwise for policy in (selecting if refused else deciding)) if objects else None,
+            policies=tuple(policy.origin for policy in deciding),
+            notes=tuple(self._notes(selecting, allowing)),
+            proof=any(policy.proof for policy in deciding),
+        )
+
+    def _notes(self, selecting: Iterable[BypassPolicy], allowing: tuple[BypassPolicy, ...]) -> Iterable[str]:
+        for policy in selecting:
+            if policy.refusal is not None:
+                yield f"{policy.origin} is not understood, so nothing is accepted here until it is mended"
+        for policy in allowing:
+            if policy.is_expired(self.now) and policy.accept:
+                losses = ", ".join(sorted(policy.accept))
+                yield f"{policy.origin} accepted {losses} until {policy.until:%Y-%m-%dT%H:%M:%SZ}, which is over"
+        for name, values in (
+            ("mode", {policy.mode.name.lower() for policy in allowing}),
+            ("accept", {"+".join(sorted(policy.accepted(self.now))) or "nothing" for policy in allowing}),
+            ("otherwise", {policy.otherwise.name.lower() for policy in allowing}),
+        ):
+            if len(values) > 1:
+                names = " and ".join(str(policy.origin) for policy in allowing)
+                yield f"{names} contradict each other on {name} ({', '.join(sorted(values))}): the stricter holds"
+
+
+NO_BYPASS_POLICIES: Final = BypassPolicies((), datetime.min.replace(tzinfo=UTC))
+
+
+def is_bypass_policy(document: Document) -> bool:
+    return (document.api_version.rpartition("/")[0], document.kind) in KINDS
+
+
+def parse_bypass_policy(document: Document) -> BypassPolicy:
+    """One policy. A refused one allows no route, accepts nothing and denies: nothing is loosened by what is not read.
+
+    It stands for every pod it may select: its selector where that much was understood, else its namespace.
+    """
+    try:
+        if document.fault:
+            raise Invalid("", document.fault, "keep one definition")
+        return _policy(document)
+    except Invalid as error:
+        refusal = Refusal(document, error.reason, error.path, error.fix)
+        subject = _reach(document)
+        return BypassPolicy(refusal.origin, subject, routes=(), otherwise=Otherwise.DENY, refusal=refusal)
+
+
+def _policy(document: Document) -> BypassPolicy:
+    clusterwide = document.kind == CLUSTERWIDE
+    known = ("selector", "mode", "routes", "accept", "until", "reason", "otherwise", "proof")
+    spec = Reader(spec_of(document), "spec").fields(*known, *(("namespaceSelector",) if clusterwide else ()))
+    until = _until(spec["until"]) if "until" in spec else None
+    accept = frozenset(Loss(item.text(list(Loss))) for item in spec["accept"].items()) if "accept" in spec else None
+    reason = spec["reason"].text() if "reason" in spec else ""
+    if accept and not reason:
+        Reader(None, "spec.reason").refuse("a loss is accepted without a reason", "write why, for whoever reads it")
+    if until is not None and not accept:
+        spec["until"].refuse("ends the acceptance of losses, and none is accepted", "write accept, or delete until")
+    return BypassPolicy(
+        origin_of(document, ""),
+        Selector.of(_subject(spec, document)),
+        Mode[spec["mode"].text([mode.name.lower() for mode in Mode]).upper()] if "mode" in spec else Mode.ENFORCE,
+        tuple(_route(item) for item in spec["routes"].items()) if "routes" in spec else EVERY_ROUTE,
+        accept or frozenset(),
+        until,
+        reason,
+        _otherwise(spec["otherwise"]) if "otherwise" in spec else Otherwise.WARN,
+        spec["proof"].boolean() if "proof" in spec else False,
+    )
+
+
+def _subject(spec: Mapping[str, Reader], document: Document) -> list[Requirement]:
+    found = [IS_POD if document.kind == CLUSTERWIDE else in_namespace(document.namespace)]
+    if "selector" in spec:
+        found += kubernetes_requirements(spec["selector"])
+    if "namespaceSelector" in spec:
+        found += kubernetes_requirements(spec["namespaceSelector"], LabelSource.NAMESPACE_LABEL)
+    return found
+
+
+def _reach(document: Document) -> Selector:
+    """Whom a refused policy may select."""
+    written = document.data.get("spec")
+    fields = written if isinstance(written, Mapping) else {}
+    spec = {name: Reader(fields[name], f"spec.{name}") for name in ("selector", "namespaceSelector") if name in fields}
+    try:
+        return Selector.of(_subject(spec, document))
+    except Invalid:
+        return Selector.of(_subject({}, document))
+
+
+def _otherwise(at: Reader) -> Otherwise:
+    return Otherwise[at.text([choice.name.lower() for choice in Otherwise]).upper()]
+
+
+def _until(at: Reader) -> datetime:
+    text = at.text()
+    try:
+        until = datetime.fromisoformat(text)
+    except ValueError:
+        at.refuse(f"{shown(text)} is no time", "write it as RFC 3339, e.g. 2027-06-30T00:00:00Z")
+    if until.tzinfo is None:
+        at.refuse(f"{shown(text)} has no time zone", "end it with Z")
+    return until.astimezone(UTC)
+
+
+def _route(at: Reader) -> AllowedRoute:
+    fields = at.fields("direction", "kinds", "ports", "destinations")
+    if "direction" not in fields:
+        at.refuse("has no direction", "write direction: inbound or outbound")
+    outbound = fields["direction"].text(("inbound", "outbound")) == "outbound"
+    if "destinations" in fields and not outbound:
+        fields["destinations"].refuse("belongs to outbound routes", "delete it, or write direction: outbound")
+    kinds: Anything | frozenset[RouteKind] = ANY
+    if "kinds" in fields:
+        kinds = frozenset(ROUTES[item.text(list(ROUTES))] for item in fields["kinds"].items(1))
+    return AllowedRoute(
+        Direction.EGRESS if outbound else Direction.INGRESS,
+        kinds,
+        union(_ports(item) for item in fields["ports"].items(1)) if "ports" in fields else PORTS,
+        tuple(item.network(bare_address=True) for item in fields["destinations"].items(1))
+        if "destinations" in fields
+        else ANY,
+    )
+
+
+def _ports(at: Reader) -> IntSet:
+    """A port, or ``first-last``."""
+    if isinstance(at.value, int) and not isinstance(at.value, bool):
+        return IntSet.of(at.integer(1, 65535))
+    first, dash, last = at.text().partition("-")
+    numbers = [int(text) for text in (first, last if dash else first) if text.isascii() and text.isdigit()]
+    if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1] <= 65535:
+        at.refuse(f"{shown(at.value)} is no port and no range", 'write 8080 or "9000-9099"')
+    return IntSet.of((numbers[0], numbers[1]))
