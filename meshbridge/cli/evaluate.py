@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import click
 
-from meshbridge.cli.files import ManifestError, read_manifests
+from meshbridge.cli.documents import DocumentSource, document_options, mesh_settings
+from meshbridge.cli.files import STDIN
 from meshbridge.cli.observe import print_lines
-from meshbridge.controller.meshconfig import read_mesh_config
 from meshbridge.evaluation.batch import MAX_LINE_BYTES, answer_lines
 from meshbridge.evaluation.cluster import Cluster
-from meshbridge.kube.objects import MESH_CONFIG
 from meshbridge.observe.text import printable
-from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
-from meshbridge.policy.model import Document
 
 NOT_ALL_ANSWERED = 3
 
 
 @click.command(name="evaluate", context_settings={"help_option_names": ["-h", "--help"]})
-@click.option(
-    "-f", "--filename", "files", multiple=True, type=click.Path(exists=True, path_type=Path),
-    help="Manifests: a file, or a directory of them. May be repeated.",
-)  # fmt: skip
+@document_options
 @click.option(
     "--flows", type=click.File("rb"), required=True, metavar="FLOWS.jsonl",
     help="The flows to ask about, one JSON object per line; - is standard input.",
 )  # fmt: skip
 @click.option("-o", "--output", type=click.Choice(["jsonl"]), default="jsonl", show_default=True, expose_value=False)
-def command(files: tuple[Path, ...], flows: BinaryIO) -> None:
-    """Answer what happens to flows under the policies of manifests: by network and mesh policy, in the kernel, in all.
+def command(documents: DocumentSource, flows: BinaryIO) -> None:
+    """Answer what happens to flows under the policies of the cluster, or of manifests, with nothing running.
 
     A flow has dst ("ns/pod", an address, or {"namespace", "labels"}), port, protocol (TCP), src ("ns/pod", an address,
     "node/NAME", "entity:world"), and where given src_ip, dst_ip, remote_ip, sni, peer_principal (null: plaintext),
@@ -44,19 +37,18 @@ def command(files: tuple[Path, ...], flows: BinaryIO) -> None:
 
     \b
     Examples:
+      meshbridge evaluate --flows flows.jsonl
+      meshbridge evaluate --context staging --flows flows.jsonl
       meshbridge evaluate -f manifests/ --flows flows.jsonl
       echo '{"src": "shop/web", "dst": "shop/api", "port": 8080}' | meshbridge evaluate -f manifests/ --flows -
       meshbridge evaluate -f manifests/ --flows flows.jsonl | jq -c 'select(.verdict == "DENY")'
     \b
-    Exit codes: 0 every flow is answered, 1 a manifest cannot be read, 3 some lines hold an error in place of an answer.
+    Exit codes: 0 every flow is answered, 1 a manifest or the cluster cannot be read, 3 some lines hold an error.
     """
-    if not files:
-        raise ManifestError(
-            "without -f it would read the cluster, which it cannot yet", where="meshbridge evaluate",
-            fix="name the manifests with -f",
-        )  # fmt: skip
-    documents = read_manifests(files)
-    cluster = Cluster(documents, _mesh_of(documents))
+    if STDIN in documents.files and getattr(flows, "name", "<stdin>") == "<stdin>":
+        raise click.UsageError("--filename and --flows cannot both be standard input")
+    objects = documents.read()
+    cluster = Cluster(objects, mesh_settings(objects))
     for refusal in cluster.policies.refusals:
         click.echo(f"Warning: refused: {printable(str(refusal))}", err=True)
     unanswered = 0
@@ -70,14 +62,6 @@ def command(files: tuple[Path, ...], flows: BinaryIO) -> None:
     print_lines(answers())
     if unanswered:
         sys.exit(NOT_ALL_ANSWERED)
-
-
-def _mesh_of(documents: Iterable[Document]) -> MeshSettings:
-    configs = [d for d in documents if d.kind == "ConfigMap" and d.name == MESH_CONFIG]
-    if len(configs) > 1:
-        names = ", ".join(str(config) for config in configs)
-        raise ManifestError(f"several ConfigMaps {MESH_CONFIG!r}: {names}", fix="name the manifests of one mesh")
-    return read_mesh_config(configs[0]) if configs else DEFAULT_MESH
 
 
 def _lines(flows: BinaryIO) -> Iterator[bytes]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
 from meshbridge.errors import MeshBridgeError
 from meshbridge.kube.manifests import MAX_FILE_BYTES, is_manifest
@@ -12,6 +14,7 @@ from meshbridge.kube.yaml import YamlError
 from meshbridge.policy.model import Document
 
 MAX_FILES = 4096
+STDIN: Final = Path("-")
 
 
 class ManifestError(MeshBridgeError):
@@ -19,7 +22,7 @@ class ManifestError(MeshBridgeError):
 
 
 def read_manifests(paths: Iterable[Path]) -> list[Document]:
-    """Every object of the files and directories.
+    """Every object of the files and directories; ``-`` is standard input.
 
     Raises:
         ManifestError: A file is no manifest; where, and how to mend it.
@@ -32,8 +35,11 @@ def read_manifests(paths: Iterable[Path]) -> list[Document]:
     documents: list[Document] = []
     for path in found:
         try:
-            with path.open("rb") as file:
-                content = file.read(MAX_FILE_BYTES + 1)
+            if path == STDIN:
+                content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+            else:
+                with path.open("rb") as file:
+                    content = file.read(MAX_FILE_BYTES + 1)
             if len(content) > MAX_FILE_BYTES:
                 raise ManifestError(f"larger than {MAX_FILE_BYTES} bytes", where=str(path), fix="split it")
             documents += read_objects(content, str(path)).documents

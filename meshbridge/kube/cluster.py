@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
+from yaml import YAMLError
+
 from meshbridge.errors import MeshBridgeError
 from meshbridge.kube.objects import MESH_CONFIG, POLICY_KINDS, STATE_KINDS
 from meshbridge.policy.model import Document
@@ -101,9 +103,11 @@ def connect(kubeconfig: Path | None = None, context: str | None = None) -> ApiCl
                 "there is no kubeconfig, and this is no pod", where=location,
                 fix="name manifests with -f, or a kubeconfig with --kubeconfig",
             )  # fmt: skip
-    except (config.ConfigException, OSError, ValueError) as error:
+    except (config.ConfigException, YAMLError, OSError, ValueError, TypeError) as error:
         fix = "'kubectl config get-contexts' shows what there is"
-        raise ClusterError(f"cannot be used: {error}", where=f"kubeconfig {location}", fix=fix) from error
+        raise ClusterError(
+            f"cannot be used: {' '.join(str(error).split())}", where=f"kubeconfig {location}", fix=fix
+        ) from error
     return ApiClient(settings)
 
 

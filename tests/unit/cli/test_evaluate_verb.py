@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from meshbridge.cli.evaluate import command
-from meshbridge.cli.files import ManifestError
+from meshbridge.kube.cluster import ClusterError
 
 MANIFESTS = """
 apiVersion: v1
@@ -72,7 +72,23 @@ def test_a_refused_object_is_told_beside_the_answers(manifests: Path) -> None:
     assert "bad.yaml:" in told
 
 
-def test_without_files_it_says_that_it_cannot_read_the_cluster_yet() -> None:
-    done = CliRunner().invoke(command, ["--flows", "-"], input=FLOW)
-    assert isinstance(done.exception, ManifestError)
-    assert "-f" in str(done.exception)
+def test_without_files_and_without_a_kubeconfig_it_says_what_to_name(tmp_path: Path) -> None:
+    nowhere = {"KUBECONFIG": None, "KUBERNETES_SERVICE_HOST": None, "HOME": str(tmp_path)}
+    done = CliRunner().invoke(command, ["--flows", "-"], input=FLOW, env=nowhere)
+    assert isinstance(done.exception, ClusterError)
+    assert "-f" in done.exception.fix
+
+
+def test_manifests_may_come_from_standard_input(tmp_path: Path) -> None:
+    asked = tmp_path / "flows.jsonl"
+    asked.write_text(FLOW)
+    done = CliRunner().invoke(command, ["-f", "-", "--flows", str(asked)], input=MANIFESTS)
+    assert (done.exit_code, json.loads(done.stdout)["verdict"]) == (0, "ALLOW")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["-f", "-", "--flows", "-"], ["-A", "-n", "shop", "--flows", "-"], ["-f", ".", "-n", "a", "--flows", "-"]],
+)
+def test_options_that_contradict_each_other_are_refused(options: list[str]) -> None:
+    assert CliRunner().invoke(command, options, input=FLOW).exit_code == 2
