@@ -18,7 +18,8 @@ from meshbridge.bypass.state import capture_of
 from meshbridge.datapath.policysets import PackedSet, RuleIds, pack_map
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, Peer, ProxyClass, Workload
 from meshbridge.policy.capture import Capture, PortClasses
-from meshbridge.policy.compile import Compiler, denies_by_labels
+from meshbridge.policy.compile import Compiler
+from meshbridge.policy.coverage import denies_by_labels
 from meshbridge.policy.frontends import FrontendPort, restricts, with_frontends
 from meshbridge.policy.model import (
     Anything,

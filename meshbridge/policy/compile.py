@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from meshbridge.identity.model import ContainerPort, Entity, IpFamily, Peer, Workload
 from meshbridge.identity.numbering import FIRST_LOCAL
 from meshbridge.policy.capture import Capture, PortClass, PortClasses
+from meshbridge.policy.coverage import EVERY_PORT, UNKNOWN_LABELS, Coverage, Spot, both, coverage, denies_by_labels
 from meshbridge.policy.lowering import MeshCompiler, MeshLayer
 from meshbridge.policy.model import (
     ALLOWED,
@@ -25,18 +26,13 @@ from meshbridge.policy.model import (
     PolicyEntry,
     PolicyKey,
     PolicyMap,
-    PortMatch,
     Tier,
     Verdict,
 )
-from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.policy.peers import PeerIndex
 from meshbridge.policy.policyset import PolicySet
-from meshbridge.policy.ports import PREFIX_ANY, range_prefixes
-from meshbridge.policy.precedence import ANYONE, DropReason, Strength, precedence
-from meshbridge.policy.selectors import EntityPeers, Selector
-
-_UNKNOWN_LABELS = EntityPeers(frozenset({Entity.UNMANAGED}))
+from meshbridge.policy.precedence import HOST, DropReason, Strength, precedence
+from meshbridge.policy.tiers import Tiers
 
 _Spot = tuple[int, int, int, int]
 """identity, protocol, port, prefix: a PolicyKey of the layer at hand, cheap to build and to compare."""
@@ -50,8 +46,8 @@ def compile_endpoint(
 ) -> EndpointPolicy:
     """Compile the policies that select one endpoint.
 
-    A direction with any selecting network rule is isolated: what no entry allows is dropped. Deny beats allow in its
-    tier, and the order of rules and objects never matters.
+    A direction with any selecting rule that isolates drops what no entry allows. Deny beats allow in the tier of
+    NetworkPolicies; in the tiers around it the first match decides. The order of objects never matters.
     """
     return Compiler(identities).endpoint(workload, policies, capture)
 
@@ -150,36 +146,84 @@ def _compile_network(
     direction: Direction,
     judged: PortClasses | None,
 ) -> _NetworkLayer:
-    isolating: set[Origin] = set()
-    best: dict[_Spot, tuple[int, set[Origin]]] = {}
-    for rule in rules:
-        if rule.default_deny:
-            isolating.add(rule.origin)
-        for numbers, spots in _spots(rule, index, ports, direction):
-            for protocol, port, prefix in spots:
-                rank = precedence(rule.tier, rule.priority, _strength(rule, port, prefix, judged))
-                for number in numbers:
-                    spot = (number, protocol, port, prefix)
-                    held = best.get(spot)
-                    if held is None or held[0] < rank:
-                        best[spot] = (rank, {rule.origin})
-                    elif held[0] == rank:
-                        held[1].add(rule.origin)
-    if isolating and direction is Direction.INGRESS:
-        rank = precedence(Tier.DEFAULT, 0, Strength.ALLOW)
-        for number in _own_node(index):
-            best.setdefault((number, 0, 0, PREFIX_ANY), (rank, set()))
-    shared: dict[tuple[int, frozenset[Origin]], PolicyEntry] = {}
-    entries = {}
-    for (number, protocol, port, prefix), (rank, origins) in sorted(best.items()):
-        signature = (rank, frozenset(origins))
-        entry = shared.get(signature)
-        if entry is None:
-            entry = shared[signature] = _entry(rank, tuple(sorted(origins)))
-        entries[PolicyKey(number, Layer.NETWORK, protocol, port, prefix)] = entry
-    if not isolating:
-        return _NetworkLayer(entries, ALLOWED)
-    return _NetworkLayer(entries, LayerDefault(Verdict.DENY, tuple(sorted(isolating)), DropReason.POLICY))
+    tiers = Tiers.of(rules)
+    covered = {id(rule): coverage(rule, index, ports, direction) for rule in tiers.rules}
+    found = _Entries(judged)
+    for step, rule in enumerate(tiers.baseline):
+        found.claim(rule, covered[id(rule)], Tier.BASELINE, step)
+    for rule in tiers.normal:
+        found.claim(rule, covered[id(rule)], Tier.NORMAL, 0)
+    own_node: Coverage = []
+    if tiers.isolating and direction is Direction.INGRESS:
+        own_node = [(numbers, [EVERY_PORT])] if (numbers := _own_node(index)) else []
+        found.put(own_node, precedence(Tier.DEFAULT, 0, Strength.ALLOW), ())
+    step = 0
+    for rule in tiers.admin:
+        if not rule.passes:
+            found.claim(rule, covered[id(rule)], Tier.ADMIN, step)
+            step += 1
+            continue
+        # The kernel stops at the highest entry, so what is left to the tiers below is written here once more.
+        passed = covered[id(rule)]
+        if denies_by_labels(rule):
+            unknown = both(passed, [(index.numbers(index.matching(UNKNOWN_LABELS)), [EVERY_PORT])])
+            found.put(unknown, precedence(Tier.ADMIN, step, Strength.DENY), (rule.origin,))
+        for below in tiers.normal:
+            found.claim(below, both(passed, covered[id(below)]), Tier.ADMIN, step)
+        for below in tiers.baseline:
+            step += 1
+            found.claim(below, both(passed, covered[id(below)]), Tier.ADMIN, step)
+        step += 1
+        if tiers.isolating:
+            local = [([HOST], [EVERY_PORT]), *own_node] if direction is Direction.INGRESS else []
+            found.put(both(passed, local), precedence(Tier.ADMIN, step, Strength.ALLOW), ())
+            found.put(passed, precedence(Tier.ADMIN, step, Strength.ISOLATED), tiers.isolating)
+        else:
+            found.put(passed, precedence(Tier.ADMIN, step, Strength.ALLOW), (rule.origin,))
+        step += 1
+    if not tiers.isolating:
+        return _NetworkLayer(found.entries(), ALLOWED)
+    return _NetworkLayer(found.entries(), LayerDefault(Verdict.DENY, tiers.isolating, DropReason.POLICY))
+
+
+class _Entries:
+    """Entries of the network layer as they come together: of equal keys the higher precedence stays."""
+
+    def __init__(self, judged: PortClasses | None) -> None:
+        self._judged = judged
+        self._best: dict[_Spot, tuple[int, set[Origin]]] = {}
+
+    def claim(self, rule: NetworkRule, covered: Coverage, tier: Tier, step: int) -> None:
+        """The verdict of ``rule`` for part of what it covers."""
+        for numbers, spots in covered:
+            for spot in spots:
+                rank = precedence(tier, step, _strength(rule, spot[1], spot[2], self._judged))
+                self._put(numbers, spot, rank, (rule.origin,))
+
+    def put(self, covered: Coverage, rank: int, origins: tuple[Origin, ...]) -> None:
+        for numbers, spots in covered:
+            for spot in spots:
+                self._put(numbers, spot, rank, origins)
+
+    def _put(self, numbers: Iterable[int], spot: Spot, rank: int, origins: tuple[Origin, ...]) -> None:
+        for number in numbers:
+            held = self._best.get((number, *spot))
+            if held is None or held[0] < rank:
+                self._best[number, *spot] = (rank, set(origins))
+            elif held[0] == rank:
+                held[1].update(origins)
+
+    def entries(self) -> dict[PolicyKey, PolicyEntry]:
+        """By key, in its order; entries that say the same are one object."""
+        shared: dict[tuple[int, frozenset[Origin]], PolicyEntry] = {}
+        found = {}
+        for (number, protocol, port, prefix), (rank, origins) in sorted(self._best.items()):
+            signature = (rank, frozenset(origins))
+            entry = shared.get(signature)
+            if entry is None:
+                entry = shared[signature] = _entry(rank, tuple(sorted(origins)))
+            found[PolicyKey(number, Layer.NETWORK, protocol, port, prefix)] = entry
+        return found
 
 
 def _own_node(index: PeerIndex) -> list[int]:
@@ -214,63 +258,5 @@ def _entry(rank: int, origins: tuple[Origin, ...]) -> PolicyEntry:
             return PolicyEntry(Verdict.NEEDS_L7, rank, origins, judge=Judge.EXT_AUTHZ)
         case Strength.UNJUDGED:
             return PolicyEntry(Verdict.DENY, rank, origins, DropReason.NO_L7_JUDGE)
-
-
-_Spots = list[tuple[int, int, int]]
-
-
-def _spots(
-    rule: NetworkRule, index: PeerIndex, ports: tuple[ContainerPort, ...], direction: Direction
-) -> list[tuple[list[int], _Spots]]:
-    """(identity numbers, (protocol, port, prefix)s) that the rule covers; each number with every one of its spots."""
-    if isinstance(rule.peers, Anything):
-        numbers, everybody = [ANYONE], True
-    else:
-        mask = 0
-        for selector in rule.peers:
-            mask |= index.matching(selector)
-        if denies_by_labels(rule):
-            mask |= index.matching(_UNKNOWN_LABELS)
-        numbers, everybody = index.numbers(mask), False
-    if not numbers:
-        return []
-    if isinstance(rule.ports, Anything):
-        return [(numbers, [(0, 0, PREFIX_ANY)])]
-    numbered = [match for match in rule.ports if not match.name]
-    names = [match for match in rule.ports if match.name]
-    found = [(numbers, _numbered_spots(numbered))] if numbered else []
-    if names and direction is Direction.INGRESS:
-        found.append((numbers, _named_spots(names, ports)))
-    elif names:
-        for number, peer in index.identities.items() if everybody else ((n, index.identities[n]) for n in numbers):
-            if spots := _named_spots(names, peer.ports):
-                found.append(([number], spots))
-    return found
-
-
-def denies_by_labels(rule: NetworkRule) -> bool:
-    """Whether a rule denies peers by what their labels are: whoever's labels nobody knows may be one of them.
-
-    So an address that two pods claim, or a pod that cannot be read, gets past no deny.
-    """
-    return (
-        rule.verdict is Verdict.DENY
-        and not isinstance(rule.peers, Anything)
-        and any(isinstance(selector, Selector) for selector in rule.peers)
-    )
-
-
-def _numbered_spots(matches: Iterable[PortMatch]) -> _Spots:
-    return [
-        (match.protocol, port, prefix) for match in matches for port, prefix in range_prefixes(match.first, match.last)
-    ]
-
-
-def _named_spots(names: Iterable[PortMatch], ports: Iterable[ContainerPort]) -> _Spots:
-    """A name stands for the container ports of that name and protocol; without any it matches nothing."""
-    return [
-        (name.protocol, port.port, 16)
-        for name in names
-        for port in ports
-        if port.name == name.name and PROTOCOLS.get(port.protocol) == name.protocol
-    ]
+        case Strength.ISOLATED:
+            return PolicyEntry(Verdict.DENY, rank, origins, DropReason.POLICY)

@@ -90,7 +90,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Origin:
-    """The rule a verdict comes from; what ``monitor``, ``explain`` and every drop show."""
+    """The rule a verdict comes from; what ``monitor``, ``explain`` and every drop show.
+
+    ``tier`` is set where the kind alone does not say that it comes before or after all others.
+    """
 
     kind: str
     namespace: str
@@ -98,6 +101,7 @@ class Origin:
     rule: str = ""
     file: str = ""
     line: int = 0
+    tier: str = ""
 
     @property
     def policy(self) -> str:
@@ -105,8 +109,9 @@ class Origin:
 
     def __str__(self) -> str:
         rule = f" {self.rule}" if self.rule else ""
+        tier = f" in the {self.tier} tier" if self.tier else ""
         place = f" ({self.file}:{self.line})" if self.file else ""
-        return f"{self.kind} {self.policy}{rule}{place}"
+        return f"{self.kind} {self.policy}{rule}{tier}{place}"
 
 
 class Anything:
@@ -168,6 +173,9 @@ class NetworkRule:
     ``peers`` is ANY, or a tuple of which one must match: an empty tuple is nobody. ``ports`` likewise. A rule with
     ``default_deny`` isolates what ``subject`` selects in ``direction``, also when it allows nobody. ``http`` not empty:
     the verdict is NEEDS_L7, judged by ext_authz.
+
+    In the tiers ADMIN and BASELINE the first match decides: by ``priority``, then ``order`` within the object. What a
+    rule that ``passes`` covers leaves its tier undecided there, so it has no verdict of its own.
     """
 
     subject: Selector
@@ -180,6 +188,8 @@ class NetworkRule:
     tier: Tier = Tier.NORMAL
     priority: int = 0
     http: tuple[HttpMatch, ...] = ()
+    order: int = 0
+    passes: bool = False
 
 
 class Severity(StrEnum):

@@ -1,7 +1,8 @@
 """Numbers the compiler shares with bpf/abi.h, and how tiers, priorities and verdicts become one precedence.
 
 The kernel takes the highest precedence of all entries a packet matches, so the whole order of the policy language has
-to be in this number: tier, then priority, then deny over allow over "needs L7" over "would need L7 but nobody judges".
+to be in this number: tier, then the step in it, then deny over allow over "needs L7" over "would need L7 but nobody
+judges" over "isolated".
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
+from meshbridge.errors import MeshBridgeError
 from meshbridge.policy.model import Tier
 
 ANYONE: Final = 0
 """IDENTITY_ANY: whoever the peer is."""
 
-MAX_PRIORITY: Final = 0xFFFF
+HOST: Final = 1
+"""IDENTITY_HOST: a process of the endpoint's own node, at an address that no policy's CIDR contains."""
+
+_STEPS: Final = 1 << 16
+"""Steps for each number of a tier; a tier may use those of the numbers between it and the next."""
 
 
 class DropReason(IntEnum):
@@ -32,17 +38,37 @@ class DropReason(IntEnum):
 
 
 class Strength(IntEnum):
-    """Order inside one tier and priority."""
+    """Order inside one step of a tier. ISOLATED is the implicit deny where it has to be written down."""
 
+    ISOLATED = 0x08
     UNJUDGED = 0x10
     NEEDS_L7 = 0x20
     ALLOW = 0x40
     DENY = 0x80
 
 
-def precedence(tier: Tier, priority: int, strength: Strength) -> int:
-    """32 bits: lower tiers and priorities rank higher, then ``strength``."""
-    return (Tier.DEFAULT - tier) << 24 | (MAX_PRIORITY - priority) << 8 | strength
+class TooManySteps(MeshBridgeError):
+    """More rules in order than a precedence can tell apart; nothing is compiled then."""
+
+
+def precedence(tier: Tier, step: int, strength: Strength) -> int:
+    """32 bits: lower tiers and steps rank higher, then ``strength``.
+
+    Raises:
+        TooManySteps: The step would rank with another tier: 6.5 million in ADMIN, 327,680 in BASELINE.
+    """
+    if step > _LAST_STEP[tier]:
+        raise TooManySteps(
+            f"more than {_LAST_STEP[tier]} steps in tier {tier.name}",
+            where="the policies of one endpoint",
+            fix="merge rules of ClusterNetworkPolicies",
+        )
+    return (((Tier.DEFAULT - tier + 1) * _STEPS - 1 - step) << 8) | strength
+
+
+_LAST_STEP: Final = {
+    tier: (min((each for each in Tier if each > tier), default=tier + 1) - tier) * _STEPS - 1 for tier in Tier
+}
 
 
 class MeshRank(IntEnum):

@@ -182,7 +182,9 @@ def label_of(peer: Peer, source: LabelSource, key: str) -> str | None:
         case LabelSource.RESERVED:
             return "" if key in peer.entities else None
         case LabelSource.NODE:
-            return peer.labels.get(key) if is_node(peer) else None
+            if not is_node(peer):
+                return None
+            return peer.labels.get(key) if key else ""
         case LabelSource.ABSENT:
             return None
 
@@ -197,6 +199,7 @@ def in_namespace(namespace: str) -> Requirement:
 
 
 IS_POD = Requirement(LabelSource.NAMESPACE, "", Operator.EXISTS)
+IS_NODE = Requirement(LabelSource.NODE, "", Operator.EXISTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +232,7 @@ def label_keys(selectors: Iterable[PeerSelector]) -> LabelKeys:
     return LabelKeys(
         pod=frozenset(r.key for r in requirements if r.source is LabelSource.POD),
         namespace=frozenset(r.key for r in requirements if r.source is LabelSource.NAMESPACE_LABEL),
-        node=frozenset(r.key for r in requirements if r.source is LabelSource.NODE),
+        node=frozenset(r.key for r in requirements if r.source is LabelSource.NODE and r.key),
     )
 
 

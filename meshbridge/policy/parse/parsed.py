@@ -17,11 +17,15 @@ from meshbridge.policy.model import (
     Origin,
     Refusal,
     Severity,
+    Tier,
     Verdict,
 )
 from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount
 from meshbridge.policy.parse.reader import Invalid
 from meshbridge.policy.selectors import Selector
+
+_BEFORE_ALL = -1
+"""A priority that no object has."""
 
 ClusterObject = Workload | Namespace | Node | Service | ServiceAccount
 
@@ -42,11 +46,15 @@ class Parsed:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What a refused network object may concern: whom it selects, in which directions, and where it may deny."""
+    """What a refused network object may concern: whom it selects, in which directions, and where it may deny.
+
+    It denies in its ``tier``, before every rule there that is understood.
+    """
 
     selector: Selector
     directions: frozenset[Direction]
     denies: frozenset[Direction] = frozenset()
+    tier: Tier = Tier.NORMAL
 
 
 def refused_network(document: Document, error: Invalid, reaches: Iterable[Reach]) -> Parsed:
@@ -67,9 +75,15 @@ def refused_network(document: Document, error: Invalid, reaches: Iterable[Reach]
     rules = []
     for reach in reaches:
         for direction in sorted(reach.directions):
-            denies = direction in reach.denies
-            verdict, peers = (Verdict.DENY, ANY) if denies else (Verdict.ALLOW, ())
-            rules.append(NetworkRule(reach.selector, direction, verdict, peers, ANY, refusal.origin))
+            if direction not in reach.denies:
+                rules.append(NetworkRule(reach.selector, direction, Verdict.ALLOW, (), ANY, refusal.origin))
+                continue
+            isolates = reach.tier is Tier.NORMAL
+            rules.append(
+                NetworkRule(
+                    reach.selector, direction, Verdict.DENY, ANY, ANY, refusal.origin, isolates, reach.tier, _BEFORE_ALL
+                )
+            )
     return Parsed(document, network=tuple(rules), refusals=(refusal,))
 
 
@@ -96,17 +110,19 @@ def refused_by_source(parsed: Parsed) -> Parsed:
     document = parsed.document
     error = Invalid("", document.fault, "keep one definition")
     if parsed.network:
-        reaches: dict[Selector, tuple[set[Direction], set[Direction]]] = {}
+        reaches: dict[tuple[Selector, Tier], tuple[set[Direction], set[Direction]]] = {}
         for rule in parsed.network:
-            directions, denies = reaches.setdefault(rule.subject, (set(), set()))
+            directions, denies = reaches.setdefault((rule.subject, rule.tier), (set(), set()))
             directions.add(rule.direction)
-            if rule.verdict is Verdict.DENY:
+            if rule.verdict is Verdict.DENY or rule.passes:
                 denies.add(rule.direction)
         return refused_network(
-            document, error, [Reach(s, frozenset(named), frozenset(denies)) for s, (named, denies) in reaches.items()]
+            document,
+            error,
+            [Reach(s, frozenset(named), frozenset(denies), t) for (s, t), (named, denies) in reaches.items()],
         )
-    selectors = [policy.selector for policy in parsed.authorization]
-    selectors += [policy.selector for policy in parsed.request_authentication]
+    selectors = [policy.selector for policy in parsed.authorization if not policy.targets]
+    selectors += [policy.selector for policy in parsed.request_authentication if not policy.targets]
     selectors += [policy.selector or Selector() for policy in parsed.peer_authentication]
     refusal = Refusal(document, error.reason, error.path, error.fix, Layer.MESH, tuple(selectors))
     return Parsed(document, refusals=(refusal,))

@@ -80,7 +80,7 @@ def cilium_ports(at: Reader, document: Document, notices: list[Notice]) -> Anyth
             if end is not None:
                 end.integer(0, LAST_PORT)
                 notices.append(Notice(document, "endPort has no effect with a named port", end.path, code="MB0507"))
-            name = _port_name(fields["port"], text.lower())
+            name = port_name(fields["port"], text.lower())
             found += [PortMatch(number, name=name) for number in _numbers(protocol)]
             continue
         first = _port_number(fields["port"], text)
@@ -134,7 +134,7 @@ def kubernetes_ports(at: Reader) -> Anything | tuple[PortMatch, ...]:
         elif isinstance(port.value, str):
             if end is not None:
                 end.refuse("endPort with a named port", "write the port as a number")
-            found.append(PortMatch(protocol, name=_port_name(port, port.value)))
+            found.append(PortMatch(protocol, name=port_name(port, port.value)))
         else:
             first = port.integer(1, LAST_PORT)
             last = end.integer(1, LAST_PORT) if end is not None else first
@@ -156,7 +156,12 @@ def _port_number(at: Reader, text: str) -> int:
     return int(text)
 
 
-def _port_name(at: Reader, name: str) -> str:
+def port_name(at: Reader, name: str) -> str:
+    """The name of a container port.
+
+    Raises:
+        Invalid: No container port can have it.
+    """
     if not _NAME.fullmatch(name):
         at.refuse(f"{shown(name)} is neither a port nor a port name", f"use 1..{LAST_PORT} or a container port's name")
     return name

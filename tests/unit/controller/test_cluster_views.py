@@ -36,6 +36,7 @@ API = {
     "ConfigMap": "v1",
     "CiliumNetworkPolicy": "cilium.io/v2",
     "CiliumClusterwideNetworkPolicy": "cilium.io/v2",
+    "ClusterNetworkPolicy": "policy.networking.k8s.io/v1alpha2",
     "AuthorizationPolicy": "security.istio.io/v1",
     "PeerAuthentication": "security.istio.io/v1",
 }
@@ -250,6 +251,34 @@ def test_node_addresses_and_the_gateways_of_pod_ranges_are_nodes(world: World) -
     assert (holder.node, holder.peer.entities, holder.name) == ("node-b", {Entity.REMOTE_NODE}, "")
     world.drop(document("Node", "node-b"))
     assert world.names(a, xds.ADDRESS) == set()
+
+
+def test_a_pod_that_says_it_holds_the_gateways_address_of_a_pod_range_is_no_node(world: World) -> None:
+    a = world.connect(A)
+    node = document("Node", "node-b", spec={"podCIDR": "10.244.2.0/24"})
+    world.put(node, pod("web-0", "10.244.2.1", "node-b"))
+    assert world.address(a, "10.244.2.1").name == "web-0"
+    assert not world.controller.problems
+    world.put(document("Node", "node-c", status={"addresses": [{"type": "InternalIP", "address": "10.244.2.1"}]}))
+    assert world.address(a, "10.244.2.1").peer.entities == {Entity.UNMANAGED}, "a node's status is no guess"
+    world.drop(document("Node", "node-c"), pod("web-0", "10.244.2.1"))
+    assert world.address(a, "10.244.2.1").node == "node-b"
+
+
+def test_a_nodes_labels_travel_as_far_as_policies_ask_for_them(world: World) -> None:
+    a = world.connect(A)
+    status = {"addresses": [{"type": "InternalIP", "address": "172.16.0.2"}]}
+    world.put(pod("web-0", "10.0.0.1"), document("Node", "node-b", status=status, labels={"zone": "a", "arch": "x"}))
+    assert world.address(a, "172.16.0.2").peer.labels == {}
+    selector = {"matchExpressions": [{"key": "zone", "operator": "Exists"}]}
+    spec = {
+        "tier": "Admin", "priority": 1, "subject": {"namespaces": {}},
+        "egress": [{"action": "Deny", "to": [{"nodes": selector}]}],
+    }  # fmt: skip
+    world.put(document("ClusterNetworkPolicy", "c", namespace="", spec=spec))
+    assert world.address(a, "172.16.0.2").peer.labels == {"zone": "a"}
+    world.put(document("Node", "node-b", status=status, labels={"zone": "b"}))
+    assert world.address(a, "172.16.0.2").peer.labels == {"zone": "b"}
 
 
 def test_labels_of_a_namespace_reach_its_pods_whichever_came_first(world: World) -> None:

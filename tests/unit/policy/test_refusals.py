@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from meshbridge.kube.objects import read_objects
-from meshbridge.policy.model import ANY, Direction, NetworkRule, Refusal, Verdict
+from meshbridge.policy.model import ANY, Direction, NetworkRule, Refusal, Tier, Verdict
 from meshbridge.policy.parse import Parsed, parse
 from meshbridge.policy.selectors import Selector
 
@@ -23,10 +23,11 @@ def requirement_words(selector: Selector) -> str:
 
 def rule_words(rule: NetworkRule) -> str:
     assert rule.ports is ANY
-    assert rule.default_deny
     if rule.verdict is Verdict.DENY:
         assert rule.peers is ANY
-        return "everybody is denied"
+        assert rule.default_deny is (rule.tier is Tier.NORMAL)
+        return "everybody is denied" + ("" if rule.default_deny else f" before all of {rule.tier.name}")
+    assert rule.default_deny
     assert rule.peers == ()
     return "isolated"
 
