@@ -14,12 +14,16 @@ from meshbridge.xds.snapshot import Resource, Resources
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A pod, or a node when ``name`` is empty; ``peer`` with all its labels and ports."""
+    """A pod, or a node when ``name`` is empty; ``peer`` with all its labels and ports.
+
+    ``guessed``: nobody says so; it counts for nothing beside a claim that somebody makes.
+    """
 
     peer: Peer
     name: str = ""
     uid: str = ""
     node: str = ""
+    guessed: bool = False
 
     def __str__(self) -> str:
         return f"pod {self.peer.namespace}/{self.name}" if self.name else f"node {self.node}"
@@ -70,15 +74,19 @@ class AddressBook:
 
     def holder(self, address: IpAddress) -> Holder | None:
         """Who holds ``address`` now."""
-        claims = self._claims.get(address)
+        claims = self._claimants(address)
         if not claims:
             return None
         return next(iter(claims.values())) if len(claims) == 1 else CONTESTED
 
     def contested(self, address: IpAddress) -> tuple[Holder, ...]:
         """All who claim ``address``, when it is more than one."""
-        claims = self._claims.get(address, {})
+        claims = self._claimants(address)
         return tuple(claims[claimant] for claimant in sorted(claims)) if len(claims) > 1 else ()
+
+    def _claimants(self, address: IpAddress) -> dict[str, Holder]:
+        claims = self._claims.get(address, {})
+        return {claimant: holder for claimant, holder in claims.items() if not holder.guessed} or claims
 
     @property
     def stale(self) -> frozenset[IpAddress]:

@@ -327,17 +327,14 @@ class Cluster:
 
     def _put_node(self, key: Key, node: Node | None, documents: tuple[Document, ...], touched: Touched) -> None:
         before = self._node_addresses.pop(key, ())
-        after: tuple[IpAddress, ...] = ()
+        after: dict[IpAddress, Holder] = {}
         if node is not None:
-            after = tuple(dict.fromkeys((*node.addresses, *gateway_addresses(documents[0]))))
-            self._node_addresses[key] = after
-        claimant = f"node {key[3]}"
-        for address in before:
-            if address not in after:
-                touched.addresses |= self.addresses.claim(address, claimant, None)
-        for address in after:
-            holder = Holder(replace(_NODE_PEER, labels=node.labels if node else {}), node=key[3])
-            touched.addresses |= self.addresses.claim(address, claimant, holder)
+            holder = Holder(replace(_NODE_PEER, labels=node.labels), node=key[3])
+            guess = replace(holder, guessed=True)
+            after = {**dict.fromkeys(gateway_addresses(documents[0]), guess), **dict.fromkeys(node.addresses, holder)}
+            self._node_addresses[key] = tuple(after)
+        for address in dict.fromkeys((*before, *after)):
+            touched.addresses |= self.addresses.claim(address, f"node {key[3]}", after.get(address))
 
     def _find_contested(self) -> None:
         for address in self.addresses.stale:
