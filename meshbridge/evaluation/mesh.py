@@ -5,6 +5,7 @@ The rules and their three-valued logic are ``policy.baseline``'s; what a conditi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
@@ -60,12 +61,22 @@ class Facts:
     destinations: tuple[IpAddress, ...]
 
 
-def mesh_verdict_on(guard: Guard, jwt_rules: tuple[JwtRule, ...], facts: Facts, protocol: AppProtocol) -> MeshVerdict:
+Known = Callable[[Facts, AppProtocol, Guard, AuthorizationPolicy, Condition], Verdict]
+
+
+def mesh_verdict_on(
+    guard: Guard,
+    jwt_rules: tuple[JwtRule, ...],
+    facts: Facts,
+    protocol: AppProtocol,
+    known: Known | None = None,
+) -> MeshVerdict:
     """What Envoy at the destination decides, as far as the question tells.
 
     Args:
         jwt_rules: of the RequestAuthentications that select the destination: with any, a bad token is refused.
         protocol: what Envoy takes the port for. A request that is described is one: what is sniffed is then HTTP.
+        known: whether a condition holds, for who wants to suppose something; else what the question says.
     """
     question = facts.question
     if protocol is AppProtocol.AUTO and question.http is not None:
@@ -76,7 +87,7 @@ def mesh_verdict_on(guard: Guard, jwt_rules: tuple[JwtRule, ...], facts: Facts, 
     presents = UNKNOWN if isinstance(principal, Principal) else _certain(principal is not None)
 
     def verdict(form: AppProtocol) -> MeshVerdict:
-        return verdict_of(guard, facts.port, form, presents, partial(condition_on, facts, form, guard))
+        return verdict_of(guard, facts.port, form, presents, partial(known or condition_on, facts, form, guard))
 
     return verdict_of_forms(verdict, protocol)
 
