@@ -108,6 +108,7 @@ class Compilation:
             or added is None
             or not _same(self._pods.get(uid), pod.workload)
             or self.compiled[uid].sets is None
+            or pod.fault
             or self._seen.get(uid) != rules.get(uid)
             or (moved and self.compiled[uid].judges_services)
             or _concerns(changed, pod.workload)
@@ -118,7 +119,9 @@ class Compilation:
             destinations = _sidecars(identities) if self.knows_destinations else {}
             batch = _Batch(Compiler(identities, destinations), policies, services, self.rules, self._captures)
             for uid in stale:
-                self.compiled[uid] = batch.compile(pods[uid].workload, rules.get(uid))
+                pod = pods[uid]
+                closed = Compiled(None, fault=f"all its packets are dropped: {pod.fault}") if pod.fault else None
+                self.compiled[uid] = closed or batch.compile(pod.workload, rules.get(uid))
                 self._pods[uid], self._seen[uid] = pods[uid].workload, rules.get(uid)
         return len(stale)
 

@@ -138,7 +138,7 @@ class Node:
         """What makes the report on bypasses, from the state as it is now; it takes long, and may run elsewhere."""
         from meshbridge.agent.bypasses import bypasses_json  # 0.3 MB that an agent nobody asks need not hold
 
-        pods = [pod.workload for pod in self._view.pods.values() if pod.is_hooked]
+        pods = [pod.workload for pod in self._view.pods.values() if pod.is_hooked and not pod.fault]
         others = {
             f"{holder.peer.namespace}/{holder.name}": self._peers.identities[number]
             for address, holder in self._view.holders.items()
@@ -344,9 +344,10 @@ class Node:
             if self._informed and pod.is_hooked and not self._endpoints.of_pod(uid):
                 state = self._pod_state(pod)
                 state.state = "not-hooked"
+                why = f"it is to be closed ({pod.fault}), but " if pod.fault else ""
                 state.message = (
-                    "no interface of it was found, so nothing is enforced on it: its CNI plugin did not announce it "
-                    "and no route leads to its address"
+                    f"{why}no interface of it was found, so nothing is enforced on it: its CNI plugin did not announce "
+                    "it and no route leads to its address"
                 )
                 yield state
 

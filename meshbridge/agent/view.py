@@ -37,10 +37,14 @@ PeerSelectorT = TypeVar("PeerSelectorT", bound=PeerSelector)
 
 @dataclass(frozen=True, slots=True)
 class LocalPod:
-    """A pod of this node, and the source addresses it may use besides its own."""
+    """A pod of this node, and the source addresses it may use besides its own.
+
+    ``fault``: why it has to be closed, whatever policies say.
+    """
 
     workload: Workload
     extra_addresses: tuple[IpAddress, ...] = ()
+    fault: str = ""
 
     @property
     def is_hooked(self) -> bool:
@@ -145,7 +149,7 @@ class NodeView:
     def _put(self, type_url: str, name: str, message: Any) -> None:
         if type_url == xds.ENDPOINT:
             extra = tuple(address_of(packed, f"Endpoint {name}") for packed in message.extra_addresses)
-            self.pods[name] = LocalPod(workload_of(message), extra)
+            self.pods[name] = LocalPod(workload_of(message), extra, message.fault)
         elif type_url == xds.POLICY:
             self.policies[name] = self._compact(parse(document_of(message)))
         elif type_url == xds.SERVICE:

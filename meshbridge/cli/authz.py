@@ -123,6 +123,8 @@ class _State:
 
     def _put(self, name: str, message: Message) -> None:
         match message:
+            case Endpoint(fault=fault) if fault:
+                self.builder.remove_workload(name)  # nothing reaches it, and what policies it has nobody knows
             case Endpoint():
                 self.builder.put_workload(name, workload_of(message))
             case Policy():

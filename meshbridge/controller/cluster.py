@@ -10,7 +10,7 @@ from typing import Final
 
 from meshbridge.bypass.capture import bypasses_outbound
 from meshbridge.controller.addresses import CONTESTED, AddressBook, Holder
-from meshbridge.controller.objectaddresses import gateway_addresses, readable_addresses
+from meshbridge.controller.objectaddresses import gateway_addresses, readable_addresses, readable_workload
 from meshbridge.controller.policies import PolicyItem, problems_of, read_policy
 from meshbridge.controller.services import ServiceBook
 from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
@@ -39,6 +39,15 @@ class Touched:
     sidecars: bool = False
     destinations: bool = False
     """Who takes mTLS may differ, for all sidecars."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalEndpoint:
+    """A pod as its node is told of it, under a UID that no other has there; with a ``fault`` it is closed."""
+
+    uid: str
+    workload: Workload
+    fault: str = ""
 
 
 @dataclass(slots=True)
@@ -76,6 +85,9 @@ class Cluster:
         self._bypassing_on: dict[str, set[Key]] = {}
         self._node_addresses: dict[Key, tuple[IpAddress, ...]] = {}
         self._refused_addresses: dict[Key, tuple[IpAddress, ...]] = {}
+        self._refused_pods: dict[Key, LocalEndpoint] = {}
+        self._by_uid: dict[tuple[str, str], set[Key]] = {}
+        self._same_uid: dict[tuple[str, str], Problem] = {}
         self._classes: dict[str, dict[_ClassKey, _Class]] = {}
         self._classes_at: dict[Anchor, dict[_ClassKey, _Class]] = {}
         self._classes_on: dict[str, dict[_ClassKey, _Class]] = {}
@@ -88,6 +100,7 @@ class Cluster:
         for problems in self._problems.values():
             yield from problems
         yield from self._contested.values()
+        yield from self._same_uid.values()
         for service in self.services.values():
             for address in (*service.addresses, *service.outside_addresses):
                 holder = self.addresses.holder(address)
@@ -111,9 +124,20 @@ class Cluster:
         found = (item.parsed for item in self.policies.values() if item.parsed.peer_authentication)
         return PolicySet.of_parsed(found, self.mesh)
 
-    def endpoints(self, node: str) -> Iterable[Workload]:
-        """The pods on ``node`` whose traffic its kernel can tell apart by address."""
-        return [pod for pod in self._pods_on.get(node, {}).values() if _is_endpoint(pod)]
+    def endpoints(self, node: str) -> Iterable[LocalEndpoint]:
+        """The pods on ``node`` whose traffic its kernel can tell apart by address.
+
+        Pods with one UID are both closed: whichever the node gave the UID's interface and policies to, the other might
+        be meant. So are pods that cannot be read.
+        """
+        for pod in self._pods_on.get(node, {}).values():
+            if _is_endpoint(pod):
+                problem = self._same_uid.get((node, pod.uid))
+                if problem is None:
+                    yield LocalEndpoint(pod.uid, pod)
+                else:
+                    yield LocalEndpoint(f"{pod.uid} of {pod.key}", pod, problem.text)
+        yield from (refused for refused in self._refused_pods.values() if refused.workload.node == node)
 
     def needs_all_mesh_policies(self, node: str) -> bool:
         """Whether an endpoint on ``node`` sends past its own sidecar, so that its node has to know what refuses it."""
@@ -266,6 +290,12 @@ class Cluster:
         if after:
             self._refused_addresses[key] = after
         touched.addresses |= before != after
+        old = self._refused_pods.pop(key, None)
+        pod = readable_workload(document) if document is not None else None
+        if pod is not None:
+            reasons = "; ".join(problem.text for problem in self._problems.get(key, ()))
+            self._refused_pods[key] = LocalEndpoint(pod.uid, pod, reasons)
+        touched.nodes.update(each.node for each in (old.workload if old else None, pod) if each is not None)
 
     def _place(self, key: Key, old: Workload | None, new: Workload | None) -> None:
         if old is not None:
@@ -276,12 +306,28 @@ class Cluster:
                     del self._bypassing_on[old.node]
             if _is_endpoint(old):
                 self._leave_class(old)
+                self._by_uid[old.node, old.uid].discard(key)
         if new is not None:
             self._pods_on.setdefault(new.node, {})[key] = new
             if _is_endpoint(new) and bypasses_outbound(new):
                 self._bypassing_on.setdefault(new.node, set()).add(key)
             if _is_endpoint(new):
                 self._join_class(new)
+                self._by_uid.setdefault((new.node, new.uid), set()).add(key)
+        for pair in {(pod.node, pod.uid) for pod in (old, new) if pod is not None}:
+            self._compare_uids(pair)
+
+    def _compare_uids(self, pair: tuple[str, str]) -> None:
+        keys = self._by_uid.get(pair, set())
+        self._same_uid.pop(pair, None)
+        if not keys:
+            self._by_uid.pop(pair, None)
+        elif len(keys) > 1:
+            names = " and ".join(f"{namespace}/{name}" for _, _, namespace, name in sorted(keys))
+            text = (
+                f"pods {names} on node {pair[0]} have the UID {pair[1][:80]!r}; all are closed until it is one's alone"
+            )
+            self._same_uid[pair] = Problem(ProblemReason.CONFLICT, text)
 
     def _join_class(self, pod: Workload) -> None:
         key = _class_key(pod)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final
 
@@ -236,8 +236,10 @@ class Controller:
         before, client.distinctions = client.distinctions, distinctions
         self.cluster.addresses.view(distinctions, like=before)
         endpoints: dict[str, Resource] = {}
-        for pod in self.cluster.endpoints(node):
-            endpoints[pod.uid] = resource(endpoint_message(pod, extra_addresses(pod)))
+        found = self.cluster.endpoints(node)
+        for local in sorted(found, key=lambda local: bool(local.fault)):  # of one name, a fault has the last word
+            pod = replace(local.workload, uid=local.uid)
+            endpoints[local.uid] = resource(endpoint_message(pod, extra_addresses(pod), fault=local.fault))
         self._assemble(client, {xds.POLICY: {item.name: item.resource for item in items}, xds.ENDPOINT: endpoints})
 
     def _assemble(self, client: _Client, parts: Mapping[str, Resources]) -> None:

@@ -26,8 +26,13 @@ def resource(message: Message) -> Resource:
     return Resource.of(bytes(message.SerializeToString(deterministic=True)))
 
 
-def endpoint_message(workload: Workload, extra_addresses: Iterable[IpAddress] = ()) -> agent_pb2.Endpoint:
-    """A pod of the client's node; ``extra_addresses`` are sources it may use besides its own."""
+def endpoint_message(
+    workload: Workload, extra_addresses: Iterable[IpAddress] = (), *, fault: str = ""
+) -> agent_pb2.Endpoint:
+    """A pod of the client's node; ``extra_addresses`` are sources it may use besides its own.
+
+    With a ``fault`` the node lets nothing in or out of it, for that reason.
+    """
     message = agent_pb2.Endpoint(
         namespace=workload.namespace,
         name=workload.name,
@@ -45,6 +50,7 @@ def endpoint_message(workload: Workload, extra_addresses: Iterable[IpAddress] = 
         phase=workload.phase,
         extra_addresses=[address.packed for address in extra_addresses],
         init_containers=workload.init_containers,
+        fault=fault,
     )
     if workload.init_args is not None:
         init = agent_pb2.InitContainer(args=workload.init_args, env=workload.init_env)

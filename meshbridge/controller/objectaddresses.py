@@ -7,7 +7,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any, Final
 
-from meshbridge.identity.model import IpAddress
+from meshbridge.identity.model import IpAddress, Workload
 from meshbridge.policy.model import Document
 
 _TERMINAL_PHASES: Final = frozenset({"Succeeded", "Failed"})
@@ -47,6 +47,17 @@ def readable_addresses(document: Document) -> tuple[IpAddress, ...]:
             if isinstance(text, str):
                 found[_plain(ip_address(text))] = None
     return tuple(found)
+
+
+def readable_workload(document: Document) -> Workload | None:
+    """Of a pod that cannot be read, as much as its node has to know to close it; None when no node runs it."""
+    spec = document.data.get("spec")
+    node = spec.get("nodeName") if isinstance(spec, Mapping) else None
+    addresses = readable_addresses(document)
+    if not addresses or not isinstance(node, str) or not node:
+        return None
+    uid = document.uid or f"{document.namespace}/{document.name}"
+    return Workload(document.namespace, document.name, uid, node, addresses)
 
 
 def _plain(address: IpAddress) -> IpAddress:

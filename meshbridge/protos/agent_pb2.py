@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshbridge/protos/agent.proto\x12\x13meshbridge.agent.v1\"\xfb\x05\n\x08\x45ndpoint\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x11\n\taddresses\x18\x05 \x03(\x0c\x12\x39\n\x06labels\x18\x06 \x03(\x0b\x32).meshbridge.agent.v1.Endpoint.LabelsEntry\x12L\n\x10namespace_labels\x18\x07 \x03(\x0b\x32\x32.meshbridge.agent.v1.Endpoint.NamespaceLabelsEntry\x12\x43\n\x0b\x61nnotations\x18\x08 \x03(\x0b\x32..meshbridge.agent.v1.Endpoint.AnnotationsEntry\x12\x17\n\x0fservice_account\x18\t \x01(\t\x12\x31\n\x05ports\x18\n \x03(\x0b\x32\".meshbridge.agent.v1.ContainerPort\x12\x13\n\x0bprobe_ports\x18\x0b \x03(\t\x12\r\n\x05proxy\x18\x0c \x01(\t\x12\x14\n\x0chost_network\x18\r \x01(\x08\x12\x36\n\nistio_init\x18\x0e \x01(\x0b\x32\".meshbridge.agent.v1.InitContainer\x12\r\n\x05phase\x18\x0f \x01(\t\x12\x17\n\x0f\x65xtra_addresses\x18\x10 \x03(\x0c\x12\x38\n\x0bistio_proxy\x18\x11 \x01(\x0b\x32#.meshbridge.agent.v1.ProxyContainer\x12\x17\n\x0finit_containers\x18\x12 \x03(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x36\n\x14NamespaceLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"=\n\rContainerPort\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x10\n\x08protocol\x18\x03 \x01(\t\"\x83\x01\n\rInitContainer\x12\x0c\n\x04\x61rgs\x18\x01 \x03(\t\x12\x38\n\x03\x65nv\x18\x02 \x03(\x0b\x32+.meshbridge.agent.v1.InitContainer.EnvEntry\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc9\x01\n\x0eProxyContainer\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x39\n\x03\x65nv\x18\x02 \x03(\x0b\x32,.meshbridge.agent.v1.ProxyContainer.EnvEntry\x12\x10\n\x03uid\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x03gid\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x0e\n\x06native\x18\x05 \x01(\x08\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x06\n\x04_uidB\x06\n\x04_gid\"\xe9\x01\n\x06Policy\x12\x13\n\x0b\x61pi_version\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0b\n\x03uid\x18\x05 \x01(\t\x12\x0c\n\x04json\x18\x06 \x01(\x0c\x12\x0c\n\x04\x66ile\x18\x07 \x01(\t\x12\x35\n\x05lines\x18\x08 \x03(\x0b\x32&.meshbridge.agent.v1.Policy.LinesEntry\x12\r\n\x05\x66\x61ult\x18\t \x01(\t\x1a,\n\nLinesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xd8\x03\n\x07\x41\x64\x64ress\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x38\n\x06labels\x18\x04 \x03(\x0b\x32(.meshbridge.agent.v1.Address.LabelsEntry\x12K\n\x10namespace_labels\x18\x05 \x03(\x0b\x32\x31.meshbridge.agent.v1.Address.NamespaceLabelsEntry\x12\x17\n\x0fservice_account\x18\x06 \x01(\t\x12\x0f\n\x07\x63luster\x18\x07 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x08 \x01(\t\x12\r\n\x05proxy\x18\t \x01(\t\x12\x10\n\x08\x65ntities\x18\n \x03(\t\x12\x0c\n\x04node\x18\x0b \x01(\t\x12\x0b\n\x03uid\x18\x0c \x01(\t\x12\x31\n\x05ports\x18\r \x03(\x0b\x32\".meshbridge.agent.v1.ContainerPort\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x36\n\x14NamespaceLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x89\x01\n\x07Service\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\taddresses\x18\x03 \x03(\x0c\x12/\n\x05ports\x18\x04 \x03(\x0b\x32 .meshbridge.agent.v1.ServicePort\x12\x19\n\x11outside_addresses\x18\x05 \x03(\x0c\"e\n\x0bServicePort\x12\x10\n\x08protocol\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x36\n\x08\x62\x61\x63kends\x18\x03 \x03(\x0b\x32$.meshbridge.agent.v1.ServiceBackends\"2\n\x0fServiceBackends\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x11\n\taddresses\x18\x02 \x03(\x0c\"~\n\x04Mesh\x12\x16\n\x0eroot_namespace\x18\x01 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x02 \x01(\t\x12\x1c\n\x14trust_domain_aliases\x18\x03 \x03(\t\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x19\n\x11\x61ll_mesh_policies\x18\x05 \x01(\x08\"C\n\x07Problem\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0c\n\x04line\x18\x03 \x01(\r\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x1a\n\x08Revision\x12\x0e\n\x06number\x18\x01 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmeshbridge/protos/agent.proto\x12\x13meshbridge.agent.v1\"\x8a\x06\n\x08\x45ndpoint\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\x11\n\taddresses\x18\x05 \x03(\x0c\x12\x39\n\x06labels\x18\x06 \x03(\x0b\x32).meshbridge.agent.v1.Endpoint.LabelsEntry\x12L\n\x10namespace_labels\x18\x07 \x03(\x0b\x32\x32.meshbridge.agent.v1.Endpoint.NamespaceLabelsEntry\x12\x43\n\x0b\x61nnotations\x18\x08 \x03(\x0b\x32..meshbridge.agent.v1.Endpoint.AnnotationsEntry\x12\x17\n\x0fservice_account\x18\t \x01(\t\x12\x31\n\x05ports\x18\n \x03(\x0b\x32\".meshbridge.agent.v1.ContainerPort\x12\x13\n\x0bprobe_ports\x18\x0b \x03(\t\x12\r\n\x05proxy\x18\x0c \x01(\t\x12\x14\n\x0chost_network\x18\r \x01(\x08\x12\x36\n\nistio_init\x18\x0e \x01(\x0b\x32\".meshbridge.agent.v1.InitContainer\x12\r\n\x05phase\x18\x0f \x01(\t\x12\x17\n\x0f\x65xtra_addresses\x18\x10 \x03(\x0c\x12\x38\n\x0bistio_proxy\x18\x11 \x01(\x0b\x32#.meshbridge.agent.v1.ProxyContainer\x12\x17\n\x0finit_containers\x18\x12 \x03(\t\x12\r\n\x05\x66\x61ult\x18\x13 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x36\n\x14NamespaceLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"=\n\rContainerPort\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x10\n\x08protocol\x18\x03 \x01(\t\"\x83\x01\n\rInitContainer\x12\x0c\n\x04\x61rgs\x18\x01 \x03(\t\x12\x38\n\x03\x65nv\x18\x02 \x03(\x0b\x32+.meshbridge.agent.v1.InitContainer.EnvEntry\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc9\x01\n\x0eProxyContainer\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x39\n\x03\x65nv\x18\x02 \x03(\x0b\x32,.meshbridge.agent.v1.ProxyContainer.EnvEntry\x12\x10\n\x03uid\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x03gid\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x0e\n\x06native\x18\x05 \x01(\x08\x1a*\n\x08\x45nvEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x06\n\x04_uidB\x06\n\x04_gid\"\xe9\x01\n\x06Policy\x12\x13\n\x0b\x61pi_version\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0b\n\x03uid\x18\x05 \x01(\t\x12\x0c\n\x04json\x18\x06 \x01(\x0c\x12\x0c\n\x04\x66ile\x18\x07 \x01(\t\x12\x35\n\x05lines\x18\x08 \x03(\x0b\x32&.meshbridge.agent.v1.Policy.LinesEntry\x12\r\n\x05\x66\x61ult\x18\t \x01(\t\x1a,\n\nLinesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\xd8\x03\n\x07\x41\x64\x64ress\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x38\n\x06labels\x18\x04 \x03(\x0b\x32(.meshbridge.agent.v1.Address.LabelsEntry\x12K\n\x10namespace_labels\x18\x05 \x03(\x0b\x32\x31.meshbridge.agent.v1.Address.NamespaceLabelsEntry\x12\x17\n\x0fservice_account\x18\x06 \x01(\t\x12\x0f\n\x07\x63luster\x18\x07 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x08 \x01(\t\x12\r\n\x05proxy\x18\t \x01(\t\x12\x10\n\x08\x65ntities\x18\n \x03(\t\x12\x0c\n\x04node\x18\x0b \x01(\t\x12\x0b\n\x03uid\x18\x0c \x01(\t\x12\x31\n\x05ports\x18\r \x03(\x0b\x32\".meshbridge.agent.v1.ContainerPort\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x36\n\x14NamespaceLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x89\x01\n\x07Service\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\taddresses\x18\x03 \x03(\x0c\x12/\n\x05ports\x18\x04 \x03(\x0b\x32 .meshbridge.agent.v1.ServicePort\x12\x19\n\x11outside_addresses\x18\x05 \x03(\x0c\"e\n\x0bServicePort\x12\x10\n\x08protocol\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\x36\n\x08\x62\x61\x63kends\x18\x03 \x03(\x0b\x32$.meshbridge.agent.v1.ServiceBackends\"2\n\x0fServiceBackends\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x11\n\taddresses\x18\x02 \x03(\x0c\"~\n\x04Mesh\x12\x16\n\x0eroot_namespace\x18\x01 \x01(\t\x12\x14\n\x0ctrust_domain\x18\x02 \x01(\t\x12\x1c\n\x14trust_domain_aliases\x18\x03 \x03(\t\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x19\n\x11\x61ll_mesh_policies\x18\x05 \x01(\x08\"C\n\x07Problem\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x0c\n\x04line\x18\x03 \x01(\r\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x1a\n\x08Revision\x12\x0e\n\x06number\x18\x01 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,43 +48,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADDRESS_NAMESPACELABELSENTRY']._loaded_options = None
   _globals['_ADDRESS_NAMESPACELABELSENTRY']._serialized_options = b'8\001'
   _globals['_ENDPOINT']._serialized_start=55
-  _globals['_ENDPOINT']._serialized_end=818
-  _globals['_ENDPOINT_LABELSENTRY']._serialized_start=665
-  _globals['_ENDPOINT_LABELSENTRY']._serialized_end=710
-  _globals['_ENDPOINT_NAMESPACELABELSENTRY']._serialized_start=712
-  _globals['_ENDPOINT_NAMESPACELABELSENTRY']._serialized_end=766
-  _globals['_ENDPOINT_ANNOTATIONSENTRY']._serialized_start=768
-  _globals['_ENDPOINT_ANNOTATIONSENTRY']._serialized_end=818
-  _globals['_CONTAINERPORT']._serialized_start=820
-  _globals['_CONTAINERPORT']._serialized_end=881
-  _globals['_INITCONTAINER']._serialized_start=884
-  _globals['_INITCONTAINER']._serialized_end=1015
-  _globals['_INITCONTAINER_ENVENTRY']._serialized_start=973
-  _globals['_INITCONTAINER_ENVENTRY']._serialized_end=1015
-  _globals['_PROXYCONTAINER']._serialized_start=1018
-  _globals['_PROXYCONTAINER']._serialized_end=1219
-  _globals['_PROXYCONTAINER_ENVENTRY']._serialized_start=973
-  _globals['_PROXYCONTAINER_ENVENTRY']._serialized_end=1015
-  _globals['_POLICY']._serialized_start=1222
-  _globals['_POLICY']._serialized_end=1455
-  _globals['_POLICY_LINESENTRY']._serialized_start=1411
-  _globals['_POLICY_LINESENTRY']._serialized_end=1455
-  _globals['_ADDRESS']._serialized_start=1458
-  _globals['_ADDRESS']._serialized_end=1930
-  _globals['_ADDRESS_LABELSENTRY']._serialized_start=665
-  _globals['_ADDRESS_LABELSENTRY']._serialized_end=710
-  _globals['_ADDRESS_NAMESPACELABELSENTRY']._serialized_start=712
-  _globals['_ADDRESS_NAMESPACELABELSENTRY']._serialized_end=766
-  _globals['_SERVICE']._serialized_start=1933
-  _globals['_SERVICE']._serialized_end=2070
-  _globals['_SERVICEPORT']._serialized_start=2072
-  _globals['_SERVICEPORT']._serialized_end=2173
-  _globals['_SERVICEBACKENDS']._serialized_start=2175
-  _globals['_SERVICEBACKENDS']._serialized_end=2225
-  _globals['_MESH']._serialized_start=2227
-  _globals['_MESH']._serialized_end=2353
-  _globals['_PROBLEM']._serialized_start=2355
-  _globals['_PROBLEM']._serialized_end=2422
-  _globals['_REVISION']._serialized_start=2424
-  _globals['_REVISION']._serialized_end=2450
+  _globals['_ENDPOINT']._serialized_end=833
+  _globals['_ENDPOINT_LABELSENTRY']._serialized_start=680
+  _globals['_ENDPOINT_LABELSENTRY']._serialized_end=725
+  _globals['_ENDPOINT_NAMESPACELABELSENTRY']._serialized_start=727
+  _globals['_ENDPOINT_NAMESPACELABELSENTRY']._serialized_end=781
+  _globals['_ENDPOINT_ANNOTATIONSENTRY']._serialized_start=783
+  _globals['_ENDPOINT_ANNOTATIONSENTRY']._serialized_end=833
+  _globals['_CONTAINERPORT']._serialized_start=835
+  _globals['_CONTAINERPORT']._serialized_end=896
+  _globals['_INITCONTAINER']._serialized_start=899
+  _globals['_INITCONTAINER']._serialized_end=1030
+  _globals['_INITCONTAINER_ENVENTRY']._serialized_start=988
+  _globals['_INITCONTAINER_ENVENTRY']._serialized_end=1030
+  _globals['_PROXYCONTAINER']._serialized_start=1033
+  _globals['_PROXYCONTAINER']._serialized_end=1234
+  _globals['_PROXYCONTAINER_ENVENTRY']._serialized_start=988
+  _globals['_PROXYCONTAINER_ENVENTRY']._serialized_end=1030
+  _globals['_POLICY']._serialized_start=1237
+  _globals['_POLICY']._serialized_end=1470
+  _globals['_POLICY_LINESENTRY']._serialized_start=1426
+  _globals['_POLICY_LINESENTRY']._serialized_end=1470
+  _globals['_ADDRESS']._serialized_start=1473
+  _globals['_ADDRESS']._serialized_end=1945
+  _globals['_ADDRESS_LABELSENTRY']._serialized_start=680
+  _globals['_ADDRESS_LABELSENTRY']._serialized_end=725
+  _globals['_ADDRESS_NAMESPACELABELSENTRY']._serialized_start=727
+  _globals['_ADDRESS_NAMESPACELABELSENTRY']._serialized_end=781
+  _globals['_SERVICE']._serialized_start=1948
+  _globals['_SERVICE']._serialized_end=2085
+  _globals['_SERVICEPORT']._serialized_start=2087
+  _globals['_SERVICEPORT']._serialized_end=2188
+  _globals['_SERVICEBACKENDS']._serialized_start=2190
+  _globals['_SERVICEBACKENDS']._serialized_end=2240
+  _globals['_MESH']._serialized_start=2242
+  _globals['_MESH']._serialized_end=2368
+  _globals['_PROBLEM']._serialized_start=2370
+  _globals['_PROBLEM']._serialized_end=2437
+  _globals['_REVISION']._serialized_start=2439
+  _globals['_REVISION']._serialized_end=2465
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Endpoint(_message.Message):
-    __slots__ = ("namespace", "name", "uid", "node", "addresses", "labels", "namespace_labels", "annotations", "service_account", "ports", "probe_ports", "proxy", "host_network", "istio_init", "phase", "extra_addresses", "istio_proxy", "init_containers")
+    __slots__ = ("namespace", "name", "uid", "node", "addresses", "labels", "namespace_labels", "annotations", "service_account", "ports", "probe_ports", "proxy", "host_network", "istio_init", "phase", "extra_addresses", "istio_proxy", "init_containers", "fault")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class Endpoint(_message.Message):
     EXTRA_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     ISTIO_PROXY_FIELD_NUMBER: _ClassVar[int]
     INIT_CONTAINERS_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
     namespace: str
     name: str
     uid: str
@@ -65,7 +66,8 @@ class Endpoint(_message.Message):
     extra_addresses: _containers.RepeatedScalarFieldContainer[bytes]
     istio_proxy: ProxyContainer
     init_containers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., node: _Optional[str] = ..., addresses: _Optional[_Iterable[bytes]] = ..., labels: _Optional[_Mapping[str, str]] = ..., namespace_labels: _Optional[_Mapping[str, str]] = ..., annotations: _Optional[_Mapping[str, str]] = ..., service_account: _Optional[str] = ..., ports: _Optional[_Iterable[_Union[ContainerPort, _Mapping]]] = ..., probe_ports: _Optional[_Iterable[str]] = ..., proxy: _Optional[str] = ..., host_network: _Optional[bool] = ..., istio_init: _Optional[_Union[InitContainer, _Mapping]] = ..., phase: _Optional[str] = ..., extra_addresses: _Optional[_Iterable[bytes]] = ..., istio_proxy: _Optional[_Union[ProxyContainer, _Mapping]] = ..., init_containers: _Optional[_Iterable[str]] = ...) -> None: ...
+    fault: str
+    def __init__(self, namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., node: _Optional[str] = ..., addresses: _Optional[_Iterable[bytes]] = ..., labels: _Optional[_Mapping[str, str]] = ..., namespace_labels: _Optional[_Mapping[str, str]] = ..., annotations: _Optional[_Mapping[str, str]] = ..., service_account: _Optional[str] = ..., ports: _Optional[_Iterable[_Union[ContainerPort, _Mapping]]] = ..., probe_ports: _Optional[_Iterable[str]] = ..., proxy: _Optional[str] = ..., host_network: _Optional[bool] = ..., istio_init: _Optional[_Union[InitContainer, _Mapping]] = ..., phase: _Optional[str] = ..., extra_addresses: _Optional[_Iterable[bytes]] = ..., istio_proxy: _Optional[_Union[ProxyContainer, _Mapping]] = ..., init_containers: _Optional[_Iterable[str]] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class ContainerPort(_message.Message):
     __slots__ = ("name", "port", "protocol")

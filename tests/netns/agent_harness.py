@@ -145,6 +145,7 @@ class NodeHarness:
     pods: dict[str, Pod] = field(default_factory=dict)
     policies: dict[str, Document] = field(default_factory=dict)
     services: dict[str, agent_pb2.Service] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
     controller: ScriptedController = field(init=False)
     agent: subprocess.Popen[bytes] | None = None
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -269,7 +270,10 @@ class NodeHarness:
             addresses[text] = address_message(ip_address(text), peer)
         revision = self.controller.put(
             {
-                xds.ENDPOINT: {pod.workload.uid: endpoint_message(pod.workload) for pod in self.pods.values()},
+                xds.ENDPOINT: {
+                    pod.workload.uid: endpoint_message(pod.workload, fault=self.faults.get(pod.key, ""))
+                    for pod in self.pods.values()
+                },
                 xds.ADDRESS: addresses,
                 xds.SERVICE: self.services,
                 xds.POLICY: {key: policy_message(document) for key, document in self.policies.items()},

@@ -146,6 +146,16 @@ def test_a_pod_whose_ports_changed_is_compiled_again() -> None:
     assert kept.update({**PLAIN, "uid-api": changed}, policies, identities, PolicySet()) == 1
 
 
+def test_a_pod_with_a_fault_is_closed_whatever_policies_say() -> None:
+    kept, policies, identities = compilation()
+    faulty = {**PLAIN, "uid-api": replace(PLAIN["uid-api"], fault="two have its UID")}
+    kept.update(faulty, policies, identities, PolicySet())
+    assert kept.compiled["uid-api"].sets is None
+    assert "two have its UID" in kept.compiled["uid-api"].fault
+    kept.update(PLAIN, policies, identities, PolicySet())
+    assert kept.compiled["uid-api"].sets is not None
+
+
 def test_a_pod_that_cannot_be_compiled_closes_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Compiler.endpoint
 

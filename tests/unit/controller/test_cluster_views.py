@@ -253,18 +253,6 @@ def test_node_addresses_and_the_gateways_of_pod_ranges_are_nodes(world: World) -
     assert world.names(a, xds.ADDRESS) == set()
 
 
-def test_a_pod_that_says_it_holds_the_gateways_address_of_a_pod_range_is_no_node(world: World) -> None:
-    a = world.connect(A)
-    node = document("Node", "node-b", spec={"podCIDR": "10.244.2.0/24"})
-    world.put(node, pod("web-0", "10.244.2.1", "node-b"))
-    assert world.address(a, "10.244.2.1").name == "web-0"
-    assert not world.controller.problems
-    world.put(document("Node", "node-c", status={"addresses": [{"type": "InternalIP", "address": "10.244.2.1"}]}))
-    assert world.address(a, "10.244.2.1").peer.entities == {Entity.UNMANAGED}, "a node's status is no guess"
-    world.drop(document("Node", "node-c"), pod("web-0", "10.244.2.1"))
-    assert world.address(a, "10.244.2.1").node == "node-b"
-
-
 def test_a_nodes_labels_travel_as_far_as_policies_ask_for_them(world: World) -> None:
     a = world.connect(A)
     status = {"addresses": [{"type": "InternalIP", "address": "172.16.0.2"}]}
@@ -409,7 +397,6 @@ def test_a_pod_that_cannot_be_read_does_not_pass_for_the_world(world: World) -> 
     a = world.connect(A)
     refused = pod("web-0", "10.0.0.1", spec={"serviceAccountName": "x/ns/finance/sa/client"})
     world.put(refused)
-    assert world.names(a, xds.ENDPOINT) == set()
     assert world.address(a, "10.0.0.1").peer.entities == {Entity.UNMANAGED}
     world.put(pod("web-0", "10.0.0.1"))
     assert world.address(a, "10.0.0.1").peer.namespace == "shop"
