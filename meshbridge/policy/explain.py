@@ -30,28 +30,33 @@ def explain(decision: Decision, flow: str) -> tuple[str, ...]:
 
 def explain_layer(decision: LayerDecision) -> str:
     """What one family of policies says and where that is written."""
-    family, by = _FAMILY[decision.layer], _named(decision.origins)
+    by = _named(decision.origins)
+    return f"{_FAMILY[decision.layer]}: {phrase(decision)}{f' {by}' if by else ''}"
+
+
+def phrase(decision: LayerDecision) -> str:
+    """What one family of policies says; the names of the rules, where there are any, go on with it."""
     if decision.localhost:
-        return f"{family}: no rule allows it, but a pod's own node may always reach it"
+        return "no rule allows it, but a pod's own node may always reach it"
     if decision.verdict is Verdict.NEEDS_L7:
-        return f"{family}: depends on more than the packet shows: {by}"
+        return "depends on more than the packet shows:"
     if decision.verdict is Verdict.ALLOW:
-        return f"{family}: allowed by {by}" if decision.origins else f"{family}: nothing restricts it"
+        return "allowed by" if decision.origins else "nothing restricts it"
     match decision.deny_reason:
         case DropReason.POLICY:
-            return f"{family}: no rule allows it, and it is isolated by {by}"
+            return "no rule allows it, and it is isolated by"
         case DropReason.MESH_POLICY:
-            return f"{family}: no ALLOW rule can match, of {by}"
+            return "no ALLOW rule can match, of"
         case DropReason.NO_L7_JUDGE:
-            return f"{family}: depends on the request, and nobody judges requests on this port: {by}"
+            return "depends on the request, and nobody judges requests on this port:"
         case DropReason.COMPENSATION:
-            return f"{family}: the port bypasses Envoy, which would not surely have allowed it: {by}"
+            return "the port bypasses Envoy, which would not surely have allowed it:"
         case DropReason.SERVICE_BACKENDS_DIFFER:
-            return f"{family}: not every backend of the Service may be reached: {by}"
+            return "not every backend of the Service may be reached:"
         case DropReason.NO_SERVICE_BACKENDS:
-            return f"{family}: nobody is known to answer behind the Service's port, and not just anybody may: {by}"
+            return "nobody is known to answer behind the Service's port, and not just anybody may:"
         case _:
-            return f"{family}: denied by {by}"
+            return "denied by"
 
 
 def _named(origins: Iterable[Origin]) -> str:

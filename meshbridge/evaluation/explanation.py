@@ -1,0 +1,313 @@
+"""Why a flow passes or not, for a person: everybody on its way in order, and the rules that came close.
+
+The verdicts are the evaluator's own; what is added are reasons, so that the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from meshbridge.bypass.halves import Delivered, Delivery, Side, delivery
+from meshbridge.evaluation.cluster import Cluster, Party
+from meshbridge.evaluation.evaluator import Evaluator, Leg, Trace
+from meshbridge.evaluation.explanation_mesh import MeshFlow, near_mesh, undecided
+from meshbridge.evaluation.explanation_network import Near, NetworkFlow, near_network
+from meshbridge.evaluation.question import Question
+from meshbridge.identity.model import Entity, IpAddress, Peer, ProxyClass, Workload
+from meshbridge.policy.baseline import Principal
+from meshbridge.policy.capture import AppProtocol, PortClass
+from meshbridge.policy.evaluate import LayerDecision
+from meshbridge.policy.explain import phrase
+from meshbridge.policy.lowering import own_principal
+from meshbridge.policy.mesh import MtlsMode
+from meshbridge.policy.model import Direction, Judge, Layer, Origin, Refusal, Verdict
+from meshbridge.policy.parse.ports import PROTOCOLS
+
+MAX_NEAR: Final = 50
+"""Of the rules that came close, no more are kept for one step."""
+
+_TCP: Final = PROTOCOLS["TCP"]
+_CLASSES: Final = {"captured": PortClass.CAPTURED, "bypassed": PortClass.EXCLUDED}
+
+
+class Stage(StrEnum):
+    """Who has a say, in the order in which a packet meets them."""
+
+    EGRESS = "egress policy"
+    REDIRECT = "redirect at the source"
+    OUTBOUND = "outbound compensation"
+    MTLS = "mutual TLS"
+    INGRESS = "ingress policy"
+    CAPTURE = "redirect at the destination"
+    EARLY = "mesh policy in the kernel"
+    HTTP_RULES = "HTTP rules in ext_authz"
+    ENVOY = "mesh policy in Envoy"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one of them does. ``verdict`` None: it decides nothing; then ``outcome`` says what it does in a word.
+
+    ``origins`` go on with ``text``: the rules that gave the verdict, or that isolate. ``near`` are rules that would
+    change it, nearest first. ``open`` are, for NEEDS_L7, the rules it depends on.
+    """
+
+    stage: Stage
+    text: str
+    verdict: Verdict | None = None
+    outcome: str = ""
+    origins: tuple[Origin, ...] = ()
+    near: tuple[Near, ...] = ()
+    open: tuple[Near, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AsItself:
+    """The verdict if the source presents what its proxy will: a certificate's name, or None for plaintext."""
+
+    principal: str | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """``verdict`` is the evaluator's; ``decided_by`` the step that stops the flow, None where none does.
+
+    ``legs`` counts the pods behind a Service; this explains the one that is treated most strictly. ``breaks`` says why
+    a connection that policies allow will not work, empty if it will. ``refusals`` are policies that concern the flow
+    and are not in force as written.
+    """
+
+    source: Party
+    destination: Party
+    port: int
+    steps: tuple[Step, ...]
+    verdict: Verdict
+    decided_by: Stage | None = None
+    as_itself: AsItself | None = None
+    legs: int = 1
+    breaks: str = ""
+    refusals: tuple[Refusal, ...] = ()
+
+
+def explain_flow(cluster: Cluster, question: Question) -> Explanation:
+    """Why the answer to a question is what it is.
+
+    Raises:
+        QuestionError: an end is nobody the cluster knows.
+    """
+    evaluator = Evaluator(cluster)
+    prepared = evaluator.prepare(question)
+    trace = evaluator.trace(prepared)
+    explainer = _Explainer(cluster, evaluator, trace)
+    steps, delivered = explainer.steps(), explainer.delivery()
+    stopping = (step.stage for step in steps if step.verdict is Verdict.DENY)
+    as_itself = None
+    if isinstance(question.principal, Principal) and delivered is not None and trace.answer.verdict is Verdict.NEEDS_L7:
+        principal = explainer.presents(delivered)
+        if not isinstance(principal, Principal):
+            own = evaluator.prepare(replace(question, principal=principal))
+            as_itself = AsItself(principal, evaluator.answer(own).verdict)
+    breaks = ""
+    if delivered is not None and delivered.outcome is Delivered.BROKEN and trace.answer.verdict is not Verdict.DENY:
+        breaks = f"{delivered.why}; mend it with {delivered.fix}"
+    return Explanation(
+        source=trace.leg.sender,
+        destination=trace.leg.receiver,
+        port=trace.leg.port,
+        steps=steps,
+        verdict=trace.answer.verdict,
+        decided_by=next(stopping, None),
+        as_itself=as_itself,
+        legs=len(prepared.legs),
+        breaks=breaks,
+        refusals=explainer.refusals(),
+    )
+
+
+class _Explainer:
+    def __init__(self, cluster: Cluster, evaluator: Evaluator, trace: Trace) -> None:
+        self._cluster, self._evaluator, self._trace = cluster, evaluator, trace
+        self._leg: Leg = trace.leg
+        self._sender, self._receiver = trace.leg.sender.endpoint, trace.leg.receiver.endpoint
+        self._is_tcp = trace.leg.question.protocol == _TCP
+
+    def steps(self) -> tuple[Step, ...]:
+        if self._sender is not None and self._sender is self._receiver:
+            return (Step(Stage.INGRESS, "a pod always reaches itself", Verdict.ALLOW),)
+        return tuple(self._steps())
+
+    def _steps(self) -> Iterator[Step]:
+        trace = self._trace
+        if self._sender is None or trace.egress is None:
+            yield Step(Stage.EGRESS, "the source is no pod, so no policy of a pod is asked", outcome="none")
+        else:
+            yield self._network(Stage.EGRESS, trace.egress.network, Direction.EGRESS, self._sender)
+            if self._is_tcp:
+                yield self._redirect(self._sender)
+            if trace.egress.mesh.verdict is Verdict.DENY:
+                yield _step(Stage.OUTBOUND, trace.egress.mesh)
+        if (mtls := self.delivery()) is not None:
+            yield self._mtls(mtls)
+        if self._receiver is None or trace.ingress is None:
+            yield Step(Stage.INGRESS, "the destination is no pod, so no policy of a pod is asked", outcome="none")
+            return
+        yield self._network(Stage.INGRESS, trace.ingress.network, Direction.INGRESS, self._receiver)
+        if self._is_tcp:
+            yield self._capture(self._receiver)
+        yield from self._mesh(self._receiver, trace.ingress.mesh)
+
+    # The network policies
+
+    def _network(self, stage: Stage, layer: LayerDecision, direction: Direction, subject: Workload) -> Step:
+        near = near_network(self._cluster.policies.network, self._network_flow(direction, subject))
+        return _step(stage, layer, [each for each in near if each.verdict is not layer.verdict])
+
+    def _network_flow(self, direction: Direction, subject: Workload) -> NetworkFlow:
+        leg, question = self._leg, self._leg.question
+        ports = self._receiver.ports if self._receiver is not None else ()
+        if direction is Direction.INGRESS:
+            peer = self._evaluator.peer(leg.source)
+            localhost = Entity.HOST in peer.entities
+            return NetworkFlow(direction, subject.peer(), peer, question.protocol, leg.port, ports, localhost)
+        peer = self._evaluator.peer(leg.destination)
+        if peer.service and self._receiver is not None:
+            behind = self._behind(self._receiver)
+            return NetworkFlow(direction, subject.peer(), behind, question.protocol, leg.port, ports)
+        return NetworkFlow(direction, subject.peer(), peer, question.protocol, question.port, ports)
+
+    def _behind(self, pod: Workload) -> Peer:
+        """The pod behind a Service, which egress policies mean where they allow the Service's address."""
+        networks = self._cluster.policies.referenced_networks()
+        return pod.peer(frozenset(n for n in networks if any(address in n for address in pod.addresses)))
+
+    # The redirects
+
+    def _redirect(self, sender: Workload) -> Step:
+        seen = self._trace.answer.egress
+        if seen is None:
+            return Step(Stage.REDIRECT, "the source has no sidecar", outcome="none")
+        address = self._leg.question.destination_ip or self._leg.receiver.address
+        route = self._route(sender, Direction.EGRESS, self._leg.question.port, _CLASSES[seen], address)
+        return Step(Stage.REDIRECT, route, outcome=seen)
+
+    def _capture(self, receiver: Workload) -> Step:
+        port_class = self._trace.port_class
+        if receiver.proxy is ProxyClass.NONE:
+            return Step(Stage.CAPTURE, "the destination has no sidecar: no mesh policy guards it", outcome="none")
+        outcome = "bypassed" if port_class is PortClass.EXCLUDED else port_class.value
+        return Step(
+            Stage.CAPTURE, self._route(receiver, Direction.INGRESS, self._leg.port, port_class, None), outcome=outcome
+        )
+
+    def _route(
+        self, pod: Workload, direction: Direction, port: int, port_class: PortClass, address: IpAddress | None
+    ) -> str:
+        """Why the pod's redirect rules do what they do to the flow."""
+        for span in self._cluster.capture_state(pod).of(direction, self._leg.family, intended=True):
+            box = span.box
+            interfaces = box.output if direction is Direction.EGRESS else box.input
+            if (
+                span.port_class is port_class
+                and _TCP in box.protocol
+                and port in box.port
+                and "eth0" in interfaces
+                and (address is None or int(address) in box.destination)
+            ):
+                return str(span.route)
+        return "as the pod's redirect rules say"
+
+    # Mutual TLS
+
+    def delivery(self) -> Delivery | None:
+        """What the two sides' proxies make of the connection; None where no proxy has a part in it."""
+        if not self._is_tcp or self._receiver is None or self._trace.ingress is None:
+            return None
+        client = self._side(self._sender, captured=self._trace.answer.egress == "captured")
+        server = self._side(self._receiver, captured=self._trace.port_class is PortClass.CAPTURED)
+        return delivery(client, server, self._mode()[0]) if client.sidecar or server.sidecar else None
+
+    @staticmethod
+    def _side(workload: Workload | None, *, captured: bool) -> Side:
+        sidecar = workload is not None and workload.proxy in (ProxyClass.SIDECAR, ProxyClass.AMBIENT)
+        return Side(sidecar, captured and sidecar)
+
+    def _mode(self) -> tuple[MtlsMode, Origin | None]:
+        assert self._receiver is not None
+        return self._evaluator.guarded(self._leg, self._receiver)[0].guard.mtls.at(self._leg.port)
+
+    def presents(self, delivered: Delivery) -> Principal | str | None:
+        """The name the source will present, where it can be told; None: it sends plaintext, or what nobody can read."""
+        if delivered.outcome is not Delivered.MTLS:
+            return None
+        return own_principal(self._evaluator.peer(self._leg.source))
+
+    def _mtls(self, delivered: Delivery) -> Step:
+        mode, origin = self._mode()
+        principal = self.presents(delivered)
+        text = f"{delivered.why}{f', the client as {principal}' if isinstance(principal, str) else ''}"
+        said = self._leg.question.principal
+        if not isinstance(said, Principal) and said != principal:
+            text += f"; you asked about {said or 'plaintext'}"
+        demands = {MtlsMode.STRICT: "the server demands it", MtlsMode.PERMISSIVE: "the server takes both"}
+        if self._trace.port_class is PortClass.CAPTURED:
+            by = "set by" if origin else "which is the default"
+            text += f"; {demands.get(mode, 'the server takes no mutual TLS')} ({mode.value}), {by}"
+            return Step(Stage.MTLS, text, outcome=delivered.outcome.value, origins=(origin,) if origin else ())
+        return Step(Stage.MTLS, text, outcome=delivered.outcome.value)
+
+    # The mesh's policies
+
+    def _mesh(self, receiver: Workload, early: LayerDecision) -> Iterator[Step]:
+        trace = self._trace
+        asked = self._mesh_flow(receiver)
+        policies = self._cluster.policies.authorization
+        if trace.port_class is PortClass.EXCLUDED:
+            near = near_mesh(policies, self._without_envoy(asked))
+            passing = early.verdict is Verdict.ALLOW
+            yield _step(Stage.EARLY, early, [n for n in near if (n.verdict is Verdict.ALLOW) is not passing])
+            return
+        if trace.port_class is not PortClass.CAPTURED:
+            return
+        near = near_mesh(policies, asked)
+        yield _step(Stage.EARLY, early, near if early.verdict is Verdict.DENY else [])
+        if trace.http is not None:
+            asking = trace.ingress.network.origins if trace.ingress is not None else ()
+            yield _step(Stage.HTTP_RULES, replace(trace.http, origins=trace.http.origins or asking))
+        said = LayerDecision(Layer.MESH, trace.mesh.verdict, trace.mesh.origins, trace.mesh.deny_reason, Judge.ENVOY)
+        open_ = undecided(asked) if said.verdict is Verdict.NEEDS_L7 else []
+        yield replace(_step(Stage.ENVOY, said, near), open=tuple(open_[:MAX_NEAR]))
+
+    def _mesh_flow(self, receiver: Workload) -> MeshFlow:
+        guarded, facts, protocol = self._evaluator.guarded(self._leg, receiver)
+        if protocol is AppProtocol.AUTO and facts.question.http is not None:
+            protocol = AppProtocol.HTTP
+        return MeshFlow(receiver.peer(), guarded.guard, guarded.jwt_rules, facts, protocol)
+
+    def _without_envoy(self, flow: MeshFlow) -> MeshFlow:
+        """What the kernel knows of a flow that Envoy does not see: its address, and whose that is."""
+        principal = own_principal(self._evaluator.peer(self._leg.source))
+        question = replace(
+            flow.facts.question, principal=principal, http=None, claims=None, token=None, sni=None, remote_ip=None
+        )
+        return replace(flow, facts=replace(flow.facts, question=question), protocol=AppProtocol.AUTO)
+
+    def refusals(self) -> tuple[Refusal, ...]:
+        """The refused policies that may concern the flow at either end."""
+        found: dict[str, Refusal] = {}
+        for workload, direction in ((self._sender, Direction.EGRESS), (self._receiver, Direction.INGRESS)):
+            if workload is None:
+                continue
+            for refusal in self._cluster.policies.selecting(workload).refusals:
+                if refusal.layer is Layer.NETWORK and direction not in refusal.directions:
+                    continue
+                if refusal.layer is Layer.NETWORK or direction is Direction.INGRESS:
+                    found[str(refusal)] = refusal
+        return tuple(found[key] for key in sorted(found))
+
+
+def _step(stage: Stage, layer: LayerDecision, near: list[Near] | None = None) -> Step:
+    return Step(stage, phrase(layer), layer.verdict, origins=layer.origins, near=tuple((near or [])[:MAX_NEAR]))
