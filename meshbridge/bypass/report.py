@@ -234,6 +234,11 @@ def half_bypasses(inventory: Inventory) -> list[HalfBypass]:
     """
     found = []
     admits = _Admission(inventory)
+    bypassing = {
+        key
+        for key, state in inventory.states.items()
+        if any(state.outbound_bypasses(family, intended=inventory.predicted) for family in IpFamily)
+    }
     for server in inventory.workloads:
         if server.proxy is not ProxyClass.SIDECAR or server.host_network:
             continue
@@ -249,11 +254,11 @@ def half_bypasses(inventory: Inventory) -> list[HalfBypass]:
                 for client in inventory.workloads:
                     if client.key == server.key or client.proxy is not ProxyClass.SIDECAR:
                         continue
-                    if not admits.may_connect(client, server, guard, port):
-                        continue
+                    if captured and client.key not in bypassing:
+                        continue  # both sides see everything
                     sends = client_captures(inventory, client, vips, dialled)
                     outcome = delivery(Side(True, sends), Side(True, captured), mode)
-                    if outcome.half:
+                    if outcome.half and admits.may_connect(client, server, guard, port):
                         meets.setdefault(outcome, []).append(client.key)
                 found += [
                     HalfBypass(server.key, port, via, tuple(clients), outcome) for outcome, clients in meets.items()
