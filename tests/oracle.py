@@ -19,7 +19,7 @@ PROTOCOL = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds an address. A pod has a namespace; everything else has entities."""
+    """Who holds an address. A pod has a namespace; everything else has entities. A node's labels are the node's."""
 
     address: Address
     namespace: str = ""
@@ -48,7 +48,10 @@ class Flow:
 
 
 def network_allows(objects: list[dict[str, Any]], flow: Flow) -> bool:
-    """Whether the network policies let a new flow pass."""
+    """Whether the network policies let a new flow pass: tier by tier, the first that says something decides."""
+    decided = _cluster_tier(objects, "Admin", flow)
+    if decided is not None:
+        return decided
     isolated = allowed = denied = False
     for each in objects:
         if each["kind"] == "NetworkPolicy":
@@ -59,11 +62,15 @@ def network_allows(objects: list[dict[str, Any]], flow: Flow) -> bool:
                 isolated = isolated or verdict == "isolated"
                 allowed = allowed or verdict == "allowed"
                 denied = denied or verdict == "denied"
+        elif _is_refused(each) and _cluster_selects(each, flow) and _may_only_accept(each, flow):
+            isolated = True
     if denied:
         return False
-    if not isolated or allowed:
+    if isolated:
+        return allowed or (flow.localhost and flow.direction == INGRESS)
+    if allowed:
         return True
-    return flow.localhost and flow.direction == INGRESS
+    return _cluster_tier(objects, "Baseline", flow) is not False
 
 
 # NetworkPolicy v1
@@ -136,6 +143,83 @@ def _named(name: str, protocol: int, flow: Flow) -> list[int]:
     """The ports of that name and protocol at the pod the flow goes to."""
     pod = flow.endpoint if flow.direction == INGRESS else flow.peer
     return [port for named, port, proto in pod.ports if named == name and PROTOCOL[proto] == protocol]
+
+
+# ClusterNetworkPolicy, AdminNetworkPolicy and BaselineAdminNetworkPolicy
+
+_CLUSTER_KINDS = {"ClusterNetworkPolicy": "", "AdminNetworkPolicy": "Admin", "BaselineAdminNetworkPolicy": "Baseline"}
+_CLUSTER_PEERS = {INGRESS: {"namespaces", "pods"},
+                  EGRESS: {"namespaces", "pods", "nodes", "networks", "domainNames"}}  # fmt: skip
+
+
+def _cluster_tier(objects: list[dict[str, Any]], tier: str, flow: Flow) -> bool | None:
+    """Whether a tier accepts or denies the flow; None: it leaves that to the next one."""
+    policies = [
+        each for each in objects
+        if each["kind"] in _CLUSTER_KINDS and (_CLUSTER_KINDS[each["kind"]] or each["spec"]["tier"]) == tier
+        and _cluster_selects(each, flow)
+    ]  # fmt: skip
+    if any(_is_refused(each) and each["spec"].get(flow.direction) and not _may_only_accept(each, flow)
+           for each in policies):  # fmt: skip
+        return False
+    # Among equals the API leaves the choice open; the product goes by name. The baseline of old has no priority.
+    policies.sort(key=lambda each: (each["spec"].get("priority", 1001), each["metadata"]["name"], each["kind"]))
+    for policy in policies:
+        for rule in policy["spec"].get(flow.direction) or [] if not _is_refused(policy) else []:
+            action = _cluster_action(rule, flow)
+            if action is not None:
+                return {"Accept": True, "Allow": True, "Deny": False}.get(action)
+    return None
+
+
+def _may_only_accept(policy: dict[str, Any], flow: Flow) -> bool:
+    rules = policy["spec"].get(flow.direction) or []
+    return bool(rules) and all(rule["action"] in ("Accept", "Allow") for rule in rules)
+
+
+def _cluster_selects(policy: dict[str, Any], flow: Flow) -> bool:
+    return policy["kind"] in _CLUSTER_KINDS and _cluster_peer(policy["spec"]["subject"], flow.endpoint)
+
+
+def _cluster_action(rule: dict[str, Any], flow: Flow) -> str | None:
+    """What the rule does with the flow; None when it does not match."""
+    peers = rule["from" if flow.direction == INGRESS else "to"]
+    if any(not set(peer) <= _CLUSTER_PEERS[flow.direction] or not peer for peer in peers):
+        return None if rule["action"] in ("Accept", "Allow") else "Deny"
+    if not any(_cluster_peer(peer, flow.peer) for peer in peers):
+        return None
+    ports = rule.get("protocols") or rule.get("ports")
+    return rule["action"] if not ports or any(_cluster_port(port, flow) for port in ports) else None
+
+
+def _cluster_peer(peer: dict[str, Any], holder: Holder) -> bool:
+    labels = {**holder.namespace_labels, "kubernetes.io/metadata.name": holder.namespace}
+    if "namespaces" in peer:
+        return holder.is_pod and _kubernetes_selector(peer["namespaces"], labels)
+    if "pods" in peer:
+        return (
+            holder.is_pod
+            and _kubernetes_selector(peer["pods"].get("namespaceSelector", {}), labels)
+            and _kubernetes_selector(peer["pods"]["podSelector"], holder.labels)
+        )
+    if "nodes" in peer:
+        is_node = "host" in holder.entities or "remote-node" in holder.entities
+        return is_node and _kubernetes_selector(peer["nodes"], holder.labels)
+    return any(holder.address in ip_network(cidr) for cidr in peer.get("networks", []))  # nobody knows domain names
+
+
+def _cluster_port(port: dict[str, Any], flow: Flow) -> bool:
+    if name := port.get("destinationNamedPort") or port.get("namedPort"):
+        return flow.port in _named(name, flow.protocol, flow)
+    if "portNumber" in port or "portRange" in port:
+        spot = port.get("portNumber") or port["portRange"]
+        first, last = (spot["port"], spot["port"]) if "portNumber" in port else (spot["start"], spot["end"])
+        return PROTOCOL[spot.get("protocol", "TCP")] == flow.protocol and first <= flow.port <= last
+    ((protocol, value),) = port.items()
+    spot = value["destinationPort"].get("range") or dict.fromkeys(
+        ("start", "end"), value["destinationPort"].get("number")
+    )
+    return PROTOCOL[protocol.upper()] == flow.protocol and spot["start"] <= flow.port <= spot["end"]
 
 
 # CiliumNetworkPolicy and CiliumClusterwideNetworkPolicy

@@ -39,6 +39,7 @@ EXCEPTS = {
 }
 REMOTE4, REMOTE6 = "192.168.0.2", "fd00:ffff::2"
 NODE4, NODE6 = "192.168.0.1", "fd00:ffff::1"
+NODE_LABELS = {"one": {"zone": "a"}, "two": {"zone": "b", "gpu": ""}}
 
 
 def random_pods(rng: random.Random, count: int) -> list[Holder]:
@@ -64,10 +65,10 @@ def random_pods(rng: random.Random, count: int) -> list[Holder]:
 def outsiders() -> list[Holder]:
     """The own node, another node, and the world inside and outside of policies' CIDRs; both families."""
     return [
-        Holder(ip_address(NODE4), entities=("host",)),
-        Holder(ip_address(NODE6), entities=("host",)),
-        Holder(ip_address(REMOTE4), entities=("remote-node",)),
-        Holder(ip_address(REMOTE6), entities=("remote-node",)),
+        Holder(ip_address(NODE4), entities=("host",), labels=NODE_LABELS["one"]),
+        Holder(ip_address(NODE6), entities=("host",), labels=NODE_LABELS["one"]),
+        Holder(ip_address(REMOTE4), entities=("remote-node",), labels=NODE_LABELS["two"]),
+        Holder(ip_address(REMOTE6), entities=("remote-node",), labels=NODE_LABELS["two"]),
         *(
             Holder(ip_address(a), entities=("world", "world-ipv4"))
             for a in ("198.51.100.1", "198.51.100.200", "8.8.8.8")
@@ -163,6 +164,80 @@ def _cidr_set(rng: random.Random) -> dict[str, Any]:
     if cidr in EXCEPTS and maybe(rng, 0.5):
         found["except"] = [EXCEPTS[cidr]]
     return found
+
+
+def cluster_policy(rng: random.Random, name: str) -> dict[str, Any]:
+    """A ClusterNetworkPolicy or one of its forerunners; many rules, since only their order makes them interesting."""
+    kind = rng.choice(("ClusterNetworkPolicy", "ClusterNetworkPolicy", "AdminNetworkPolicy",
+                       "BaselineAdminNetworkPolicy"))  # fmt: skip
+    spec: dict[str, Any] = {"subject": _cluster_pods(rng) if maybe(rng, 0.6) else {"namespaces": {}}}
+    if kind == "ClusterNetworkPolicy":
+        spec["tier"] = rng.choice(("Admin", "Admin", "Baseline"))
+    if kind != "BaselineAdminNetworkPolicy":
+        spec["priority"] = rng.choice((0, 1, 5, 1000))
+    for direction, peers_key in (("ingress", "from"), ("egress", "to")):
+        if maybe(rng, 0.7):
+            spec[direction] = [_cluster_rule(rng, kind, peers_key) for _ in range(rng.randint(1, 4))]
+    version = "v1alpha2" if kind == "ClusterNetworkPolicy" else "v1alpha1"
+    metadata = {"name": "default" if kind == "BaselineAdminNetworkPolicy" else name}
+    return {"apiVersion": f"policy.networking.k8s.io/{version}", "kind": kind, "metadata": metadata, "spec": spec}
+
+
+def _cluster_pods(rng: random.Random) -> dict[str, Any]:
+    namespaces = _expressions(rng, {"team": ("a", "b"), "kubernetes.io/metadata.name": tuple(NAMESPACES)})
+    if maybe(rng, 0.4):
+        return {"namespaces": namespaces}
+    return {"pods": {"namespaceSelector": namespaces, "podSelector": _pod_selector(rng)}}
+
+
+def _cluster_rule(rng: random.Random, kind: str, peers_key: str) -> dict[str, Any]:
+    allow = "Accept" if kind == "ClusterNetworkPolicy" else "Allow"
+    actions = (allow, "Deny") if kind == "BaselineAdminNetworkPolicy" else (allow, "Deny", "Pass")
+    rule: dict[str, Any] = {"action": rng.choice(actions)}
+    rule[peers_key] = [_cluster_peer(rng, rule["action"], kind, peers_key) for _ in range(rng.randint(1, 2))]
+    if maybe(rng, 0.5):
+        named = all(set(peer) <= {"namespaces", "pods"} for peer in rule[peers_key])
+        new = kind == "ClusterNetworkPolicy" and maybe(rng, 0.7)
+        port = _cluster_protocol if new else _cluster_port
+        rule["protocols" if new else "ports"] = [port(rng, named) for _ in range(rng.randint(1, 2))]
+    return rule
+
+
+def _cluster_peer(rng: random.Random, action: str, kind: str, peers_key: str) -> dict[str, Any]:
+    roll = rng.random()
+    if roll < 0.03:
+        return rng.choice(({}, {"tenants": {}}))
+    if peers_key == "from" or roll < 0.5:
+        return _cluster_pods(rng)
+    if roll < 0.65:
+        return {"nodes": _expressions(rng, {"zone": ("a", "b"), "gpu": ("",)})}
+    if roll < 0.7 and action in ("Accept", "Allow") and kind != "BaselineAdminNetworkPolicy":
+        return {"domainNames": ["*.example.com"]}
+    return {"networks": some(rng, CIDRS4 + CIDRS6)}
+
+
+def _cluster_protocol(rng: random.Random, named: bool) -> dict[str, Any]:
+    if named and maybe(rng, 0.25):
+        return {"destinationNamedPort": rng.choice(("http", "dns"))}
+    first = rng.choice(PORTS)
+    if maybe(rng, 0.6):
+        port: dict[str, Any] = {"number": first}
+    else:
+        port = {"range": {"start": first, "end": first + rng.choice((1, 500, 7000))}}
+    return {rng.choice(("tcp", "tcp", "udp", "sctp")): {"destinationPort": port}}
+
+
+def _cluster_port(rng: random.Random, named: bool) -> dict[str, Any]:
+    if named and maybe(rng, 0.25):
+        return {"namedPort": rng.choice(("http", "dns"))}
+    first = rng.choice(PORTS)
+    if maybe(rng, 0.6):
+        port: dict[str, Any] = {"port": first}
+    else:
+        port = {"start": first, "end": first + rng.choice((0, 500, 7000))}
+    if maybe(rng, 0.7):
+        port["protocol"] = rng.choice(("TCP", "UDP", "SCTP"))
+    return {"portRange" if "start" in port else "portNumber": port}
 
 
 def cilium_policy(rng: random.Random, name: str) -> dict[str, Any]:
@@ -328,6 +403,20 @@ def peer_authentication(rng: random.Random, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def random_tiers(rng: random.Random) -> list[dict[str, Any]]:
+    """Policies of every tier that mostly select the same pods, so that what one leaves open another decides."""
+    found = [cluster_policy(rng, f"c{index}") for index in range(rng.randint(1, 4))]
+    for policy in found:
+        if maybe(rng, 0.7):
+            policy["spec"]["subject"] = {"namespaces": {}}
+    found = list({policy["metadata"]["name"]: policy for policy in found}.values())  # there is one default
+    for index in range(rng.randint(0, 3)):
+        found.append((network_policy if maybe(rng, 0.6) else cilium_policy)(rng, f"n{index}"))
+    if maybe(rng, 0.1):
+        spoil(rng, rng.choice(found))
+    return found
+
+
 def spoil(rng: random.Random, policy: dict[str, Any]) -> None:
     """Put a field nobody knows into some rule of a network policy, so that the whole object has to be refused."""
     specs = [policy["spec"]] if "spec" in policy else []
@@ -344,7 +433,10 @@ def random_policies(
     """Up to so many objects of each family, a few of the network's spoilt."""
     found = []
     for index in range(rng.randint(0, network)):
-        policy = (network_policy if maybe(rng, 0.4) else cilium_policy)(rng, f"n{index}")
+        kinds = (network_policy, network_policy, cilium_policy, cilium_policy, cluster_policy)
+        policy = rng.choice(kinds)(rng, f"n{index}")
+        if policy["metadata"]["name"] == "default" and any(e["metadata"]["name"] == "default" for e in found):
+            continue  # there is only one
         if maybe(rng, 0.1):
             spoil(rng, policy)
         found.append(policy)

@@ -145,7 +145,9 @@ class RandomCluster:
 
     def _policy(self, name: str) -> Document:
         roll = self.rng.random()
-        if roll < 0.3:
+        if roll < 0.15:
+            made = policygen.cluster_policy(self.rng, name)
+        elif roll < 0.3:
             made = policygen.network_policy(self.rng, name)
         elif roll < 0.65:
             made = policygen.cilium_policy(self.rng, name)
@@ -263,7 +265,8 @@ class RandomCluster:
 
     def _node(self, name: str, addresses: tuple[str, str]) -> Document:
         status = {"addresses": [{"type": "InternalIP", "address": address} for address in addresses]}
-        return document({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "status": status})
+        metadata = {"name": name, "labels": self.rng.choice((policygen.NODE_LABELS[name], {"zone": "c"}))}
+        return document({"apiVersion": "v1", "kind": "Node", "metadata": metadata, "status": status})
 
     def _put(self, *made: Document) -> Changed:
         self.documents |= {d.key: d for d in made}

@@ -31,7 +31,7 @@ from meshbridge.policy.model import (
 )
 from meshbridge.policy.peers import PeerIndex
 from meshbridge.policy.policyset import PolicySet
-from meshbridge.policy.precedence import HOST, DropReason, Strength, precedence
+from meshbridge.policy.precedence import DropReason, Strength, precedence
 from meshbridge.policy.tiers import Tiers
 
 _Spot = tuple[int, int, int, int]
@@ -153,10 +153,8 @@ def _compile_network(
         found.claim(rule, covered[id(rule)], Tier.BASELINE, step)
     for rule in tiers.normal:
         found.claim(rule, covered[id(rule)], Tier.NORMAL, 0)
-    own_node: Coverage = []
     if tiers.isolating and direction is Direction.INGRESS:
-        own_node = [(numbers, [EVERY_PORT])] if (numbers := _own_node(index)) else []
-        found.put(own_node, precedence(Tier.DEFAULT, 0, Strength.ALLOW), ())
+        found.put([(_own_node(index), [EVERY_PORT])], precedence(Tier.DEFAULT, 0, Strength.ALLOW), ())
     step = 0
     for rule in tiers.admin:
         if not rule.passes:
@@ -175,8 +173,6 @@ def _compile_network(
             found.claim(below, both(passed, covered[id(below)]), Tier.ADMIN, step)
         step += 1
         if tiers.isolating:
-            local = [([HOST], [EVERY_PORT]), *own_node] if direction is Direction.INGRESS else []
-            found.put(both(passed, local), precedence(Tier.ADMIN, step, Strength.ALLOW), ())
             found.put(passed, precedence(Tier.ADMIN, step, Strength.ISOLATED), tiers.isolating)
         else:
             found.put(passed, precedence(Tier.ADMIN, step, Strength.ALLOW), (rule.origin,))

@@ -27,9 +27,10 @@ from meshbridge.policy.mesh import (
     JwtRule,
     MtlsMode,
 )
-from meshbridge.policy.model import Anything, Direction, NetworkRule, Origin, PortMatch, Verdict
+from meshbridge.policy.model import Anything, Direction, NetworkRule, Origin, PortMatch, Tier, Verdict
 from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.policy.policyset import PolicySet
+from meshbridge.policy.tiers import deciding
 
 OUR_PROVIDER: Final = "meshbridge"
 """The name under which the mesh knows this ext_authz server."""
@@ -211,14 +212,15 @@ class RequestJudge:
             covering = self._covering(request, Peer(entities=frozenset({Entity.HOST}), networks=networks))
         elif not covering and any(rule.default_deny for rule in self.http_rules):
             return _Denial("no rule of any network policy covers the source", _isolating(self.http_rules))
-        if not any(rule.http for rule in covering) or any(not rule.http for rule in covering):
+        decisive = deciding(covering, isolated=any(rule.default_deny for rule in self.http_rules))
+        if not any(rule.http for rule in decisive) or any(not rule.http for rule in decisive):
             return None
-        if request.http and any(http_rule_matches(match, request) for rule in covering for match in rule.http):
+        if request.http and any(http_rule_matches(match, request) for rule in decisive for match in rule.http):
             return None
-        return _Denial("no http rule of any network policy matches", tuple(sorted({r.origin for r in covering})))
+        return _Denial("no http rule of any network policy matches", tuple(sorted({r.origin for r in decisive})))
 
     def _covering(self, request: Request, peer: Peer | None) -> list[NetworkRule]:
-        allowing = (rule for rule in self.http_rules if rule.verdict is not FALSE)
+        allowing = (rule for rule in self.http_rules if rule.verdict is not FALSE or rule.tier is Tier.ADMIN)
         return [rule for rule in allowing if self._covers_port(rule, request.port) and _covers_peer(rule, peer)]
 
     def _covers_port(self, rule: NetworkRule, port: int) -> bool:

@@ -21,6 +21,7 @@ from meshbridge.policy.mesh import (
 )
 from meshbridge.policy.model import Anything, Direction, Document, Layer, NetworkRule, Notice, Refusal
 from meshbridge.policy.parse import Parsed, parse
+from meshbridge.policy.priorities import equal_priorities
 from meshbridge.policy.selectors import EVERYBODY, CidrPeers, LabelKeys, PeerSelector, label_keys
 
 _Policy = TypeVar("_Policy", AuthorizationPolicy, PeerAuthentication, RequestAuthentication)
@@ -74,7 +75,7 @@ class PolicySet:
             peer_authentication=_ordered(a for p in every for a in p.peer_authentication),
             request_authentication=_ordered(a for p in every for a in p.request_authentication),
             refusals=tuple(sorted((r for p in every for r in p.refusals), key=str)),
-            notices=tuple(sorted((n for p in every for n in p.notices), key=str)),
+            notices=tuple(sorted((*(n for p in every for n in p.notices), *equal_priorities(every)), key=str)),
             mesh=mesh,
         )
 

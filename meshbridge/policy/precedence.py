@@ -16,9 +16,6 @@ from meshbridge.policy.model import Tier
 ANYONE: Final = 0
 """IDENTITY_ANY: whoever the peer is."""
 
-HOST: Final = 1
-"""IDENTITY_HOST: a process of the endpoint's own node, at an address that no policy's CIDR contains."""
-
 _STEPS: Final = 1 << 16
 """Steps for each number of a tier; a tier may use those of the numbers between it and the next."""
 

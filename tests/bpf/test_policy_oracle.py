@@ -134,7 +134,8 @@ class Cluster:
                 ports = frozenset(ContainerPort(*port) for port in holder.ports if port[0] in names)
                 holders[holder.address] = replace(workload_of([holder]).peer(), ports=ports)
             elif "world" not in holder.entities:
-                holders[holder.address] = Peer(entities=frozenset(Entity(each) for each in holder.entities))
+                entities = frozenset(Entity(each) for each in holder.entities)
+                holders[holder.address] = Peer(labels=holder.labels, entities=entities)
         numbering = number_peers(holders, policies.referenced_networks(), known=self.identities, highest=self.highest)
         self.identities, self.highest = dict(numbering.identities), numbering.highest
         self.kernel.maps.ipcache_cidr.clear()

@@ -11,7 +11,17 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import EGRESS, INGRESS, Flow, Holder, network_allows
-from policygen import PORTS, outsiders, random_pods, random_policies
+from policygen import (
+    NODE4,
+    NODE6,
+    NODE_LABELS,
+    PORTS,
+    REMOTE4,
+    REMOTE6,
+    outsiders,
+    random_pods,
+    random_policies,
+)
 
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.state import capture_of
@@ -38,8 +48,12 @@ def documents_of(objects: list[dict[str, Any]]) -> list[Document]:
 
 
 def cluster_objects(rng: random.Random, holders: list[Holder], *, sidecars: bool) -> list[dict[str, Any]]:
-    """Pods and namespaces; consecutive holders are the two addresses of one pod."""
+    """Nodes, namespaces and pods; consecutive holders are the two addresses of one pod, which are all on node one."""
     found: list[dict[str, Any]] = []
+    for name, addresses in {"one": (NODE4, NODE6), "two": (REMOTE4, REMOTE6)}.items():
+        node_status = {"addresses": [{"type": "InternalIP", "address": address} for address in addresses]}
+        node_meta = {"name": name, "labels": NODE_LABELS[name]}
+        found.append({"apiVersion": "v1", "kind": "Node", "metadata": node_meta, "status": node_status})
     for namespace, labels in {h.namespace: h.namespace_labels for h in holders}.items():
         found.append({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}})
     for v4, v6 in zip(holders[::2], holders[1::2], strict=True):
@@ -84,7 +98,7 @@ def asked(source: Holder, destination: Holder, protocol: int, port: int) -> byte
 def test_network_is_what_the_texts_say_at_both_ends(seed: int) -> None:
     rng = random.Random(seed)
     pods = random_pods(rng, 5)
-    world = [holder for holder in outsiders() if "world" in holder.entities]
+    world = outsiders()
     objects = random_policies(rng)
     cluster = Cluster(documents_of(cluster_objects(rng, pods, sidecars=False) + objects))
     questions = [random_question(rng, pods, world) for _ in range(20)]
@@ -94,7 +108,8 @@ def test_network_is_what_the_texts_say_at_both_ends(seed: int) -> None:
         if source.is_pod:
             expected &= network_allows(objects, Flow(source, destination, EGRESS, protocol, port))
         if destination.is_pod:
-            expected &= network_allows(objects, Flow(destination, source, INGRESS, protocol, port))
+            local = "host" in source.entities
+            expected &= network_allows(objects, Flow(destination, source, INGRESS, protocol, port, local))
         record = line.record
         assert record["network"] == ("ALLOW" if expected else "DENY"), (question, objects)
         assert record["kernel"] == ("PASS" if expected else "DROP"), "no mesh policy guards these pods"
@@ -113,7 +128,8 @@ def test_kernel_is_what_the_compiled_maps_say(seed: int) -> None:
     named = policies.referenced_port_names()
     workloads: dict[Any, Workload] = {}
     holders: dict[Any, Peer] = {
-        holder.address: Peer(entities=frozenset(Entity(entity) for entity in holder.entities)) for holder in world
+        holder.address: Peer(labels=holder.labels, entities=frozenset(Entity(entity) for entity in holder.entities))
+        for holder in world
     }
     namespaces = {pod.namespace: pod.namespace_labels for pod in pods}
     for read in (read for document in documents_of(objects) for read in parse(document).objects):

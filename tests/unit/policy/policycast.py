@@ -36,7 +36,7 @@ WEB6 = pod("shop/web6", "fd00:1::1", {"app": "web", "version": "v1"})
 PODS = (WEB, API, LEDGER, AGENT, WEB6)
 
 OTHERS: dict[str, Peer] = {
-    "192.168.0.1": Peer(entities=frozenset({Entity.HOST})),
+    "192.168.0.1": Peer(labels={"zone": "a"}, entities=frozenset({Entity.HOST})),
     "192.168.0.2": Peer(entities=frozenset({Entity.REMOTE_NODE})),
     "203.0.113.7": Peer(entities=frozenset({Entity.WORLD, Entity.WORLD_IPV4})),
     "10.9.9.9": Peer(entities=frozenset({Entity.WORLD, Entity.WORLD_IPV4})),
@@ -63,7 +63,8 @@ def policies(text: str, mesh: MeshSettings = DEFAULT_MESH) -> PolicySet:
 def numbered(policy_set: PolicySet) -> Numbering:
     """Everybody of the cast, numbered against the CIDRs and port names of the policies."""
     names = policy_set.referenced_port_names()
-    holders: dict[IpAddress, Peer] = {ip_address(address): peer for address, peer in OTHERS.items()}
+    trim = policy_set.referenced_labels().trim_node
+    holders: dict[IpAddress, Peer] = {ip_address(a): replace(o, labels=trim(o.labels)) for a, o in OTHERS.items()}
     for workload in PODS:
         ports = frozenset(port for port in workload.ports if port.name in names)
         holders[workload.addresses[0]] = replace(workload.peer(), ports=ports)

@@ -38,7 +38,7 @@ def documents_of(objects: Iterable[dict[str, Any]]) -> list[Document]:
 
 def peer_of(holder: Holder, names: frozenset[str] = frozenset()) -> Peer:
     if not holder.is_pod:
-        return Peer(entities=frozenset(Entity(entity) for entity in holder.entities))
+        return Peer(labels=holder.labels, entities=frozenset(Entity(entity) for entity in holder.entities))
     return workload_of([holder]).peer() if not names else replace(
         workload_of([holder]).peer(),
         ports=frozenset(ContainerPort(*port) for port in holder.ports if port[0] in names),
