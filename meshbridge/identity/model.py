@@ -60,6 +60,15 @@ class ContainerPort:
     protocol: str = "TCP"
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class TcpPorts:
+    """TCP ports ``first``..``last``, both included, in one address family."""
+
+    family: IpFamily
+    first: int
+    last: int
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
     """Everything policies can ask of the other side of a flow; two addresses with equal Peers share an identity.
@@ -69,6 +78,7 @@ class Peer:
     ``networks`` holds those CIDRs written in any policy that contain the address, so that an ipBlock is a set lookup.
     ``ports`` holds those container ports whose name an egress policy uses (``PolicySet.referenced_port_names``).
     ``service`` (namespace/name) makes a Service's address a class of its own, see ``policy.frontends``.
+    ``excluded``, sorted, holds the ports on which a pod's Envoy is passed by, as its own node has seen.
     """
 
     namespace: str | None = None
@@ -83,6 +93,7 @@ class Peer:
     masqueraded: bool = False
     ports: frozenset[ContainerPort] = frozenset()
     service: str = ""
+    excluded: tuple[TcpPorts, ...] = ()
 
     @property
     def is_pod(self) -> bool:

@@ -154,6 +154,7 @@ def class_of(peer: Peer) -> _Class:
         tuple(sorted(peer.entities)),
         peer.masqueraded,
         peer.service,
+        peer.excluded,
         tuple(sorted((port.name, port.port, port.protocol) for port in peer.ports)),
         tuple(sorted(str(network) for network in peer.networks)),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from meshbridge.identity.model import IpFamily, IpNetwork
+from meshbridge.identity.model import IpFamily, IpNetwork, TcpPorts
 from meshbridge.policy.model import ANY, Anything, Judge
 
 LAST_PORT: Final = 65535
@@ -88,6 +88,24 @@ UNGUARDED: Final = PortClasses.of(PortClass.UNGUARDED)
 SIDECAR: Final = PortClasses.of(
     PortClass.CAPTURED, {HBONE_PORT: PortClass.TUNNEL, **dict.fromkeys(ISTIO_PORTS, PortClass.UNGUARDED)}
 )
+
+
+def sidecar_excluding(excluded: Iterable[TcpPorts]) -> dict[IpFamily, PortClasses]:
+    """The classes of a sidecar that captures everything but these ports, sorted."""
+    ranges = {family: list(SIDECAR.ranges) for family in IpFamily}
+    for ports in excluded:
+        cut: list[PortRange] = []
+        for known in ranges[ports.family]:
+            if known.last < ports.first or ports.last < known.first:
+                cut.append(known)
+                continue
+            if known.first < ports.first:
+                cut.append(PortRange(known.first, ports.first - 1, known.port_class))
+            cut.append(PortRange(max(known.first, ports.first), min(known.last, ports.last), PortClass.EXCLUDED))
+            if ports.last < known.last:
+                cut.append(PortRange(ports.last + 1, known.last, known.port_class))
+        ranges[ports.family] = cut
+    return {family: PortClasses(tuple(_joined(known))) for family, known in ranges.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ On a captured port Envoy judges again, so what is uncertain passes; on an exclud
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, Workload
@@ -134,9 +134,6 @@ class MeshCompiler:
             return MeshLayer.EMPTY
         guard = guard_of(workload, selected)
         addresses = tuple(sorted((a for a in workload.addresses if IpFamily.of(a) is family), key=int))
-        asks_address = any(
-            condition.attribute is Attribute.DESTINATION_IP for rule in guard.rules for condition in rule.all_conditions
-        )
         key = (
             guard.policies,
             guard.mtls.mode,
@@ -147,7 +144,7 @@ class MeshCompiler:
             classes,
             capture.judges,
             tuple(sorted(capture.protocols.items())),
-            addresses if asks_address else (),
+            addresses if _asks_address(guard) else (),
             tuple(workload.probe_ports),
         )
         layer = self._layers.get(key)
@@ -165,8 +162,9 @@ class MeshCompiler:
     ) -> MeshLayer:
         """What destinations' own lowering would drop, dropped where ``workload`` sends it past its own Envoy.
 
-        Only that is dropped which the destination drops for every way the flow may have come: through Envoy, as
-        plaintext, with another name. So it only subtracts, and only where both ends' policies are known.
+        On a port that the destination captures, only that is dropped which it drops for every way the flow may have
+        come: through Envoy, as plaintext, with another name. On one that it excludes too, its kernel judges by address,
+        so the sender has its own name there. So this only subtracts, and only where both ends' policies are known.
 
         Args:
             policies: All that are known, not only those that select ``workload``.
@@ -175,7 +173,7 @@ class MeshCompiler:
         """
         if not bypasses:
             return MeshLayer.EMPTY
-        sender = workload.peer()
+        sender = replace(workload.peer(), trust_domain=policies.mesh.trust_domain)
         addresses = tuple(address for address in workload.addresses if IpFamily.of(address) is family)
         entries: dict[PolicyKey, PolicyEntry] = {}
         for number, peer in self._index.identities.items():
@@ -187,6 +185,9 @@ class MeshCompiler:
             networks = frozenset(n for n in guard.networks if any(address in n for address in addresses))
             source = _Source(networks, own_principal(sender))
             for segment in _segments(guard, classes, {}, frozenset()):
+                if segment.port_class is PortClass.EXCLUDED and _asks_address(guard):
+                    # which of its addresses is meant only the destination knows, and what is uncertain passes here
+                    segment = replace(segment, port_class=PortClass.CAPTURED)
                 outcome = _outcome(guard, _ENVOY_ONLY, segment, source, (), frozenset())
                 if outcome.verdict is Verdict.DENY:
                     entry = PolicyEntry(
@@ -243,6 +244,13 @@ def _guard(peer: Peer, selected: PolicySet) -> Guard:
         effective_mtls(selected.peer_authentication, peer, selected.mesh),
         tuple(refusal for refusal in selected.refusals if refusal.layer is Layer.MESH),
         selected.mesh,
+    )
+
+
+def _asks_address(guard: Guard) -> bool:
+    """Whether by which of its own addresses a pod is reached can make a difference."""
+    return any(
+        condition.attribute is Attribute.DESTINATION_IP for rule in guard.rules for condition in rule.all_conditions
     )
 
 
