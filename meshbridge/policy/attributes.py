@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from meshbridge.identity.model import IpAddress, Peer
-from meshbridge.policy.baseline import FALSE, TRUE, condition_matches
+from meshbridge.policy.baseline import FALSE, TRUE, UNKNOWN, condition_matches
 from meshbridge.policy.mesh import (
     HTTP_ONLY,
     IDENTITY,
@@ -83,8 +83,10 @@ def request_matches(
     """Whether a condition holds for a request made with one token, or none.
 
     On a TCP chain conditions only HTTP answers hold, which is how Envoy's filters leave them out; that ALLOW rules with
-    one are gone is ``rule_matches``'s business.
+    one are gone is ``rule_matches``'s business. What other filters have told Envoy is NEEDS_L7: nobody tells us.
     """
+    if condition.attribute is Attribute.METADATA:
+        return UNKNOWN
     if condition.attribute in HTTP_ONLY and not request.http:
         return TRUE
     return condition_matches(

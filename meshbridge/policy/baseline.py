@@ -7,7 +7,7 @@ cannot answer is NEEDS_L7, which here reads "unknown".
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import Final
@@ -17,6 +17,7 @@ from meshbridge.policy.capture import AppProtocol
 from meshbridge.policy.mesh import (
     HTTP_ONLY,
     IDENTITY,
+    OUR_PROVIDER,
     Action,
     Attribute,
     AuthorizationPolicy,
@@ -26,6 +27,7 @@ from meshbridge.policy.mesh import (
     EffectiveMtls,
     MeshSettings,
     MtlsMode,
+    ProviderKind,
     network_of,
 )
 from meshbridge.policy.model import Origin, Refusal, Verdict
@@ -71,6 +73,29 @@ class Guard:
     def rules(self) -> Iterable[AuthorizationRule]:
         return (rule for policy in self.policies for rule in policy.rules)
 
+    def effect_of(self, policy: AuthorizationPolicy, form: AppProtocol) -> Action | None:
+        """What Envoy does by a policy; None: nothing. CUSTOM: it asks another provider than us.
+
+        The rules of CUSTOM deny wherever Envoy cannot be told whom to ask: several providers, one that the mesh does
+        not define; by dry-run, too. An HTTP provider is not asked on TCP. Ours decides by the same policies again.
+
+        Spec: istio, pilot/pkg/security/authz/builder/builder.go.
+        """
+        if policy.action is not Action.CUSTOM:
+            return None if policy.dry_run or policy.action is Action.AUDIT else policy.action
+        kind = self.mesh.provider(policy.provider)
+        if kind is ProviderKind.UNUSABLE or len(self.custom_providers) > 1:
+            return None if policy.dry_run else Action.DENY
+        if kind is ProviderKind.HTTP and form is AppProtocol.TCP:
+            return None
+        if policy.dry_run:
+            return Action.DENY
+        return None if policy.provider == OUR_PROVIDER else Action.CUSTOM
+
+    @property
+    def custom_providers(self) -> frozenset[str]:
+        return frozenset(policy.provider for policy in self.policies if policy.action is Action.CUSTOM)
+
     @property
     def networks(self) -> frozenset[IpNetwork]:
         """The CIDRs its rules ask of a source."""
@@ -94,6 +119,8 @@ class MeshVerdict:
 
 def mesh_verdict(guard: Guard, flow: Flow, protocol: AppProtocol) -> MeshVerdict:
     """The verdict on a flow; where Envoy sniffs the protocol both forms have to agree to be certain."""
+    if guard.mtls.at(flow.port)[0] is MtlsMode.DISABLE:
+        flow = replace(flow, principal=None)  # nobody asks for a certificate, so whatever is sent proves no name
     undecided = isinstance(flow.principal, Principal)
     presents = UNKNOWN if undecided else _certain(flow.principal is not None)
 
@@ -138,17 +165,20 @@ def verdict_of(
     maybe_allowing: list[Origin] = []
     allow_policies: list[Origin] = []
     for policy in guard.policies:
-        if policy.dry_run or policy.action is Action.AUDIT:
+        effect = guard.effect_of(policy, form)
+        if effect is None:
             continue
-        if policy.action is Action.ALLOW:
+        if effect is Action.ALLOW:
             allow_policies.append(policy.origin)
         for rule in policy.rules:
-            matched = rule_matches(rule, policy.action, partial(known, policy), form)
-            if policy.action is Action.CUSTOM:
-                open_origins += [rule.origin] if matched is not FALSE else []
-            elif policy.action is Action.DENY and matched is not FALSE:
+            matched = rule_matches(rule, effect, partial(known, policy), form)
+            if matched is FALSE:
+                continue
+            if effect is Action.CUSTOM:
+                open_origins.append(rule.origin)
+            elif effect is Action.DENY:
                 (denying if matched is TRUE else open_origins).append(rule.origin)
-            elif policy.action is Action.ALLOW and matched is not FALSE:
+            else:
                 (allowing if matched is TRUE else maybe_allowing).append(rule.origin)
     if denying:
         return MeshVerdict(FALSE, _origins(denying), DropReason.MESH_POLICY_DENY)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from meshbridge.identity.model import Entity, IpNetwork, Peer, Workload
 from meshbridge.policy.attributes import Request, request_matches
@@ -20,6 +20,7 @@ from meshbridge.policy.capture import AppProtocol
 from meshbridge.policy.httpmatch import http_rule_matches
 from meshbridge.policy.lowering import guard_of
 from meshbridge.policy.mesh import (
+    OUR_PROVIDER,
     Action,
     Attribute,
     AuthorizationPolicy,
@@ -31,9 +32,6 @@ from meshbridge.policy.model import Anything, Direction, NetworkRule, Origin, Po
 from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.tiers import deciding
-
-OUR_PROVIDER: Final = "meshbridge"
-"""The name under which the mesh knows this ext_authz server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +120,7 @@ class RequestJudge:
         guard = guard_of(workload, selected)
         by_action: dict[Action, list[_Indexed]] = {action: [] for action in Action}
         for policy in guard.policies:
-            action = Action.AUDIT if policy.dry_run else policy.action
+            action = Action.AUDIT if policy.dry_run and policy.action is not Action.CUSTOM else policy.action
             by_action[action] += [_Indexed(policy, rule) for rule in policy.rules]
         network = tuple(rule for rule in selected.network if rule.direction is Direction.INGRESS)
         return cls(
@@ -169,10 +167,15 @@ class RequestJudge:
         mode, origin = self.guard.mtls.at(request.port)
         if mode is MtlsMode.STRICT and not request.principal:
             return _Denial("mTLS is STRICT and the connection is plaintext", (origin,) if origin else ())
+        form = AppProtocol.HTTP if request.http else AppProtocol.TCP
         for indexed in self._matching(Action.CUSTOM, request):
-            if indexed.policy.provider not in (OUR_PROVIDER, *self.guard.mesh.asked_providers):
-                reason = f"CUSTOM provider {indexed.policy.provider!r} is asked by nobody here"
-                return _Denial(reason, (indexed.rule.origin,))
+            match self.guard.effect_of(indexed.policy, form):
+                case Action.DENY:
+                    reason = f"denied by {indexed.rule.origin}, as Envoy cannot be told whom to ask"
+                    return _Denial(reason, (indexed.rule.origin,))
+                case Action.CUSTOM if indexed.policy.provider not in self.guard.mesh.asked_providers:
+                    reason = f"CUSTOM provider {indexed.policy.provider!r} is asked by nobody here"
+                    return _Denial(reason, (indexed.rule.origin,))
         if request.token_error and self.jwt_rules:
             origins = tuple(rule.origin for rule in self.jwt_rules)
             return _Denial(f"the token is not valid: {request.token_error}", origins, unauthenticated=True)
@@ -190,8 +193,10 @@ class RequestJudge:
                 rule_matches(rule, action, partial(request_matches, request, claims, policy, self.guard.mesh), form)
                 for claims in (request.claims or (None,))
             ]
-            # With several tokens an ALLOW has to hold for each of them, anything else for one.
-            if (min if action is Action.ALLOW else max)(verdicts) is TRUE:
+            # With several tokens an ALLOW has to hold for each of them, anything else for one. What only Envoy knows
+            # allows nothing and denies whatever it may.
+            matches = min(verdicts) is TRUE if action is Action.ALLOW else max(verdicts) is not FALSE
+            if matches:
                 found.append(indexed)
                 if action in (Action.ALLOW, Action.DENY):
                     break

@@ -13,18 +13,42 @@ from functools import lru_cache
 from ipaddress import ip_network
 from typing import Any, Final
 
-from meshbridge.identity.model import DEFAULT_CLUSTER, DEFAULT_TRUST_DOMAIN, IpNetwork, Peer
+from meshbridge.identity.model import DEFAULT_CLUSTER, DEFAULT_TRUST_DOMAIN, IpNetwork, Peer, ProxyClass
 from meshbridge.policy.model import Origin
 from meshbridge.policy.selectors import EVERYBODY, Selector, in_namespace
 
 GATEWAY_LABEL = "gateway.networking.k8s.io/gateway-name"
+OUR_PROVIDER: Final = "meshbridge"
+"""The name under which the mesh knows our ext_authz server."""
+
+GATEWAY_API = "gateway.networking.k8s.io"
+WAYPOINT_CLASS = "istio-waypoint"
+
+
+class ProviderKind(StrEnum):
+    """What an extension provider is to a CUSTOM policy."""
+
+    GRPC = "envoyExtAuthzGrpc"
+    HTTP = "envoyExtAuthzHttp"
+    UNUSABLE = "unusable"
+
+
+class PathNormalization(StrEnum):
+    """What Envoy does to a path before anybody judges it; each does what those before it do."""
+
+    NONE = "NONE"
+    BASE = "BASE"
+    MERGE_SLASHES = "MERGE_SLASHES"
+    DECODE_AND_MERGE_SLASHES = "DECODE_AND_MERGE_SLASHES"
 
 
 @dataclass(frozen=True, slots=True)
 class MeshSettings:
     """What the mesh's own configuration says; the same for every workload.
 
-    ``asked_providers`` are the CUSTOM providers that Envoy itself asks; any other that is not us denies.
+    ``asked_providers`` are the CUSTOM providers that Envoy itself asks; any other that is not us denies. ``providers``
+    are those the mesh defines, None where nobody has said: then any name may be one. ``trusted_proxies`` are those
+    before the mesh whose x-forwarded-for counts.
     """
 
     root_namespace: str = "istio-system"
@@ -32,6 +56,17 @@ class MeshSettings:
     trust_domain_aliases: tuple[str, ...] = ()
     cluster: str = DEFAULT_CLUSTER
     asked_providers: frozenset[str] = frozenset()
+    providers: tuple[tuple[str, ProviderKind], ...] | None = None
+    path_normalization: PathNormalization = PathNormalization.BASE
+    registry_only: bool = False
+    auto_mtls: bool = True
+    trusted_proxies: int = 0
+
+    def provider(self, name: str) -> ProviderKind | None:
+        """What a provider is; None where nobody has said which there are."""
+        if name == OUR_PROVIDER:
+            return ProviderKind.GRPC
+        return None if self.providers is None else dict(self.providers).get(name, ProviderKind.UNUSABLE)
 
 
 DEFAULT_MESH: Final = MeshSettings()
@@ -65,6 +100,7 @@ class Attribute(StrEnum):
     PORTS = "destination.port"
     DESTINATION_IP = "destination.ip"
     SNI = "connection.sni"
+    METADATA = "experimental.envoy.filters"
 
 
 IDENTITY = frozenset({Attribute.PRINCIPALS, Attribute.NAMESPACES, Attribute.SERVICE_ACCOUNTS, Attribute.TRUST_DOMAINS})
@@ -90,7 +126,8 @@ loses the condition and gets wider (ISTIO.md §a, "HTTP-only on TCP")."""
 class Condition:
     """One attribute: some of ``values`` (none written: any) and none of ``not_values``.
 
-    ``key`` is the header's name or the claim's path; several names of a nested claim follow each other.
+    ``key`` is the header's name, the claim's path (several names of a nested claim follow each other), or the filter
+    whose metadata is asked for and the key in it, which nobody but Envoy ever knows.
     """
 
     attribute: Attribute
@@ -129,8 +166,21 @@ class AuthorizationRule:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetRef:
+    """What a policy is attached to in place of a selector: a Gateway, a GatewayClass, a Service or a ServiceEntry."""
+
+    group: str
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class AuthorizationPolicy:
-    """``selector`` has no namespace in it: whether it reaches beyond its own depends on the root namespace."""
+    """``selector`` has no namespace in it: whether it reaches beyond its own depends on the root namespace.
+
+    With ``targets`` it concerns gateways and waypoints only. ``dry_run`` of a CUSTOM policy is not harmless: pilot has
+    Envoy enforce its rules as a DENY.
+    """
 
     namespace: str
     name: str
@@ -140,6 +190,7 @@ class AuthorizationPolicy:
     selector: Selector = EVERYBODY
     provider: str = ""
     dry_run: bool = False
+    targets: tuple[TargetRef, ...] = ()
 
 
 class MtlsMode(StrEnum):
@@ -199,16 +250,38 @@ class RequestAuthentication:
     rules: tuple[JwtRule, ...]
     origin: Origin
     selector: Selector = EVERYBODY
+    targets: tuple[TargetRef, ...] = ()
 
 
 def selects(policy: AuthorizationPolicy | RequestAuthentication, peer: Peer, mesh: MeshSettings) -> bool:
-    """Whether a sidecar's workload is selected: own namespace, or any when the policy is in the root namespace.
+    """Whether a workload is selected: in the policy's own namespace, or in any by a policy of the root namespace.
 
-    Spec: ISTIO.md §a, "Selection".
+    A gateway is selected by a target of its name, or by labels; a waypoint by targets alone, a sidecar by labels alone.
+    What is attached to a Service concerns a waypoint only for requests to that Service, so it does not select it here.
+
+    Spec: ISTIO.md §a, "Selection"; istio, pilot/pkg/model/policyattachment.go.
     """
     if policy.namespace not in (mesh.root_namespace, peer.namespace):
         return False
-    return policy.selector.matches(peer)
+    if not policy.targets:
+        return peer.proxy is not ProxyClass.WAYPOINT and policy.selector.matches(peer)
+    gateway = peer.labels.get(GATEWAY_LABEL)
+    return gateway is not None and any(_is_target(target, gateway, policy, peer, mesh) for target in policy.targets)
+
+
+def _is_target(
+    target: TargetRef,
+    gateway: str,
+    policy: AuthorizationPolicy | RequestAuthentication,
+    peer: Peer,
+    mesh: MeshSettings,
+) -> bool:
+    if target.group != GATEWAY_API:
+        return False
+    if target.kind == "GatewayClass":
+        is_root = policy.namespace == mesh.root_namespace
+        return is_root and peer.proxy is ProxyClass.WAYPOINT and target.name == WAYPOINT_CLASS
+    return target.kind == "Gateway" and target.name == gateway and policy.namespace == peer.namespace
 
 
 def effective_mtls(policies: tuple[PeerAuthentication, ...], peer: Peer, mesh: MeshSettings) -> EffectiveMtls:

@@ -11,6 +11,7 @@ from meshbridge.identity.model import IpNetwork, Peer, Workload
 from meshbridge.policy.anchors import Anchor, Anchored, anchors_at, anchors_of
 from meshbridge.policy.mesh import (
     DEFAULT_MESH,
+    GATEWAY_LABEL,
     Attribute,
     AuthorizationPolicy,
     MeshSettings,
@@ -22,7 +23,19 @@ from meshbridge.policy.mesh import (
 from meshbridge.policy.model import Anything, Direction, Document, Layer, NetworkRule, Notice, Refusal
 from meshbridge.policy.parse import Parsed, parse
 from meshbridge.policy.priorities import equal_priorities
-from meshbridge.policy.selectors import EVERYBODY, CidrPeers, LabelKeys, PeerSelector, label_keys
+from meshbridge.policy.selectors import (
+    EVERYBODY,
+    CidrPeers,
+    LabelKeys,
+    LabelSource,
+    Operator,
+    PeerSelector,
+    Requirement,
+    Selector,
+    label_keys,
+)
+
+_GATEWAYS = Selector.of([Requirement(LabelSource.POD, GATEWAY_LABEL, Operator.EXISTS)])
 
 _Policy = TypeVar("_Policy", AuthorizationPolicy, PeerAuthentication, RequestAuthentication)
 
@@ -148,6 +161,8 @@ class PolicySet:
         selectors = self._peer_selectors()
         selectors += [policy.selector for policy in self.authorization]
         selectors += [policy.selector for policy in self.request_authentication]
+        if any(p.targets for p in self.authorization) or any(p.targets for p in self.request_authentication):
+            selectors.append(_GATEWAYS)
         selectors += [p.selector for p in self.peer_authentication if p.selector is not None]
         selectors += [selector for refusal in self.refusals for selector in refusal.selectors]
         return label_keys(selectors)

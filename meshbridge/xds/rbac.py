@@ -191,6 +191,9 @@ def _permission(condition: Condition, value: str) -> Permission:
             return Permission(destination_ip=_cidr(value))
         case Attribute.SNI:
             return Permission(requested_server_name=_text(value))
+        case Attribute.METADATA:
+            filter_name, key = condition.key
+            return Permission(metadata=_metadata(filter_name, key, value))
     raise AssertionError(condition.attribute)
 
 
@@ -280,6 +283,15 @@ def _claim(path: tuple[str, ...], text: StringMatcher) -> Principal:
             for matcher in (value, ValueMatcher(list_match=ListMatcher(one_of=value)))
         ]
     )
+
+
+def _metadata(filter_name: str, key: str, value: str) -> MetadataMatcher:
+    """What another filter has left under ``key``: a text, or a list with it where the value stands in brackets."""
+    matcher = ValueMatcher(string_match=_text(value))
+    if value.startswith("[") and value.endswith("]"):
+        one_of = ValueMatcher(string_match=_text(value.strip("[]")))
+        matcher = ValueMatcher(list_match=ListMatcher(one_of=one_of))
+    return MetadataMatcher(filter=filter_name, path=[MetadataMatcherPathSegment(key=key)], value=matcher)
 
 
 def _header(name: str, value: str) -> HeaderMatcher:

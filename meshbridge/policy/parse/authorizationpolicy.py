@@ -1,11 +1,14 @@
 """AuthorizationPolicy into rules over conditions.
 
-Spec: ISTIO.md §a. What Istio's webhook rejects, and what Istio would silently skip, is refused.
+Spec: ISTIO.md §a. What Istio's webhook rejects is refused, but for a ``when`` key nobody knows: that rule is left out,
+as pilot does, and said so.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Final
 
 from meshbridge.policy.mesh import (
     Action,
@@ -15,13 +18,18 @@ from meshbridge.policy.mesh import (
     Clause,
     Condition,
 )
-from meshbridge.policy.model import Document
+from meshbridge.policy.model import Document, Notice, Severity
 from meshbridge.policy.parse.labels import match_labels_only
 from meshbridge.policy.parse.parsed import Parsed, contradiction_notices, origin_of, refused_mesh, spec_of
 from meshbridge.policy.parse.reader import Invalid, Reader, shown
+from meshbridge.policy.parse.targets import target_refs
 from meshbridge.policy.selectors import Selector
 
 DRY_RUN = "istio.io/dry-run"
+
+UNKNOWN_WHEN_KEY: Final = "MB0101"
+CUSTOM_DRY_RUN: Final = "MB0115"
+UNREADABLE_DRY_RUN: Final = "MB0116"
 
 _SOURCE = {
     "principals": Attribute.PRINCIPALS,
@@ -63,9 +71,19 @@ _NOT_IN_CUSTOM = (
     Attribute.PRESENTER,
     Attribute.CLAIM,
 )
+_KEYS = f"{', '.join(_WHEN)}, request.headers[…], request.auth.claims[…], experimental.envoy.filters.…[…]"
+_CONSEQUENCE = {
+    Action.ALLOW: "it allows nothing",
+    Action.DENY: "it denies nothing",
+    Action.AUDIT: "it audits nothing",
+    Action.CUSTOM: "nobody is asked",
+}
 _TRUE = frozenset({"1", "t", "T", "TRUE", "true", "True"})
+_FALSE = frozenset({"0", "f", "F", "FALSE", "false", "False"})
 _HEADER_KEY = re.compile(r"request\.headers\[([!#$%&'*+.^_`|~0-9A-Za-z:-]+)\]")
 _CLAIM_KEY = re.compile(r"request\.auth\.claims((?:\[[^\[\]]+\])+)")
+_METADATA_KEY = re.compile(r"experimental\.(envoy\.filters\.[^\[\]]+)\[([^\[\]]+)\]")
+_PREFIXES = ("request.headers", "request.auth.claims", "experimental.envoy.filters.")
 _MAX_ACCOUNTS, _MAX_ACCOUNT = 16, 320
 _ACCOUNT = re.compile(r"([^/*]+/)?[^/*]+")
 _METHOD = re.compile(r"[^\s]+")
@@ -78,21 +96,18 @@ def parse_authorization_policy(document: Document) -> Parsed:
         spec = Reader(spec_of(document), "spec").fields(
             "selector", "targetRef", "targetRefs", "rules", "action", "provider"
         )
-        targeted = "targetRef" in spec or bool("targetRefs" in spec and spec["targetRefs"].items())
+        targets = target_refs(spec)
         if "selector" in spec:
-            if targeted:
-                spec["selector"].refuse("stands beside targetRefs", "keep one of them")
             selector = Selector.of(match_labels_only(spec["selector"]))
         action = Action(spec["action"].text(list(Action)) if "action" in spec else "ALLOW")
         provider = _provider(spec, action)
         written = spec["rules"].items() if "rules" in spec else []
         if not written and action in (Action.DENY, Action.CUSTOM):
             Reader(None, "spec.rules").refuse(f"{action} without rules never matches", "write a rule")
-        rules = tuple(_rule(item, document, action) for item in written)
+        notices: list[Notice] = []
+        rules = tuple(filter(None, [_rule(item, document, action, notices) for item in written]))
     except Invalid as error:
         return refused_mesh(document, error, _reach(document, selector), may_deny=not _only_allows(document))
-    if targeted:
-        return Parsed(document)
     policy = AuthorizationPolicy(
         document.namespace,
         document.name,
@@ -101,10 +116,11 @@ def parse_authorization_policy(document: Document) -> Parsed:
         origin_of(document, ""),
         selector,
         provider,
-        _is_dry_run(document, action),
+        _is_dry_run(document, action, notices),
+        targets,
     )
-    notices = contradiction_notices(document, [("spec.selector", selector)])
-    return Parsed(document, authorization=(policy,), notices=notices)
+    notices += contradiction_notices(document, [("spec.selector", selector)])
+    return Parsed(document, authorization=(policy,), notices=tuple(notices))
 
 
 def _only_allows(document: Document) -> bool:
@@ -135,25 +151,41 @@ def _provider(spec: dict[str, Reader], action: Action) -> str:
     return ""
 
 
-def _is_dry_run(document: Document, action: Action) -> bool:
-    """What cannot be read as true is enforced; CUSTOM always is, as Envoy does (ISTIO.md §a, "dry-run")."""
+def _is_dry_run(document: Document, action: Action, notices: list[Notice]) -> bool:
+    """What cannot be read as true is enforced (ISTIO.md §a, "dry-run")."""
     metadata = document.data.get("metadata")
     annotations = metadata.get("annotations") if isinstance(metadata, dict) else None
     value = annotations.get(DRY_RUN) if isinstance(annotations, dict) else None
-    return action in (Action.ALLOW, Action.DENY) and isinstance(value, str) and value in _TRUE
+    if value is None:
+        return False
+    path = f"metadata.annotations.{DRY_RUN}"
+    dry_run = value in _TRUE if isinstance(value, str) else False
+    if not dry_run and value not in _FALSE:
+        text = f"{shown(value)} is neither true nor false, so the policy is enforced"
+        notices.append(Notice(document, text, path, Severity.ERROR, UNREADABLE_DRY_RUN))
+    elif dry_run and action is Action.CUSTOM:
+        text = "Istio has Envoy enforce the rules of a CUSTOM policy in dry-run as a DENY; delete the annotation"
+        notices.append(Notice(document, text, path, Severity.ERROR, CUSTOM_DRY_RUN))
+    return dry_run and action is not Action.AUDIT
 
 
-def _rule(at: Reader, document: Document, action: Action) -> AuthorizationRule:
+def _rule(at: Reader, document: Document, action: Action, notices: list[Notice]) -> AuthorizationRule | None:
+    """The rule; None where Istio leaves it out."""
     fields = at.fields("from", "to", "when")
     sources = _clauses(fields.get("from"), "source", _SOURCE)
     operations = _clauses(fields.get("to"), "operation", _OPERATION)
-    conditions = tuple(_when(item) for item in fields["when"].items()) if "when" in fields else ()
-    rule = AuthorizationRule(origin_of(document, at.path), sources, operations, conditions)
+    conditions = [_when(item) for item in fields["when"].items()] if "when" in fields else []
+    known = tuple(condition for condition in conditions if isinstance(condition, Condition))
+    rule = AuthorizationRule(origin_of(document, at.path), sources, operations, known)
     if action is Action.CUSTOM:
         for condition in rule.all_conditions:
             if condition.attribute in _NOT_IN_CUSTOM:
                 at.refuse(f"{condition.attribute} cannot be used with CUSTOM", "use ALLOW or DENY")
-    return rule
+    unknown = [condition for condition in conditions if isinstance(condition, _UnknownKey)]
+    for key in unknown:
+        text = f"unknown key {shown(key.key)}, so Istio leaves out the whole rule; {_CONSEQUENCE[action]}"
+        notices.append(Notice(document, text, key.path, Severity.ERROR, UNKNOWN_WHEN_KEY))
+    return None if unknown else rule
 
 
 def _clauses(at: Reader | None, name: str, attributes: dict[str, Attribute]) -> tuple[Clause, ...]:
@@ -181,11 +213,21 @@ def _clauses(at: Reader | None, name: str, attributes: dict[str, Attribute]) -> 
     return tuple(found)
 
 
-def _when(at: Reader) -> Condition:
+@dataclass(frozen=True, slots=True)
+class _UnknownKey:
+    key: str
+    path: str
+
+
+def _when(at: Reader) -> Condition | _UnknownKey:
     fields = at.fields("key", "values", "notValues")
     if "key" not in fields:
         at.refuse("has no key", "write key")
     key = fields["key"].text()
+    if not key:
+        fields["key"].refuse("is empty", f"use one of: {_KEYS}")
+    if key not in _WHEN and not key.startswith(_PREFIXES):
+        return _UnknownKey(key, fields["key"].path)
     attribute, name = _when_key(fields["key"], key)
     values = _values(fields.get("values"), attribute, 0)
     not_values = _values(fields.get("notValues"), attribute, 0)
@@ -201,10 +243,9 @@ def _when_key(at: Reader, key: str) -> tuple[Attribute, tuple[str, ...]]:
         return Attribute.HEADER, (header[1].lower(),)
     if claim := _CLAIM_KEY.fullmatch(key):
         return Attribute.CLAIM, tuple(re.findall(r"\[([^\[\]]+)\]", claim[1]))
-    fix = f"use one of: {', '.join(_WHEN)}, request.headers[…], request.auth.claims[…]"
-    if key.startswith("experimental.envoy.filters."):
-        return at.refuse(f"{shown(key)} is metadata that only Envoy has", fix)
-    return at.refuse(f"unknown key {shown(key)}", fix)
+    if metadata := _METADATA_KEY.fullmatch(key):
+        return Attribute.METADATA, (metadata[1], metadata[2])
+    return at.refuse(f"{shown(key)} has no name in brackets", f"use one of: {_KEYS}")
 
 
 def _values(at: Reader | None, attribute: Attribute, at_least: int) -> tuple[str, ...]:
@@ -230,6 +271,10 @@ def _checked(at: Reader, attribute: Attribute) -> str:
         at.refuse(f"{shown(text)} is no service account", "write namespace/name or name, without wildcards")
     if attribute is Attribute.PATHS and ("{" in text or "}" in text):
         _check_template(at, text)
+    if attribute is Attribute.TRUST_DOMAINS and (
+        "/" in text or "*" in text.removeprefix("*").removesuffix("*") or text.count("*") > 1
+    ):
+        at.refuse(f"{shown(text)} is no trust domain", "write one, with a wildcard at one end at most")
     if attribute is Attribute.METHODS and not _METHOD.fullmatch(text):
         at.refuse(f"{shown(text)} is no method", "write GET, POST, …")
     return text

@@ -10,6 +10,7 @@ from meshbridge.policy.model import Document, Notice, Severity
 from meshbridge.policy.parse.labels import match_labels_only
 from meshbridge.policy.parse.parsed import Parsed, contradiction_notices, origin_of, refused_mesh, spec_of
 from meshbridge.policy.parse.reader import Invalid, Reader, shown
+from meshbridge.policy.parse.targets import target_refs
 from meshbridge.policy.selectors import Selector
 
 _NOT_FETCHED = "jwksUri is not fetched, so every token of issuer {!r} is refused; write the key set under jwks"
@@ -22,17 +23,14 @@ def parse_request_authentication(document: Document) -> Parsed:
     selector = Selector()
     try:
         spec = Reader(spec_of(document), "spec").fields("selector", "targetRef", "targetRefs", "jwtRules")
-        targeted = "targetRef" in spec or bool("targetRefs" in spec and spec["targetRefs"].items())
+        targets = target_refs(spec)
         if "selector" in spec:
-            if targeted:
-                spec["selector"].refuse("stands beside targetRefs", "keep one of them")
             selector = Selector.of(match_labels_only(spec["selector"]))
         rules = tuple(_rule(item, document) for item in spec["jwtRules"].items()) if "jwtRules" in spec else ()
     except Invalid as error:
         return refused_mesh(document, error, selector)
-    if targeted:
-        return Parsed(document)
-    policy = RequestAuthentication(document.namespace, document.name, rules, origin_of(document, ""), selector)
+    origin = origin_of(document, "")
+    policy = RequestAuthentication(document.namespace, document.name, rules, origin, selector, targets)
     notices = contradiction_notices(document, [("spec.selector", selector)]) + tuple(
         Notice(document, _NOT_FETCHED.format(rule.issuer), rule.origin.rule, Severity.ERROR, "MB0114")
         for rule in rules
