@@ -160,6 +160,19 @@ _CODES: Final = (
         "Write the key set under `jwks`.",
     ),
     Code(
+        "MB0115", "DryRunDenies", _ERROR,
+        "A CUSTOM policy is marked as a dry run, and denies.",
+        "Istio has Envoy enforce the rules of a CUSTOM policy in dry-run as a plain DENY: what was to be tried out "
+        "refuses requests.",
+        "Remove the annotation `istio.io/dry-run`.",
+    ),
+    Code(
+        "MB0116", "DryRunUnreadable", _ERROR,
+        "The annotation `istio.io/dry-run` is neither true nor false.",
+        "The policy is enforced, though somebody meant to try it out.",
+        'Write `"true"`, or remove the annotation.',
+    ),
+    Code(
         "MB0201", "SeveralOfOneScope", _WARNING,
         "Two PeerAuthentications of one scope select the same workload.",
         "Only the oldest counts. Which that is cannot be seen in the files, and changes when one is created anew.",
@@ -359,6 +372,18 @@ _CODES: Final = (
         "Addresses are learned from DNS answers that pass through a proxy; without `rules.dns` to the DNS server "
         "none is learned and everything is dropped. There is no such proxy here: the policy is refused.",
         "Allow the addresses with toCIDR, or go through an egress gateway.",
+    ),
+    Code(
+        "MB0511", "UnknownPeerKind", _ERROR,
+        "A rule of a cluster network policy has a kind of peer that is not known.",
+        "Its owner says what holds then: an Accept matches nothing, a Deny or a Pass denies everybody.",
+        "Use one of the kinds that are named.",
+    ),
+    Code(
+        "MB0512", "DomainNamesNotEnforced", _ERROR,
+        "A rule of a cluster network policy has domain names.",
+        "They are learned by a DNS proxy, which does not exist here: the rule accepts nothing.",
+        "Write the addresses under `networks`.",
     ),
     Code(
         "MB0601", "GuaranteesLost", _WARNING,

@@ -31,6 +31,7 @@ def equal_priorities(parsed: Iterable[Parsed]) -> list[Notice]:
             f"has the tier and priority of {', '.join(sorted(names))}: where both match, the first by name decides "
             "here, and any elsewhere; give each its own",
             "spec.priority",
+            code="MB0508",
         )
         for name, names in others.items()
     ]

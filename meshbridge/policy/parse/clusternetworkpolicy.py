@@ -160,7 +160,7 @@ class _RuleReader:
             holds = "matches nothing" if action == dialect.allow else "denies everybody"
             known = ", ".join(dialect.peers(self.direction))
             text = f"is a kind of peer that is not known here, so the {action} rule {holds}; use one of: {known}"
-            self.notices.append(Notice(self.document, text, unknown.path, Severity.ERROR))
+            self.notices.append(Notice(self.document, text, unknown.path, Severity.ERROR, "MB0511"))
             return replace(denying, verdict=Verdict.ALLOW, peers=()) if action == dialect.allow else denying
         return replace(
             denying,
@@ -201,7 +201,7 @@ class _RuleReader:
             if len(name) > _LONGEST_DOMAIN or not _DOMAIN.fullmatch(name):
                 item.refuse(f"{shown(name)} is no domain name", "write kubernetes.io or *.kubernetes.io")
         text = f"is not enforced, so these names {self.dialect.allow.lower()} nothing; write networks"
-        self.notices.append(Notice(self.document, text, at.path, Severity.ERROR))
+        self.notices.append(Notice(self.document, text, at.path, Severity.ERROR, "MB0512"))
         return ()
 
     def _ports(self, fields: Mapping[str, Reader], kinds: list[str]) -> Anything | tuple[PortMatch, ...]:
