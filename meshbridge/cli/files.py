@@ -9,7 +9,7 @@ from typing import Final
 
 from meshbridge.errors import MeshBridgeError
 from meshbridge.kube.manifests import MAX_FILE_BYTES, is_manifest
-from meshbridge.kube.objects import read_objects
+from meshbridge.kube.objects import FileContent, read_objects
 from meshbridge.kube.yaml import YamlError
 from meshbridge.policy.model import Document
 
@@ -27,24 +27,39 @@ def read_manifests(paths: Iterable[Path]) -> list[Document]:
     Raises:
         ManifestError: A file is no manifest; where, and how to mend it.
     """
+    return [document for path in manifest_files(paths) for document in read_manifest(path).documents]
+
+
+def manifest_files(paths: Iterable[Path]) -> list[Path]:
+    """The files themselves, and those of directories that are read.
+
+    Raises:
+        ManifestError: They are too many.
+    """
     found: list[Path] = []
     for path in paths:
         found += sorted(entry for entry in path.iterdir() if is_manifest(entry.name)) if path.is_dir() else [path]
     if len(found) > MAX_FILES:
         raise ManifestError(f"{len(found)} files are more than {MAX_FILES}", fix="name fewer directories")
-    documents: list[Document] = []
-    for path in found:
-        try:
-            if path == STDIN:
-                content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
-            else:
-                with path.open("rb") as file:
-                    content = file.read(MAX_FILE_BYTES + 1)
-            if len(content) > MAX_FILE_BYTES:
-                raise ManifestError(f"larger than {MAX_FILE_BYTES} bytes", where=str(path), fix="split it")
-            documents += read_objects(content, str(path)).documents
-        except YamlError as error:
-            raise ManifestError(str(error), where=f"{path}:{error.line}", fix=error.fix) from error
-        except OSError as error:
-            raise ManifestError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    return documents
+    return found
+
+
+def read_manifest(path: Path) -> FileContent:
+    """Every object of one file, and what of it is passed over.
+
+    Raises:
+        ManifestError: It is no manifest.
+    """
+    try:
+        if path == STDIN:
+            content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+        else:
+            with path.open("rb") as file:
+                content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ManifestError(f"larger than {MAX_FILE_BYTES} bytes", where=str(path), fix="split it")
+        return read_objects(content, str(path))
+    except YamlError as error:
+        raise ManifestError(error.what, where=f"{path}:{error.line}", fix=error.fix) from error
+    except OSError as error:
+        raise ManifestError(f"cannot be read: {error.strerror}", where=str(path)) from error
