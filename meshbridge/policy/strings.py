@@ -17,7 +17,7 @@ _SCHEME = "spiffe://"
 _OURS = "cluster.local"
 """In a principal this trust domain always means the mesh's own."""
 
-TEMPLATE_LITERAL: Final = "-a-zA-Z0-9._~%!$&'()+,;:@"
+TEMPLATE_LITERAL: Final = "-a-zA-Z0-9._~%!$&'()*+,;:@="
 """What Envoy's path templates let a segment consist of, as the inside of a character class."""
 
 

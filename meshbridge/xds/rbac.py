@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeVar
 
-from envoy_data_plane.envoy.config.core.v3 import CidrRange
+from envoy_data_plane.envoy.config.core.v3 import CidrRange, TypedExtensionConfig
 from envoy_data_plane.envoy.config.listener.v3 import Filter
 from envoy_data_plane.envoy.config.rbac.v3 import (
     Permission,
@@ -23,15 +23,18 @@ from envoy_data_plane.envoy.config.rbac.v3 import (
     PrincipalSet,
     Rbac,
     RbacAction,
+    SourcedMetadata,
 )
 from envoy_data_plane.envoy.config.route.v3 import HeaderMatcher
 from envoy_data_plane.envoy.extensions.filters.http.rbac.v3 import Rbac as HttpRbac
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpFilter
 from envoy_data_plane.envoy.extensions.filters.network.rbac.v3 import Rbac as TcpRbac
+from envoy_data_plane.envoy.extensions.path.match.uri_template.v3 import UriTemplateMatchConfig
 from envoy_data_plane.envoy.type.matcher.v3 import (
     ListMatcher,
     MetadataMatcher,
     MetadataMatcherPathSegment,
+    OrMatcher,
     PathMatcher,
     RegexMatcher,
     StringMatcher,
@@ -58,7 +61,6 @@ from meshbridge.policy.strings import (
     domain_forms,
     principal_forms,
     request_principal_forms,
-    template_expression,
 )
 from meshbridge.xds.names import JWT_METADATA_NAMESPACE, JWT_PAYLOAD_KEY
 
@@ -180,11 +182,13 @@ class _Lowering:
 def _permission(condition: Condition, value: str) -> Permission:
     match condition.attribute:
         case Attribute.METHODS:
-            return Permission(header=HeaderMatcher(name=":method", string_match=_text(value)))
+            return Permission(header=_header(":method", value))
         case Attribute.HOSTS:
-            return Permission(header=HeaderMatcher(name=":authority", string_match=_text(value, ignore_case=True)))
+            return Permission(header=_header(":authority", value, ignore_case=True))
+        case Attribute.PATHS if "{" in value:
+            return Permission(uri_template=_template(value))
         case Attribute.PATHS:
-            return Permission(url_path=PathMatcher(path=_path_text(value)))
+            return Permission(url_path=PathMatcher(path=_text(value)))
         case Attribute.PORTS:
             return Permission(destination_port=int(value))
         case Attribute.DESTINATION_IP:
@@ -193,7 +197,8 @@ def _permission(condition: Condition, value: str) -> Permission:
             return Permission(requested_server_name=_text(value))
         case Attribute.METADATA:
             filter_name, key = condition.key
-            return Permission(metadata=_metadata(filter_name, key, value))
+            left = _metadata(filter_name, key, value)
+            return Permission(sourced_metadata=SourcedMetadata(metadata_matcher=left))
     raise AssertionError(condition.attribute)
 
 
@@ -276,13 +281,11 @@ def _matcher(pattern: TextPattern) -> StringMatcher:
 def _claim(path: tuple[str, ...], text: StringMatcher) -> Principal:
     """A claim that is the text, or a list with it."""
     keys = [MetadataMatcherPathSegment(key=key) for key in (JWT_PAYLOAD_KEY, *path)]
-    value = ValueMatcher(string_match=text)
-    return _any_id(
-        [
-            Principal(metadata=MetadataMatcher(filter=JWT_METADATA_NAMESPACE, path=keys, value=matcher))
-            for matcher in (value, ValueMatcher(list_match=ListMatcher(one_of=value)))
-        ]
-    )
+    is_text = ValueMatcher(string_match=text)
+    has_text = ValueMatcher(list_match=ListMatcher(one_of=is_text))
+    value = ValueMatcher(or_match=OrMatcher(value_matchers=[is_text, has_text]))
+    matcher = MetadataMatcher(filter=JWT_METADATA_NAMESPACE, path=keys, value=value)
+    return Principal(sourced_metadata=SourcedMetadata(metadata_matcher=matcher))
 
 
 def _metadata(filter_name: str, key: str, value: str) -> MetadataMatcher:
@@ -294,14 +297,17 @@ def _metadata(filter_name: str, key: str, value: str) -> MetadataMatcher:
     return MetadataMatcher(filter=filter_name, path=[MetadataMatcherPathSegment(key=key)], value=matcher)
 
 
-def _header(name: str, value: str) -> HeaderMatcher:
+def _header(name: str, value: str, *, ignore_case: bool = False) -> HeaderMatcher:
     if value == "*":
         return HeaderMatcher(name=name, present_match=True)
-    return HeaderMatcher(name=name, string_match=_text(value))
+    return HeaderMatcher(name=name, string_match=_text(value, ignore_case=ignore_case))
 
 
-def _path_text(pattern: str) -> StringMatcher:
-    return _regex(template_expression(pattern)) if "{" in pattern else _text(pattern)
+def _template(pattern: str) -> TypedExtensionConfig:
+    """Envoy's own template, in which ``*`` is a segment and ``**`` whatever follows."""
+    config = UriTemplateMatchConfig(path_template=pattern.replace("{*}", "*").replace("{**}", "**"))
+    name = "envoy.path.match.uri_template.uri_template_matcher"
+    return TypedExtensionConfig(name=name, typed_config=Any.pack(config))
 
 
 def _text(pattern: str, *, ignore_case: bool = False) -> StringMatcher:

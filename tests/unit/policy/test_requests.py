@@ -425,6 +425,14 @@ def test_the_index_finds_whatever_a_scan_finds(path: str) -> None:
         assert judge.decide(replace(BASE, path=asked)).allowed is matches_path(path, asked), asked
 
 
+def test_a_template_takes_the_characters_envoys_own_takes() -> None:
+    """Envoy 1.40, asked for every printable character of a path."""
+    printable = [chr(code) for code in range(0x21, 0x7F)]
+    taken = "".join(c for c in printable if matches_path("/x/{*}", f"/x/a{c}b"))
+    assert taken == "!$%&'()*+,-.0123456789:;=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
+    assert [c for c in printable if matches_path("/x/{**}", f"/x/a{c}b")] == sorted([*taken, "/"])
+
+
 def test_default_mesh_settings_are_istios() -> None:
     assert (DEFAULT_MESH.root_namespace, DEFAULT_MESH.trust_domain) == ("istio-system", "cluster.local")
     assert decide_request(API, policies(""), BASE).verdict is Verdict.ALLOW
