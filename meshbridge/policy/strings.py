@@ -75,17 +75,13 @@ def matches_path(pattern: str, path: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _template(pattern: str) -> re.Pattern[str]:
-    return re.compile(template_expression(pattern))
+    """A path template as Envoy matches it, to the path's end.
 
-
-def template_expression(pattern: str) -> str:
-    """A path template as the regular expression Envoy makes of it, to match as a whole.
-
-    Spec: Envoy, uri_template_lib: a glob takes no character outside ``TEMPLATE_LITERAL``.
+    Spec: Envoy, uri_template_lib: an operator takes no character outside ``TEMPLATE_LITERAL``.
     """
     parts = re.split(r"(\{\*\*\}|\{\*\})", pattern)
     forms = {"{*}": f"[{TEMPLATE_LITERAL}]+", "{**}": f"[{TEMPLATE_LITERAL}/]*"}
-    return "".join(forms.get(part, re.escape(part)) for part in parts)
+    return re.compile("".join(forms.get(part, re.escape(part)) for part in parts))
 
 
 @lru_cache(maxsize=4096)

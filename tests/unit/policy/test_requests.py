@@ -331,13 +331,6 @@ def test_a_trust_domain_by_suffix_means_what_it_matches_and_the_meshs_other_name
     assert decide_request(API, found, request).allowed is expected
 
 
-@pytest.mark.parametrize(
-    ("path", "expected"), [("/a/b/c", True), ("/a/", True), ("/a/b*c", False), ('/a/"b"', False), ("/a/b=c", False)]
-)
-def test_a_glob_takes_what_envoys_templates_take(path: str, expected: bool) -> None:
-    assert matches_path("/a/{**}", path) is expected
-
-
 HTTP_RULES = """
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
