@@ -10,7 +10,7 @@
 #ifndef MESHBRIDGE_ABI_H
 #define MESHBRIDGE_ABI_H
 
-#define ABI_VERSION 1
+#define ABI_VERSION 2
 
 enum ip_family {
 	FAMILY_IPV4 = 0,
@@ -123,7 +123,7 @@ struct endpoint_value {
 	__u32 flags;         /* enum endpoint_flags */
 	__u32 policy_set[4]; /* index = direction * 2 + ip_family; 0 = none yet, everything is dropped */
 	__u8 mac[6];         /* the pod's own */
-	__u8 pad[2];
+	__u16 flow_table;    /* index in map conntrack of this incarnation's flows; 0 = none, everything is dropped */
 	__u32 ifindex_again;
 };
 
@@ -197,7 +197,8 @@ struct policy_set_value {
 	struct policy_layer_default layers[2]; /* index = enum policy_layer */
 };
 
-/* map conntrack: hash of maps, key = incarnation; inner: LRU hash, so that one endpoint only evicts its own flows */
+/* map conntrack: array of maps, index = endpoint_value.flow_table, 0 stays empty; inner: LRU hash, so that one endpoint
+ * only evicts its own flows. The name of an inner map tells whose it is: flows_INCARNATION in eight hex digits. */
 struct conntrack_key {
 	__u8 source[16]; /* the forward flow: who opened it */
 	__u8 destination[16];

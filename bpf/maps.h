@@ -15,9 +15,9 @@ BPF_LPM_TRIE(ipcache_cidr, struct ipcache_cidr_key, struct ipcache_value, 65536)
 BPF_F_TABLE("hash", struct policy_key, struct policy_value, policy, 1048576, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", struct policy_set_key, struct policy_set_value, policy_sets, 65536, BPF_F_NO_PREALLOC);
 
-/* The inner map is a template: every endpoint incarnation has one of its own. */
+/* The inner map is a template: every endpoint incarnation has one of its own. An array, so that finding it is no call. */
 BPF_TABLE("lru_hash", struct conntrack_key, struct conntrack_value, conntrack_inner, 4096);
-BPF_HASH_OF_MAPS(conntrack, u32, "conntrack_inner", 4096);
+BPF_ARRAY_OF_MAPS(conntrack, "conntrack_inner", 4096);
 
 BPF_TABLE("lru_hash", struct fragment_key, struct fragment_value, fragments, 8192);
 BPF_TABLE("percpu_hash", struct metric_key, struct metric_value, metrics, 512);

@@ -127,7 +127,7 @@ class EndpointValue(AbiStruct):
     flags: int
     policy_set: ctypes.Array[ctypes.c_uint]
     mac: ctypes.Array[ctypes.c_ubyte]
-    pad: ctypes.Array[ctypes.c_ubyte]
+    flow_table: int
     ifindex_again: int
     def __init__(
         self,
@@ -140,7 +140,7 @@ class EndpointValue(AbiStruct):
         flags: int = ...,
         policy_set: ctypes.Array[ctypes.c_uint] = ...,
         mac: ctypes.Array[ctypes.c_ubyte] = ...,
-        pad: ctypes.Array[ctypes.c_ubyte] = ...,
+        flow_table: int = ...,
         ifindex_again: int = ...,
     ) -> None: ...
 

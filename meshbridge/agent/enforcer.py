@@ -63,7 +63,7 @@ class Enforcer:
         self._attacher.sweep()
         self.resumed = frozenset(self._attacher.update_all())
         self._in_doubt = False
-        self._flow_tables = set(self._maps.conntrack.incarnations())
+        self._flow_tables = self._maps.conntrack.tables()
 
     @property
     def mode(self) -> AttachMode:
@@ -86,16 +86,19 @@ class Enforcer:
 
     def attach(self, ifindex: int, incarnation: int) -> None:
         """The interface is under our programs, with a flow table for this incarnation."""
-        self._create_flow_table(incarnation)
+        self._flow_table(incarnation)
         self._attacher.attach(ifindex)
 
     def sweep(self) -> None:
         """Forget hooks whose interface is gone, and flow tables that no endpoint uses."""
         self._attacher.sweep()
         used = {record.incarnation for record in self.observed.endpoints.values()}
-        for incarnation in self._flow_tables - used:
+        unused = self._flow_tables.keys() - used
+        if unused:
+            wait_for_packets()  # that still have an entry which names one of them
+        for incarnation in unused:
             self._maps.conntrack.remove(incarnation)
-        self._flow_tables &= used
+            del self._flow_tables[incarnation]
 
     def apply(self, desired: DesiredState) -> Applied:
         """Bring the kernel to the desired state.
@@ -110,8 +113,11 @@ class Enforcer:
         if self._in_doubt:
             self.observed = observe(self._tables)
             self._in_doubt = False
-        for endpoint in desired.endpoints.values():
-            self._create_flow_table(endpoint.incarnation)
+        endpoints = {
+            ifindex: replace(endpoint, flow_table=self._flow_table(endpoint.incarnation))
+            for ifindex, endpoint in desired.endpoints.items()
+        }
+        desired = replace(desired, endpoints=endpoints)
         try:
             result, enforced_s = self._run(desired, started)
         except BpfFullError:
@@ -138,10 +144,11 @@ class Enforcer:
         self.observed = result.after
         return result, enforced_s or time.perf_counter() - started
 
-    def _create_flow_table(self, incarnation: int) -> None:
+    def _flow_table(self, incarnation: int) -> int:
+        """The index of the incarnation's flow table, made where it has none."""
         if incarnation not in self._flow_tables:
-            self._maps.conntrack.create(incarnation)
-            self._flow_tables.add(incarnation)
+            self._flow_tables[incarnation] = self._maps.conntrack.create(incarnation)
+        return self._flow_tables[incarnation]
 
     def addresses_of_interfaces(self) -> dict[int, frozenset[IpAddress]]:
         """The source addresses each interface was allowed by whoever ran before."""

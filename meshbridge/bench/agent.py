@@ -188,7 +188,7 @@ def _kernel_bytes(pins: Path) -> int:
         os.close(descriptor)
     maps = open_pinned_maps(pins)
     try:
-        for incarnation in maps.conntrack.incarnations():
+        for incarnation in maps.conntrack.tables():
             with maps.conntrack.flows(incarnation) as flows:
                 total += _charged_bytes(flows.fd)
     finally:

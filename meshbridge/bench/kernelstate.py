@@ -64,7 +64,7 @@ def _endpoint(maps: Maps, number: int, prefixes: int) -> None:
     if number:
         maps.policy.put(_key(set_id, 0), abi.PolicyValue(precedence=1, verdict=abi.PolicyVerdict.POLICY_ALLOW))
     incarnation = INCARNATION + number
-    maps.conntrack.create(incarnation)
+    flow_table = maps.conntrack.create(incarnation)
     address = address_bytes(POD + number)
     maps.endpoint_addresses.put(
         abi.EndpointAddressKey(ifindex=ifindex, address=address), abi.EndpointAddressValue(incarnation=incarnation)
@@ -72,6 +72,7 @@ def _endpoint(maps: Maps, number: int, prefixes: int) -> None:
     value = abi.EndpointValue(
         ifindex=ifindex, ifindex_again=ifindex, id=number + 1, incarnation=incarnation,
         identity=1_000_000 + number, revision=REVISION, flags=abi.EndpointFlags.ENDPOINT_F_READY,
+        flow_table=flow_table,
     )  # fmt: skip
     for index in range(4):
         value.policy_set[index] = set_id

@@ -12,6 +12,7 @@ import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -196,7 +197,7 @@ POSSIBLE_CPUS: Final = _possible_cpus()
 
 
 class Index(abi.AbiStruct):
-    """The key of an array, and of conntrack's outer map (an incarnation)."""
+    """The key of an array."""
 
     _types: Mapping[str, Any] = {"number": ctypes.c_uint32}
     _fields_ = [("number", ctypes.c_uint32)]  # noqa: RUF012 - ctypes reads it
@@ -219,41 +220,58 @@ _LAYOUTS: Final[Mapping[str, tuple[type[abi.AbiStruct], type[abi.AbiStruct] | No
 
 
 class Conntrack:
-    """The flow tables of all endpoints: one LRU map per incarnation, so that a pod only ever evicts its own flows."""
+    """The flow tables of all endpoints: one LRU map per incarnation, so that a pod only ever evicts its own flows.
+
+    A table carries its incarnation in its name, so that whoever comes later finds it again. One process writes.
+    """
 
     def __init__(self, fd: int, quota: int) -> None:
         self.fd, self.quota = fd, quota
+        self._capacity = syscall.map_info(fd).max_entries
+        self._written: dict[int, int] | None = None  # as tables(), from the first write on
+        self._last = 0
 
-    def create(self, incarnation: int) -> None:
-        """Give an incarnation an empty table; one that is there stays, with its flows."""
-        inner = self._new_table()
+    def create(self, incarnation: int) -> int:
+        """Give an incarnation an empty table; one that is there stays, with its flows. Returns the table's index.
+
+        Raises:
+            BpfFullError: There are as many tables as the map can hold.
+        """
+        tables = self._writable()
+        if incarnation in tables:
+            return tables[incarnation]
+        taken = set(tables.values())
+        # In a circle, so that an index is used again as late as can be.
+        circle = chain(range(self._last + 1, self._capacity), range(1, self._last + 1))
+        index = next((number for number in circle if number not in taken), None)
+        if index is None:
+            raise syscall.error(errno.ENOSPC, "no room for another flow table", "conntrack")
+        inner = new_flow_table(self.quota, incarnation)
         try:
-            with contextlib.suppress(syscall.BpfExistsError):
-                syscall.map_update(self.fd, Index(number=incarnation), ctypes.c_uint32(inner), "conntrack",
-                                   UpdateFlag.NOEXIST)  # fmt: skip
+            syscall.map_update(self.fd, Index(number=index), ctypes.c_uint32(inner), "conntrack")
         finally:
             os.close(inner)
-
-    def _new_table(self) -> int:
-        return syscall.map_create(
-            MapType.LRU_HASH,
-            name="conntrack_flows",
-            key_size=ctypes.sizeof(abi.ConntrackKey),
-            value_size=ctypes.sizeof(abi.ConntrackValue),
-            max_entries=self.quota,
-        )
+        self._last = index
+        tables[incarnation] = index
+        return index
 
     def remove(self, incarnation: int) -> bool:
-        """Forget all flows of an incarnation; its packets are dropped from now on. False when it had no table."""
-        return syscall.map_delete(self.fd, Index(number=incarnation), "conntrack")
+        """Forget all flows of an incarnation; its packets are dropped from now on. False when it had no table.
 
-    def incarnations(self) -> list[int]:
-        """Which incarnations have a table."""
-        found: list[int] = []
-        previous, key = None, Index()
-        while syscall.map_next_key(self.fd, previous, key, "conntrack"):
-            found.append(key.number)
-            previous, key = key, Index()
+        The index may be another's next: packets that an endpoint's entry has sent to it must be done.
+        """
+        index = self._writable().pop(incarnation, None)
+        return index is not None and syscall.map_delete(self.fd, Index(number=index), "conntrack")
+
+    def tables(self) -> dict[int, int]:
+        """Which incarnations have a table, and under which index."""
+        found = {}
+        for index in range(1, self._capacity):
+            if (fd := self._open(index)) is not None:
+                try:
+                    found[_incarnation_of(syscall.map_info(fd).name)] = index
+                finally:
+                    os.close(fd)
         return found
 
     @contextlib.contextmanager
@@ -263,14 +281,44 @@ class Conntrack:
         Raises:
             BpfNotFoundError: It has none.
         """
-        number = ctypes.c_uint32()
-        if not syscall.map_lookup(self.fd, Index(number=incarnation), number, "conntrack"):
+        index = self.tables().get(incarnation)
+        fd = None if index is None else self._open(index)
+        if fd is None:
             raise BpfNotFoundError("no flow table", where=f"conntrack, incarnation {incarnation}")
-        fd = syscall.map_by_id(number.value)
         try:
             yield Map("conntrack", fd, abi.ConntrackKey, abi.ConntrackValue)
         finally:
             os.close(fd)
+
+    def _writable(self) -> dict[int, int]:
+        if self._written is None:
+            self._written = self.tables()
+            self._last = max(self._written.values(), default=0)
+        return self._written
+
+    def _open(self, index: int) -> int | None:
+        number = ctypes.c_uint32()
+        if not syscall.map_lookup(self.fd, Index(number=index), number, "conntrack"):
+            return None
+        return syscall.map_by_id(number.value)
+
+
+_FLOW_TABLE: Final = "flows_"
+
+
+def new_flow_table(quota: int, incarnation: int = 0) -> int:
+    """An empty flow table that belongs to an incarnation by its name."""
+    return syscall.map_create(
+        MapType.LRU_HASH,
+        name=f"{_FLOW_TABLE}{incarnation:08x}",
+        key_size=ctypes.sizeof(abi.ConntrackKey),
+        value_size=ctypes.sizeof(abi.ConntrackValue),
+        max_entries=quota,
+    )
+
+
+def _incarnation_of(name: str) -> int:
+    return int(name.removeprefix(_FLOW_TABLE), 16)
 
 
 class Maps:
@@ -399,7 +447,7 @@ def _open_or_create(pin: Path, specs: Mapping[str, MapSpec], sizes: MapSizes) ->
 def create_map(spec: MapSpec, *, size: int | None = None, quota: int = 1) -> int:
     """A new map as declared, or of another size, unpinned. ``quota`` is the size of the tables of a map of maps."""
     ring = spec.type == MapType.RINGBUF  # BCC gives it sizes, the kernel wants none
-    inner = Conntrack(-1, quota)._new_table() if spec.type == MapType.HASH_OF_MAPS else 0
+    inner = new_flow_table(quota) if spec.type == MapType.ARRAY_OF_MAPS else 0
     try:
         return syscall.map_create(
             MapType(spec.type),

@@ -39,7 +39,10 @@ _PREFIX: Final = layout(abi.IpcacheCidrKey)
 
 @dataclass(frozen=True, slots=True)
 class DesiredEndpoint:
-    """One hooked interface. ``sets`` None: its policy is not known or could not be compiled, everything is dropped."""
+    """One hooked interface. ``sets`` None: its policy is not known or could not be compiled, everything is dropped.
+
+    ``flow_table`` is the index of the incarnation's flows; without one (0) everything is dropped as well.
+    """
 
     ifindex: int
     id: int
@@ -49,6 +52,7 @@ class DesiredEndpoint:
     addresses: frozenset[IpAddress] = frozenset()
     flags: int = 0
     mac: bytes = bytes(6)
+    flow_table: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class EndpointRecord:
     flags: int
     sets: tuple[int, ...]
     mac: bytes
+    flow_table: int
 
     @property
     def ready(self) -> bool:
@@ -77,13 +82,14 @@ class EndpointRecord:
 
     def pack(self, ifindex: int) -> bytes:
         sets = b"".join(map(_U32.pack, self.sets))
-        fields = (self.id, self.incarnation, self.identity, self.revision, self.flags, sets, self.mac)
+        fields = (self.id, self.incarnation, self.identity, self.revision, self.flags, sets, self.mac, self.flow_table)
         return _ENDPOINT.pack(ifindex, *fields, ifindex)
 
     @classmethod
     def unpack(cls, raw: bytes) -> EndpointRecord:
-        _, number, incarnation, identity, revision, flags, sets, mac, _ = _ENDPOINT.unpack(raw)
-        return cls(number, incarnation, identity, revision, flags, tuple(s for (s,) in _U32.iter_unpack(sets)), mac)
+        _, number, incarnation, identity, revision, flags, packed, mac, flow_table, _ = _ENDPOINT.unpack(raw)
+        sets = tuple(set_id for (set_id,) in _U32.iter_unpack(packed))
+        return cls(number, incarnation, identity, revision, flags, sets, mac, flow_table)
 
 
 @dataclass(slots=True)
@@ -183,6 +189,12 @@ def _with_aliases(ipcache: Ipcache, aliases: Mapping[int, int]) -> Ipcache:
     return Ipcache({key: renamed(value) for key, value in ipcache.exact.items()}, prefixes)
 
 
+def _record(wanted: DesiredEndpoint, revision: int, flags: int, sets: tuple[int, ...]) -> EndpointRecord:
+    return EndpointRecord(
+        wanted.id, wanted.incarnation, wanted.identity, revision, flags, sets, wanted.mac, wanted.flow_table
+    )
+
+
 class _Change(NamedTuple):
     """One set of an endpoint, before and after; ``admits_host`` as in ``overlay``."""
 
@@ -233,7 +245,7 @@ class _Planner:
         flags = endpoint.flags & ~READY if endpoint.sets is None else endpoint.flags | READY
         before = self._observed.endpoints.get(endpoint.ifindex)
         revision = before.revision if before else 0
-        return EndpointRecord(endpoint.id, endpoint.incarnation, endpoint.identity, revision, flags, sets, endpoint.mac)
+        return _record(endpoint, revision, flags, sets)
 
     def _stays(self, ifindex: int) -> bool:
         """Whether the endpoint is judged by policy before and after, as the same pod."""
@@ -331,9 +343,7 @@ class _Planner:
             before = self._endpoints.get(ifindex)
             revision = before.revision if before else 0
             flags = wanted.flags & ~READY
-            closing[ifindex] = EndpointRecord(
-                wanted.id, wanted.incarnation, wanted.identity, revision, flags, NO_SETS, wanted.mac
-            )
+            closing[ifindex] = _record(wanted, revision, flags, NO_SETS)
         self._write_endpoints(closing)
         return bool(ready & (gone | closing.keys()))
 

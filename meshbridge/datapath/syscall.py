@@ -107,7 +107,7 @@ class MapType(IntEnum):
     PERCPU_ARRAY = 6
     LRU_HASH = 9
     LPM_TRIE = 11
-    HASH_OF_MAPS = 13
+    ARRAY_OF_MAPS = 12
     RINGBUF = 27
 
 

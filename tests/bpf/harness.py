@@ -145,14 +145,14 @@ class Harness:
                  flags: int | None = None, endpoint_id: int | None = None) -> int:  # fmt: skip
         """Make an interface a pod's, ready, and return its incarnation. ``sets``: ingress v4, v6, egress v4, v6."""
         incarnation = next(self._incarnations) if incarnation is None else incarnation
-        self.maps.conntrack.create(incarnation)
+        flow_table = self.maps.conntrack.create(incarnation)
         for address in addresses:
             key = abi.EndpointAddressKey(ifindex=ifindex, address=packed(address))
             self.maps.endpoint_addresses.put(key, abi.EndpointAddressValue(incarnation=incarnation))
         if flags is None:
             flags = abi.EndpointFlags.ENDPOINT_F_READY | (abi.EndpointFlags.ENDPOINT_F_MAC if mac else 0)
         value = abi.EndpointValue(ifindex=ifindex, ifindex_again=ifindex, id=endpoint_id or ifindex,
-                                  incarnation=incarnation, identity=identity,
+                                  incarnation=incarnation, identity=identity, flow_table=flow_table,
                                   revision=revision, flags=int(flags), mac=mac or bytes(6))  # fmt: skip
         value.policy_set[:] = sets
         self.maps.endpoints.put(abi.EndpointKey(ifindex=ifindex), value)
@@ -213,7 +213,7 @@ class Harness:
         for table in (self.maps.endpoints, self.maps.endpoint_addresses, self.maps.ipcache, self.maps.ipcache_cidr,
                       self.maps.policy, self.maps.policy_sets, self.maps.fragments):  # fmt: skip
             table.clear()
-        for incarnation in self.maps.conntrack.incarnations():
+        for incarnation in self.maps.conntrack.tables():
             self.maps.conntrack.remove(incarnation)
         self._keys.clear()
         while self._reader.read():

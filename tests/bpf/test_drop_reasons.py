@@ -85,7 +85,10 @@ IN: dict[str, tuple[DropReason, bytes, Prepare]] = {
     "a set that is not there": (DropReason.DROP_ENDPOINT_NOT_READY, SYN4, lambda pod: pod.change(sets=(99, 1, 1, 1))),
     "no flow table": (
         DropReason.DROP_ENDPOINT_NOT_READY, SYN4, lambda pod: bool(pod.kernel.maps.conntrack.remove(pod.incarnation))),
-    "an incarnation without a flow table": (
+    "an entry that names no flow table": (
+        DropReason.DROP_ENDPOINT_NOT_READY, SYN4, lambda pod: pod.change(flow_table=0)),
+    "a flow table out of range": (DropReason.DROP_ENDPOINT_NOT_READY, SYN4, lambda pod: pod.change(flow_table=0xFFFF)),
+    "an incarnation without an address": (
         DropReason.DROP_UNKNOWN_L3_TARGET, SYN4, lambda pod: pod.change(incarnation=pod.incarnation + 1000)),
     "a VLAN tag": (DropReason.DROP_VLAN, vlan(SYN4, 0x8100), nothing),
     "a service VLAN tag": (DropReason.DROP_VLAN, vlan(SYN4, 0x88A8), nothing),

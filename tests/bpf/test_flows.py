@@ -173,7 +173,7 @@ def test_a_connection_whose_entry_was_lost_goes_on_when_its_opener_speaks(pod: P
     assert pod.receive(tcp(PEER4, POD4, 443, CLIENT, ACK, b"download")).passed
     pod.change(ingress=ALLOW, egress=DENY)
     pod.kernel.maps.conntrack.remove(pod.incarnation)
-    pod.kernel.maps.conntrack.create(pod.incarnation)
+    pod.change(flow_table=pod.kernel.maps.conntrack.create(pod.incarnation))
     assert not pod.send(tcp(POD4, PEER4, SERVER, CLIENT, ACK, b"answer")).passed
     assert pod.receive(tcp(PEER4, POD4, CLIENT, SERVER, ACK)).passed
     assert pod.send(tcp(POD4, PEER4, SERVER, CLIENT, ACK, b"answer")).passed

@@ -97,11 +97,14 @@ def test_a_full_map_says_so(pin_dir: Path) -> None:
 def test_pinned_maps_are_taken_over_with_their_content(pin_dir: Path) -> None:
     first = fresh(pin_dir)
     first.ipcache.put(key(1), abi.IpcacheValue(identity=5))
-    first.conntrack.create(9)
+    first.conntrack.create(8)
+    index = first.conntrack.create(9)
+    assert first.conntrack.remove(8)
     first.close()
     second = fresh(pin_dir, MapSizes(ipcache=5))
     assert second.ipcache.get(key(1)) == abi.IpcacheValue(identity=5)
-    assert second.conntrack.incarnations() == [9]
+    assert second.conntrack.tables() == {9: index}
+    assert second.conntrack.create(9) == index
     reader = open_pinned_maps(pin_dir)
     assert reader.ipcache.get(key(1)) == abi.IpcacheValue(identity=5)
     reader.close()
@@ -152,6 +155,26 @@ def test_every_endpoint_has_a_flow_table_of_the_size_asked_for(pin_dir: Path) ->
     assert not maps.conntrack.remove(1)
     with pytest.raises(syscall.BpfNotFoundError), maps.conntrack.flows(1):
         pass
+    maps.close()
+
+
+def test_no_two_incarnations_share_a_flow_table_and_one_too_many_is_refused(pin_dir: Path) -> None:
+    maps = fresh(pin_dir, replace(SMALL, conntrack=6))
+    given = {incarnation: maps.conntrack.create(incarnation) for incarnation in range(1, 6)}
+    assert sorted(given.values()) == [1, 2, 3, 4, 5], "index 0 is nobody's"
+    with pytest.raises(syscall.BpfFullError, match="flow table"):
+        maps.conntrack.create(6)
+    assert maps.conntrack.remove(2)
+    assert maps.conntrack.create(7) == given[2]
+    assert maps.conntrack.tables() == {i: n for i, n in given.items() if i != 2} | {7: given[2]}
+    maps.close()
+
+
+def test_the_index_of_a_flow_table_is_used_again_as_late_as_can_be(pin_dir: Path) -> None:
+    maps = fresh(pin_dir, replace(SMALL, conntrack=6))
+    first, second = maps.conntrack.create(1), maps.conntrack.create(2)
+    maps.conntrack.remove(1)
+    assert maps.conntrack.create(3) not in (first, second)
     maps.close()
 
 

@@ -157,7 +157,7 @@ class Hands(Enforcer):
         self.observed = observe(kernel_tables(harness.maps))
         self.resumed = frozenset(hooks.update_all())
         self._in_doubt = False
-        self._flow_tables = set(harness.maps.conntrack.incarnations())
+        self._flow_tables = harness.maps.conntrack.tables()
 
 
 def new_node(hands: Enforcer, cluster: RandomCluster) -> Node:
@@ -335,7 +335,7 @@ class Walk:
         """Another agent takes over what the one before left, as after a crash."""
         self.node = new_node(Hands(self.harness, self.tables, self.hooks), self.cluster)
         self.source = Source(self.controller)
-        self.incarnations = set(self.harness.maps.conntrack.incarnations())  # of others it cannot know
+        self.incarnations = set(self.harness.maps.conntrack.tables())  # of others it cannot know
         self.transition("an agent starts", lambda: self.node.take(self.source.update()))
 
     def change(self) -> None:
@@ -417,7 +417,7 @@ class Walk:
             if ifindex not in before or before[ifindex].incarnation != record.incarnation:
                 assert record.incarnation not in self.incarnations
                 self.incarnations.add(record.incarnation)
-        assert set(self.harness.maps.conntrack.incarnations()) == {record.incarnation for record in now.values()}
+        assert self.harness.maps.conntrack.tables() == {r.incarnation: r.flow_table for r in now.values()}
 
     def some_flows(self) -> list[Flow]:
         found = set()

@@ -84,11 +84,17 @@ def write(tables: Mapping[TableName, Table], result: Plan) -> None:
             tables[step.table].delete(step.keys)
 
 
+def with_flow_tables(kernel: Harness, state: DesiredState) -> DesiredState:
+    endpoints = {
+        ifindex: replace(endpoint, flow_table=kernel.maps.conntrack.create(endpoint.incarnation))
+        for ifindex, endpoint in state.endpoints.items()
+    }
+    return replace(state, endpoints=endpoints)
+
+
 def settle(kernel: Harness, state: DesiredState) -> None:
     kernel.clear()
-    for endpoint in state.endpoints.values():
-        kernel.maps.conntrack.create(endpoint.incarnation)
-    write(kernel_tables(kernel.maps), plan(ObservedState(), state))
+    write(kernel_tables(kernel.maps), plan(ObservedState(), with_flow_tables(kernel, state)))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -110,8 +116,7 @@ def test_no_packet_is_misjudged_between_two_writes(
     # Each of those that passed has opened a flow just now; it has to stay open, or shut, in the same way.
     always |= {replace(probe, open=True): True for probe, passes in always.items() if passes and opened(loaded, probe)}
     tables = kernel_tables(loaded.maps)
-    for endpoint in after.endpoints.values():
-        loaded.maps.conntrack.create(endpoint.incarnation)
+    after = with_flow_tables(loaded, after)
     for step in plan(observe(tables), after).steps:
         if isinstance(step, Wait):
             continue
@@ -148,7 +153,7 @@ def test_what_is_written_is_read_back(kernel: Harness) -> None:
     prefixes = {ipcache_prefix(IPv4Network((n << 8, 24))): Identities(n + 1) for n in range(300)}
     ifindex = kernel.interfaces[0]
     endpoint = DesiredEndpoint(
-        ifindex, 5, 7, 300, packed, frozenset(map(ip_address, POD.values())), 4, b"\x0a\0\0\0\0\1"
+        ifindex, 5, 7, 300, packed, frozenset(map(ip_address, POD.values())), 4, b"\x0a\0\0\0\0\1", 3
     )
     state = DesiredState({ifindex: endpoint}, Ipcache(exact, prefixes))
     tables = kernel_tables(kernel.maps)
