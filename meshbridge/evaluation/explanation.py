@@ -273,7 +273,10 @@ class _Explainer:
         if trace.port_class is not PortClass.CAPTURED:
             return
         near = near_mesh(policies, asked)
-        yield _step(Stage.EARLY, early, near if early.verdict is Verdict.DENY else [])
+        if early.verdict is Verdict.NEEDS_L7:
+            yield Step(Stage.EARLY, "nothing denies it for certain, so Envoy is asked", early.verdict)
+        else:
+            yield _step(Stage.EARLY, early, near if early.verdict is Verdict.DENY else [])
         if trace.http is not None:
             asking = trace.ingress.network.origins if trace.ingress is not None else ()
             yield _step(Stage.HTTP_RULES, replace(trace.http, origins=trace.http.origins or asking))

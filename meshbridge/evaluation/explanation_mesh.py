@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Final
 
 from meshbridge.evaluation.ambient import ztunnel_guard
-from meshbridge.evaluation.explanation_network import Mismatch, Near, Side, requirement_mismatches
+from meshbridge.evaluation.explanation_network import Mismatch, Near, Side, requirement_mismatches, satisfiable
 from meshbridge.evaluation.mesh import Facts, condition_on, mesh_verdict_on
 from meshbridge.evaluation.question import HttpFields, Token
 from meshbridge.identity.model import Peer, ProxyClass
@@ -72,13 +72,16 @@ def near_mesh(policies: Iterable[AuthorizationPolicy], flow: MeshFlow) -> list[N
 
 
 def undecided(flow: MeshFlow) -> list[Near]:
-    """The rules that leave a flow open: what each depends on. They have no condition that is known not to hold."""
+    """The rules that leave a flow open, with what each depends on; none of their conditions is known not to hold."""
     found = []
+    mode, origin = flow.guard.mtls.at(flow.facts.port)
+    if mode is MtlsMode.STRICT and origin is not None and flow.facts.question.principal is UNDECIDED:
+        found.append(Near(origin, FALSE, (), depends=(f"{Attribute.PRINCIPALS.value} none",)))
     for policy in flow.guard.policies:
-        for rule in policy.rules:
+        for rule in policy.rules if policy.action in (Action.ALLOW, Action.DENY) and not policy.dry_run else ():
             failing, depends = _conditions(policy, rule, flow)
-            if not failing and depends and _verdict(flow, rule) is not UNKNOWN:
-                found.append(Near(rule.origin, _verdict(flow, rule), (), depends=depends))
+            if not failing and depends:
+                found.append(Near(rule.origin, TRUE if policy.action is Action.ALLOW else FALSE, (), depends=depends))
     return found
 
 
@@ -163,7 +166,7 @@ def _selection(policy: AuthorizationPolicy, flow: MeshFlow) -> tuple[Mismatch, .
         has = f"has namespace={receiver.namespace}"
         own = Mismatch(Side.DESTINATION, f"namespace={policy.namespace}", has, in_namespace(policy.namespace))
         found = (own, *found)
-    if policy.selector.contradiction() or (not found and not selects(policy, receiver, mesh)):
+    if not satisfiable(policy.selector) or (not found and not selects(policy, receiver, mesh)):
         return None
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -107,7 +107,7 @@ def near_network(rules: Iterable[NetworkRule], flow: NetworkFlow) -> list[Near]:
     now = _verdict(matching, flow, isolated=isolated)
     found: dict[Origin, Near] = {}
     for rule, subject, others in misses:
-        if rule.subject.contradiction() or (not subject and others == ()):
+        if not satisfiable(rule.subject) or (not subject and others == ()):
             continue
         for mismatches, isolates in ((subject, True), ((*subject, *others) if others is not None else (), False)):
             if not mismatches:
@@ -138,6 +138,17 @@ def requirement_mismatches(selector: Selector, peer: Peer, side: Side) -> tuple[
     return tuple(_requirements(selector, peer, side))
 
 
+def satisfiable(selector: Selector) -> bool:
+    """Whether a peer could have labels that a selector picks: every pod has a namespace and a service account."""
+    must_exist = (Operator.IN, Operator.EXISTS)
+    of_pods = any(r.source is LabelSource.NAMESPACE and r.operator in must_exist for r in selector.requirements)
+    return not selector.contradiction() and not any(
+        (r.source is LabelSource.ABSENT and r.operator in must_exist)
+        or (of_pods and r.source in _LABELS and r.operator is Operator.DOES_NOT_EXIST)
+        for r in selector.requirements
+    )
+
+
 def _verdict(covering: Sequence[NetworkRule], flow: NetworkFlow, *, isolated: bool) -> Verdict:
     rules = deciding(covering, isolated=isolated)
     if not rules:
@@ -163,7 +174,7 @@ def _peer(selector: PeerSelector, flow: NetworkFlow) -> tuple[Mismatch, ...] | N
     side, peer = flow.sides[1], flow.peer
     match selector:
         case Selector():
-            return None if selector.contradiction() else requirement_mismatches(selector, peer, side)
+            return requirement_mismatches(selector, peer, side) if satisfiable(selector) else None
         case EntityPeers() | ClusterPeers():
             if selector.matches(peer):
                 return ()
@@ -228,7 +239,7 @@ def kind_of(peer: Peer) -> str:
 
 
 def _cidr(selector: CidrPeers, peer: Peer, side: Side) -> Iterator[Mismatch]:
-    if not selector.in_cluster and Entity.WORLD not in peer.entities:
+    if not selector.matches(replace(peer, networks=frozenset({selector.cidr}))):
         yield Mismatch(side, "an address outside of the cluster", f"is {kind_of(peer)}", selector)
     if selector.cidr not in peer.networks:
         yield Mismatch(side, f"an address in {selector.cidr}", "has another", selector)
