@@ -68,7 +68,7 @@ def compensated_ports(inventory: Inventory) -> tuple[list[Compensated], list[Omi
     for workload in inventory.workloads:
         if workload.proxy is not ProxyClass.SIDECAR or not any(excluded.get(workload.key, ())):
             continue
-        subject = _subject(workload)
+        subject = subject_of(workload)
         try:
             ports = _common(excluded[workload.key])
             _check_reach(workload, subject, inventory.workloads, excluded)
@@ -100,7 +100,8 @@ def _common(by_family: tuple[IntSet, ...]) -> IntSet:
     return by_family[0]
 
 
-def _subject(workload: Workload) -> Subject:
+def subject_of(workload: Workload) -> Subject:
+    """The labels by which a rule finds a pod and its replicas, without those that each pod has of its own."""
     labels = {
         key: value
         for key, value in workload.labels.items()

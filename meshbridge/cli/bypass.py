@@ -14,6 +14,7 @@ import click
 from meshbridge.bypass.inventory import inventory
 from meshbridge.bypass.record import merged_records, report_record
 from meshbridge.bypass.report import report
+from meshbridge.cli import bypassfix
 from meshbridge.cli.agents import answering
 from meshbridge.cli.files import ManifestError, read_manifests
 from meshbridge.cli.observe import print_lines
@@ -140,6 +141,9 @@ def plan(files: tuple[Path, ...], output: str, node: str | None, socket: Path | 
         sys.exit(SOMETHING_BREAKS)
     if any(row["ruling"]["unaccepted"] or not row["ruling"]["allowed"] for row in rows):
         sys.exit(NOT_ACCEPTED)
+
+
+command.add_command(bypassfix.command)
 
 
 def _ruling_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
