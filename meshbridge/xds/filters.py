@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 
 from envoy_data_plane.envoy.config.accesslog.v3 import (
@@ -79,11 +80,17 @@ _UNDECIDED = "meshbridge: the authorization server of this node gave no answer; 
 
 def http_filters(jwt_rules: tuple[JwtRule, ...], *, peer_verified: bool, stat_prefix: str) -> list[Filter]:
     """Judge every HTTP request: tokens first, then our decision on what they said."""
+    filters = [*jwt_authn(jwt_rules), _http_ext_authz()]
+    return http_manager(filters, peer_verified=peer_verified, stat_prefix=stat_prefix)
+
+
+def http_manager(filters: Sequence[HttpFilter], *, peer_verified: bool, stat_prefix: str) -> list[Filter]:
+    """Put every HTTP request through the filters and forward it to the pod."""
     details = HttpConnectionManagerForwardClientCertDetails
     manager = HttpConnectionManager(
         stat_prefix=stat_prefix,
         route_config=_all_to_the_pod(),
-        http_filters=[*jwt_authn(jwt_rules), _http_ext_authz(), router()],
+        http_filters=[*filters, router()],
         # Istio's path normalization BASE: what is judged is what is forwarded.
         normalize_path=True,
         path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.KEEP_UNCHANGED,
