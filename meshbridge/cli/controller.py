@@ -19,6 +19,7 @@ from meshbridge.kube.manifests import Manifests
 from meshbridge.kube.watch import watch
 from meshbridge.policy.mesh import DEFAULT_MESH
 from meshbridge.xds.auth import load_key, load_or_create_key
+from meshbridge.xds.reports import ReportServer
 from meshbridge.xds.secrets import SecretStore, load_or_create_authority
 from meshbridge.xds.server import DeltaServer, TlsFiles, start_server
 
@@ -89,23 +90,28 @@ def command(
     key = load_key(token_key) if token_key is not None else load_or_create_key(state / "token.key")
     authority = load_or_create_authority(state, DEFAULT_MESH.trust_domain, datetime.now(UTC))
     controller = Controller(SecretStore(authority))
-    server = DeltaServer(key, controller)
+    server, reports = DeltaServer(key, controller), ReportServer(key, controller)
     http = serve_http(http_address, lambda: controller.problems, lambda: controller.synced) if http_address else None
     manifests = Manifests(directories, KeptContent(state / "last-readable"))
     try:
-        asyncio.run(_serve(controller, server, manifests, listen, tls))
+        asyncio.run(_serve(controller, server, reports, manifests, listen, tls))
     finally:
         if http is not None:
             http.shutdown()
 
 
 async def _serve(
-    controller: Controller, servicer: DeltaServer, manifests: Manifests, listen: str, tls: TlsFiles | None
+    controller: Controller,
+    servicer: DeltaServer,
+    reports: ReportServer,
+    manifests: Manifests,
+    listen: str,
+    tls: TlsFiles | None,
 ) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = await start_server(servicer, listen, tls)
+    server = await start_server(servicer, listen, tls, reports)
     log.info("controller.started", listen=listen, manifests=manifests.directories)
     try:
         async with asyncio.TaskGroup() as tasks:

@@ -35,13 +35,19 @@ CONTESTED: Final = Holder(Peer(entities=frozenset({Entity.UNMANAGED})))
 
 @dataclass(frozen=True, slots=True)
 class Distinctions:
-    """What some policies can tell apart: label keys, and the container ports they name."""
+    """What some policies can tell apart: label keys, and the container ports they name.
+
+    ``exclusions``: also where pods' Envoys are passed by, for a node that compensates what it sends past its own.
+    """
 
     labels: LabelKeys = LabelKeys()  # noqa: RUF009 - frozen
     port_names: frozenset[str] = frozenset()
+    exclusions: bool = False
 
     def __or__(self, other: Distinctions) -> Distinctions:
-        return Distinctions(self.labels | other.labels, self.port_names | other.port_names)
+        return Distinctions(
+            self.labels | other.labels, self.port_names | other.port_names, self.exclusions or other.exclusions
+        )
 
 
 class AddressBook:
@@ -127,6 +133,7 @@ class AddressBook:
         pod_keys, node_keys = to.labels.pod ^ like.labels.pod, to.labels.node ^ like.labels.node
         namespace_keys = to.labels.namespace ^ like.labels.namespace
         port_names = to.port_names ^ like.port_names
+        exclusions = to.exclusions is not like.exclusions
         for address in self._claims:
             holder = self.holder(address)
             if holder is None:
@@ -136,6 +143,7 @@ class AddressBook:
                 not (pod_keys if peer.is_pod else node_keys).isdisjoint(peer.labels)
                 or not namespace_keys.isdisjoint(peer.namespace_labels)
                 or any(port.name in port_names for port in peer.ports)
+                or (exclusions and peer.excluded)
             ):
                 self._renew(view, address, to)
         return view
@@ -151,6 +159,7 @@ class AddressBook:
             labels=(keys.trim if holder.peer.is_pod else keys.trim_node)(holder.peer.labels),
             namespace_labels=keys.trim_namespace(holder.peer.namespace_labels),
             ports=frozenset(port for port in holder.peer.ports if port.name in distinctions.port_names),
+            excluded=holder.peer.excluded if distinctions.exclusions else (),
         )
         message = address_message(address, peer, name=holder.name, uid=holder.uid, node=holder.node)
         view[str(address)] = resource(message)

@@ -22,6 +22,7 @@ from meshbridge.policy.model import Document
 from meshbridge.policy.parse import POLICY_KINDS, parse
 from meshbridge.policy.parse.cluster import Namespace, Node, Service
 from meshbridge.policy.policyset import PolicySet
+from meshbridge.xds.exclusions import Exclusions
 
 TERMINAL_PHASES: Final = frozenset({"Succeeded", "Failed"})
 EXTRA_ADDRESSES: Final = "meshbridge.io/extra-addresses"
@@ -67,9 +68,10 @@ class Cluster:
     entries.
     """
 
-    def __init__(self, mesh: MeshSettings = DEFAULT_MESH) -> None:
-        """A cluster with nothing in it; other settings need another cluster."""
+    def __init__(self, mesh: MeshSettings = DEFAULT_MESH, reports: Mapping[str, Exclusions] | None = None) -> None:
+        """A cluster with nothing in it but what nodes reported; other settings need another cluster."""
         self.mesh = mesh
+        self.reports = dict(reports or {})
         self.addresses = AddressBook()
         self.policies: dict[str, PolicyItem] = {}
         self.services: dict[Key, Service] = {}
@@ -149,6 +151,16 @@ class Cluster:
         for pods in self._classes_on.get(node, {}).values():
             names |= pods.policies
         return [self.policies[name] for name in sorted(names)]
+
+    def report(self, node: str, exclusions: Exclusions) -> None:
+        """What ``node`` has seen of its own pods; of others' it is not believed, as nobody's UID there is theirs."""
+        before = self.reports.pop(node, {})
+        if exclusions:
+            self.reports[node] = exclusions
+        for uid in before.keys() | exclusions.keys():
+            if before.get(uid) != exclusions.get(uid):
+                for key in self._by_uid.get((node, uid), ()):
+                    self._claim_addresses(f"pod {key[2]}/{key[3]}", self._pods[key], self._pods[key], Touched())
 
     def policies_of(self, pod: Workload) -> PolicySet:
         """The policies that select one pod."""
@@ -365,7 +377,10 @@ class Cluster:
                 self.addresses.claim(address, claimant, None)
         if new is not None and after:
             peer = replace(
-                new.peer(cluster=self.mesh.cluster), trust_domain=self.mesh.trust_domain, ports=frozenset(new.ports)
+                new.peer(cluster=self.mesh.cluster),
+                trust_domain=self.mesh.trust_domain,
+                ports=frozenset(new.ports),
+                excluded=self.reports.get(new.node, {}).get(new.uid, ()),
             )
             for address in after:
                 self.addresses.claim(address, claimant, Holder(peer, new.name, new.uid, new.node))

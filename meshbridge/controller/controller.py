@@ -26,6 +26,7 @@ from meshbridge.policy.policyset import PolicySet
 from meshbridge.protos.agent_pb2 import Revision
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.auth import Caller, CallerKind
+from meshbridge.xds.exclusions import Exclusions
 from meshbridge.xds.resources import sidecar_resources
 from meshbridge.xds.secrets import SecretStore, SpiffeId
 from meshbridge.xds.select import build_sidecar, mtls_destinations
@@ -140,9 +141,7 @@ class Controller:
         self._report_problems()
         OBJECTS.set(len(self._documents))
         everybody = first or touched is None
-        nodes = [client for client in self._clients.values() if client.caller.kind is CallerKind.NODE]
-        self.cluster.addresses.refresh(frozenset(client.distinctions for client in nodes))
-        for client in nodes:
+        for client in self._refreshed_nodes():
             if everybody or (touched is not None and client.caller.node in touched.nodes):
                 self._update_node(client)
             else:
@@ -150,6 +149,19 @@ class Controller:
         self._destinations_stale |= touched is None or touched.destinations
         if touched is None or touched.sidecars or first:
             self.sidecars_stale.set()
+
+    def report(self, node: str, exclusions: Exclusions) -> None:
+        """All that a node says of its own pods from now on; nodes that compensate towards them are told."""
+        self.cluster.report(node, exclusions)
+        if self._synced:
+            for client in self._refreshed_nodes():
+                self._assemble(client, {})
+
+    def _refreshed_nodes(self) -> list[_Client]:
+        """The clients that are nodes, after the addresses as they see them are up to date."""
+        nodes = [client for client in self._clients.values() if client.caller.kind is CallerKind.NODE]
+        self.cluster.addresses.refresh(frozenset(client.distinctions for client in nodes))
+        return nodes
 
     async def maintain_sidecars(self) -> None:
         """Refresh sidecars whenever something they depend on changed or a certificate is due."""
@@ -188,7 +200,7 @@ class Controller:
         if mesh == self.cluster.mesh:
             return self.cluster.apply(changes)
         log.info("mesh.changed", trust_domain=mesh.trust_domain, root_namespace=mesh.root_namespace)
-        self.cluster = Cluster(mesh)
+        self.cluster = Cluster(mesh, self.cluster.reports)
         self.cluster.apply(self._documents)
         self._mesh_resources = _mesh_resources(mesh)
         return None
@@ -230,7 +242,7 @@ class Controller:
     def _update_node(self, client: _Client) -> None:
         node = client.caller.node
         items = self.cluster.policies_on(node)
-        distinctions = Distinctions()
+        distinctions = Distinctions(exclusions=self.cluster.needs_all_mesh_policies(node))
         for item in items:
             distinctions |= item.distinctions
         before, client.distinctions = client.distinctions, distinctions

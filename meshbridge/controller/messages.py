@@ -18,6 +18,7 @@ from meshbridge.policy.model import Document
 from meshbridge.policy.parse.cluster import Service
 from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.protos import agent_pb2
+from meshbridge.xds.exclusions import ports_messages
 from meshbridge.xds.snapshot import Resource
 
 
@@ -81,6 +82,7 @@ def address_message(
         node=node,
         uid=uid,
         ports=_ports(sorted(peer.ports, key=lambda port: (port.name, port.port, port.protocol))),
+        excluded=ports_messages(peer.excluded),
     )
 
 

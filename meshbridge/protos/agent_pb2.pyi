@@ -145,7 +145,7 @@ class Policy(_message.Message):
     def __init__(self, api_version: _Optional[str] = ..., kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., json: _Optional[bytes] = ..., file: _Optional[str] = ..., lines: _Optional[_Mapping[str, int]] = ..., fault: _Optional[str] = ...) -> None: ...
 
 class Address(_message.Message):
-    __slots__ = ("address", "namespace", "name", "labels", "namespace_labels", "service_account", "cluster", "trust_domain", "proxy", "entities", "node", "uid", "ports")
+    __slots__ = ("address", "namespace", "name", "labels", "namespace_labels", "service_account", "cluster", "trust_domain", "proxy", "entities", "node", "uid", "ports", "excluded")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +173,7 @@ class Address(_message.Message):
     NODE_FIELD_NUMBER: _ClassVar[int]
     UID_FIELD_NUMBER: _ClassVar[int]
     PORTS_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDED_FIELD_NUMBER: _ClassVar[int]
     address: bytes
     namespace: str
     name: str
@@ -186,7 +187,18 @@ class Address(_message.Message):
     node: str
     uid: str
     ports: _containers.RepeatedCompositeFieldContainer[ContainerPort]
-    def __init__(self, address: _Optional[bytes] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., namespace_labels: _Optional[_Mapping[str, str]] = ..., service_account: _Optional[str] = ..., cluster: _Optional[str] = ..., trust_domain: _Optional[str] = ..., proxy: _Optional[str] = ..., entities: _Optional[_Iterable[str]] = ..., node: _Optional[str] = ..., uid: _Optional[str] = ..., ports: _Optional[_Iterable[_Union[ContainerPort, _Mapping]]] = ...) -> None: ...
+    excluded: _containers.RepeatedCompositeFieldContainer[TcpPorts]
+    def __init__(self, address: _Optional[bytes] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., namespace_labels: _Optional[_Mapping[str, str]] = ..., service_account: _Optional[str] = ..., cluster: _Optional[str] = ..., trust_domain: _Optional[str] = ..., proxy: _Optional[str] = ..., entities: _Optional[_Iterable[str]] = ..., node: _Optional[str] = ..., uid: _Optional[str] = ..., ports: _Optional[_Iterable[_Union[ContainerPort, _Mapping]]] = ..., excluded: _Optional[_Iterable[_Union[TcpPorts, _Mapping]]] = ...) -> None: ...
+
+class TcpPorts(_message.Message):
+    __slots__ = ("ipv6", "first", "last")
+    IPV6_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    ipv6: bool
+    first: int
+    last: int
+    def __init__(self, ipv6: _Optional[bool] = ..., first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class Service(_message.Message):
     __slots__ = ("namespace", "name", "addresses", "ports", "outside_addresses")

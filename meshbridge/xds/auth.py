@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -96,12 +97,16 @@ def verify_token(key: bytes, token: str) -> Caller:
     Raises:
         AuthenticationError: malformed, signed by another key, for another audience, expired, or not yet valid.
     """
+    return _caller(_claims(key, token).get(CLAIM))
+
+
+def _claims(key: bytes, token: str) -> dict[str, Any]:
     if len(token) > MAX_TOKEN_LENGTH:
         raise AuthenticationError(
             f"token of {len(token)} characters", where="authorization", fix="present a node or pod token"
         )
     try:
-        claims = jwt.decode(
+        return jwt.decode(
             token,
             key,
             algorithms=[ALGORITHM],
@@ -114,11 +119,10 @@ def verify_token(key: bytes, token: str) -> Caller:
         raise AuthenticationError(
             f"token not accepted: {error}", where="authorization", fix="have the node issue a new token"
         ) from None
-    return _caller(claims.get(CLAIM))
 
 
-def authenticate(key: bytes, metadata: Sequence[tuple[str, str | bytes]]) -> Caller:
-    """The caller of an RPC, from its metadata.
+def authenticate(key: bytes, metadata: Sequence[tuple[str, str | bytes]]) -> tuple[Caller, float]:
+    """The caller of an RPC, from its metadata, and for how many seconds its token is accepted.
 
     Raises:
         AuthenticationError: no single ``authorization: Bearer …``, or a token that is not accepted.
@@ -130,7 +134,8 @@ def authenticate(key: bytes, metadata: Sequence[tuple[str, str | bytes]]) -> Cal
             where="authorization",
             fix="send the metadata 'authorization: Bearer TOKEN'",
         )
-    return verify_token(key, values[0].removeprefix("Bearer "))
+    claims = _claims(key, values[0].removeprefix("Bearer "))
+    return _caller(claims.get(CLAIM)), claims["exp"] + CLOCK_SKEW.total_seconds() - time.time()
 
 
 def load_key(path: Path) -> bytes:

@@ -20,9 +20,12 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc.status_pb2 import Status
 
 from meshbridge.errors import MeshBridgeError
+from meshbridge.protos import reports_pb2_grpc
 from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy, Problem, Revision, Service
+from meshbridge.protos.reports_pb2 import ExclusionReport
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.bearer import bearer
+from meshbridge.xds.exclusions import Exclusions, report_message
 
 log = structlog.get_logger()
 
@@ -39,6 +42,7 @@ MESSAGES: Final[Mapping[str, type[Message]]] = {
 
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
+REPORT_RETRY_S = 2.0
 CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", 8 << 20),
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -101,8 +105,17 @@ class ControllerClient:
         self._undecodable: set[tuple[str, str]] = set()
         self._partial, self._whole = _Changes(), _Changes()
         self._ready = asyncio.Event()
+        self._report: ExclusionReport | None = None
+        self._report_changed = asyncio.Event()
         self.connected = False
         self.revision_received = 0
+
+    def report(self, exclusions: Exclusions) -> None:
+        """Tell the controller this of the node's own pods, now and whenever it is connected anew."""
+        report = report_message(exclusions)
+        if report != self._report:
+            self._report = report
+            self._report_changed.set()
 
     async def updates(self) -> AsyncIterator[Update]:
         """Yield every state to act on, newest first in time: what was skipped is contained in what follows."""
@@ -153,6 +166,7 @@ class ControllerClient:
         stub = ads_pb2_grpc.AggregatedDiscoveryServiceStub(channel)
         call = stub.DeltaAggregatedResources(metadata=bearer(self._token()))
         self._undecodable.clear()  # what still exists is sent again, as it is not among the versions
+        reporter = asyncio.create_task(self._keep_reporting(channel), name="report-exclusions")
         try:
             for type_url, versions in self._versions.items():
                 await call.write(
@@ -173,6 +187,31 @@ class ControllerClient:
                 await call.write(answer)
         finally:
             call.cancel()
+            reporter.cancel()
+            await asyncio.gather(reporter, return_exceptions=True)
+
+    async def _keep_reporting(self, channel: grpc.aio.Channel) -> None:
+        """Have the controller know the newest report for as long as the task runs."""
+        stub = reports_pb2_grpc.NodeReportsStub(channel)  # type: ignore[no-untyped-call]  # generated
+        told = ""
+        while True:
+            if self._report is None:
+                await self._report_changed.wait()  # who has nothing to report must not take the place of who has
+            try:
+                await stub.ReportExclusions(self._reports(), metadata=bearer(self._token()))
+            except (grpc.aio.AioRpcError, OSError, MeshBridgeError) as error:
+                reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                if reason != told:
+                    log.warning("report.ended", target=self._target, reason=reason)
+                told = reason
+            await asyncio.sleep(REPORT_RETRY_S)
+
+    async def _reports(self) -> AsyncIterator[ExclusionReport]:
+        while True:
+            self._report_changed.clear()
+            if self._report is not None:
+                yield self._report
+            await self._report_changed.wait()
 
     def _take(self, response: DeltaDiscoveryResponse) -> str:
         """Take in all of a response, or nothing; returns why nothing, else ""."""

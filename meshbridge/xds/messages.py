@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
 
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import (
     ContainerPort,
     Entity,
     IpAddress,
+    IpFamily,
     Peer,
     ProxyClass,
     ProxyContainer,
+    TcpPorts,
     Workload,
 )
 from meshbridge.policy.mesh import MeshSettings
@@ -22,9 +26,11 @@ from meshbridge.policy.model import Document, Source
 from meshbridge.policy.parse.ports import LAST_PORT, PROTOCOLS
 from meshbridge.protos import agent_pb2
 
+MAX_RANGES: Final = 256
+
 
 class MessageError(MeshBridgeError):
-    """A message of the controller means something this version does not know; the revision cannot be used."""
+    """A message means something this version does not know; a revision with one cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +149,7 @@ def _peer_of(message: agent_pb2.Address, address: IpAddress) -> Peer:
         proxy=_proxy_class(message.proxy, f"Address {address}"),
         entities=entities,
         ports=frozenset(_ports(message.ports)),
+        excluded=excluded_of(message.excluded, f"Address {address}"),
     )
 
 
@@ -216,6 +223,22 @@ def address_of(packed: bytes, where: str) -> IpAddress:
         raise MessageError(f"an address of {len(packed)} bytes", where=where) from error
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
+
+
+def excluded_of(messages: Sequence[agent_pb2.TcpPorts], where: str) -> tuple[TcpPorts, ...]:
+    """Ports on which an Envoy is passed by.
+
+    Raises:
+        MessageError: too many ranges, no ports, or not sorted and disjoint.
+    """
+    if len(messages) > MAX_RANGES:
+        raise MessageError(f"{len(messages)} ranges of ports", where=where)
+    found = tuple(TcpPorts(IpFamily.IPV6 if m.ipv6 else IpFamily.IPV4, m.first, m.last) for m in messages)
+    ends = (TcpPorts(IpFamily.IPV4, -1, -1), *found)
+    for before, ports in pairwise(ends):
+        if not ports.first <= ports.last <= LAST_PORT or (ports.family, ports.first) <= (before.family, before.last):
+            raise MessageError(f"ports {ports.first}-{ports.last} are none, or not in order", where=where)
+    return found
 
 
 def _ports(messages: Iterable[agent_pb2.ContainerPort]) -> tuple[ContainerPort, ...]:

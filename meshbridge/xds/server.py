@@ -23,7 +23,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import Counter, Gauge
 
 from meshbridge.errors import SettingsError
-from meshbridge.xds.auth import AuthenticationError, Caller, authenticate
+from meshbridge.protos.reports_pb2_grpc import add_NodeReportsServicer_to_server
+from meshbridge.xds.auth import AuthenticationError, Caller, CallerKind, authenticate
+from meshbridge.xds.reports import ReportServer
 from meshbridge.xds.snapshot import DeltaSession, Nack, ProtocolError, Snapshot
 
 log = structlog.get_logger()
@@ -76,16 +78,21 @@ class DeltaServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ign
         self, request_iterator: AsyncIterator[DeltaDiscoveryRequest], context: grpc.aio.ServicerContext
     ) -> None:
         try:
-            caller = authenticate(self._key, context.invocation_metadata() or ())
+            caller, expires_s = authenticate(self._key, context.invocation_metadata() or ())
         except AuthenticationError as error:
             REFUSED_CALLS.labels("unauthenticated").inc()
             log.warning("stream.refused", reason=str(error), peer=context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+        expiry: asyncio.TimerHandle | None = None
         stream = _Stream(caller, context)
         stream.feed = feed = self._source.open(caller, stream.wake)
         self._streams.add(stream)
         STREAMS.labels(caller.kind).inc()
         log.info("stream.opened", client=str(caller))
+        if caller.kind is CallerKind.NODE:  # an Envoy cannot renew a header of its bootstrap: it ends with its pod
+            expiry = asyncio.get_running_loop().call_later(
+                expires_s, stream.end, grpc.StatusCode.UNAUTHENTICATED, "the token has expired"
+            )
         reader = asyncio.create_task(stream.read(request_iterator), name=f"read {caller}")
         try:
             await stream.write_until_ended(reader)
@@ -93,6 +100,8 @@ class DeltaServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ign
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
+            if expiry is not None:
+                expiry.cancel()
             feed.close()
             self._streams.discard(stream)
             STREAMS.labels(caller.kind).dec()
@@ -195,14 +204,18 @@ class TlsFiles:
     key: Path
 
 
-async def start_server(servicer: DeltaServer, listen: str, tls: TlsFiles | None = None) -> grpc.aio.Server:
-    """Serve ADS and gRPC health on ``unix:PATH``, or on ``HOST:PORT`` with TLS.
+async def start_server(
+    servicer: DeltaServer, listen: str, tls: TlsFiles | None = None, reports: ReportServer | None = None
+) -> grpc.aio.Server:
+    """Serve ADS, what nodes report, and gRPC health on ``unix:PATH``, or on ``HOST:PORT`` with TLS.
 
     Raises:
         SettingsError: TCP without TLS, an address that cannot be used, or a socket another process answers on.
     """
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)])
     ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(servicer, server)
+    if reports is not None:
+        add_NodeReportsServicer_to_server(reports, server)  # type: ignore[no-untyped-call]  # generated
     health_servicer = health.aio.HealthServicer()
     await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

@@ -44,7 +44,7 @@ def change(rng: random.Random, known: set[Key]) -> Changed:
 
 
 def matched(cluster: Cluster, node: str) -> list[str]:
-    endpoints = [pod.peer(cluster=cluster.mesh.cluster) for pod in cluster.endpoints(node)]
+    endpoints = [local.workload.peer(cluster=cluster.mesh.cluster) for local in cluster.endpoints(node)]
     return sorted(item.name for item in cluster.policies.values() if any(item.concerns(peer) for peer in endpoints))
 
 
@@ -83,3 +83,4 @@ def test_an_emptied_cluster_keeps_nothing_in_its_index(seed: int) -> None:
     cluster.apply(dict.fromkeys(known, ()))
     assert not cluster._policies_at
     assert not cluster._classes_at
+    assert not cluster._by_uid

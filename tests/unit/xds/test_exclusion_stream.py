@@ -1,0 +1,227 @@
+"""A node's report over gRPC: authenticated, bounded, kept over a restart of the agent, withdrawn when it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshbridge.identity.model import IpFamily, TcpPorts
+from meshbridge.protos.agent_pb2 import TcpPorts as Ports
+from meshbridge.protos.reports_pb2 import ExclusionReport, PodExclusions
+from meshbridge.protos.reports_pb2_grpc import NodeReportsStub
+from meshbridge.xds.auth import CLOCK_SKEW, Caller, bearer, mint_token, node_caller, pod_caller
+from meshbridge.xds.client import ControllerClient
+from meshbridge.xds.exclusions import MAX_GROUPS, MAX_PODS, Exclusions, exclusions_of, report_message
+from meshbridge.xds.messages import MAX_RANGES, MessageError
+from meshbridge.xds.reports import ReportServer
+from meshbridge.xds.server import DeltaServer, start_server
+
+KEY = b"k" * 32
+NODE, POD = node_caller("node-a"), pod_caller("node-a", "shop", "web", "sa", "uid")
+PORTS = (TcpPorts(IpFamily.IPV4, 8080, 8080), TcpPorts(IpFamily.IPV6, 0, 65535))
+KEPT_S = 1.0
+
+
+class Sink:
+    """Who takes reports, and a controller that has nothing to say."""
+
+    snapshot = None
+    refusal = ""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Exclusions]] = []
+
+    def report(self, node: str, exclusions: Exclusions) -> None:
+        self.told.append((node, exclusions))
+
+    def open(self, _caller: Caller, _wake: Callable[[], None]) -> Sink:
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await test()
+
+    asyncio.run(bounded())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - what is watched has no event of its own
+        await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def serving(directory: Path) -> AsyncIterator[tuple[Sink, str]]:
+    sink, target = Sink(), f"unix:{directory / 's'}"
+    server = await start_server(DeltaServer(KEY, sink), target, reports=ReportServer(KEY, sink, KEPT_S))
+    try:
+        yield sink, target
+    finally:
+        await server.stop(0)
+
+
+@asynccontextmanager
+async def following(target: str, token: Callable[[], str]) -> AsyncIterator[ControllerClient]:
+    client = ControllerClient(target, "node-a", token)
+
+    async def follow() -> None:
+        async for _ in client.updates():
+            pass
+
+    task = asyncio.create_task(follow())
+    try:
+        yield client
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def token(caller: Caller = NODE, **more: Any) -> str:
+    return mint_token(KEY, caller, now=datetime.now(UTC), **more)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=9), st.sampled_from([PORTS, PORTS[:1], ()]), max_size=9))
+def test_a_report_is_read_as_it_was_meant(exclusions: Exclusions) -> None:
+    sent = report_message(exclusions).SerializeToString()
+    assert exclusions_of(ExclusionReport.FromString(sent), "x") == exclusions
+
+
+def test_what_is_beyond_the_limits_is_left_out() -> None:
+    many = tuple(TcpPorts(IpFamily.IPV4, n, n) for n in range(0, 4 * MAX_RANGES, 2))
+    found = exclusions_of(report_message({"a": many, "b": PORTS, "x" * 9999: PORTS}), "x")
+    assert found == {"b": PORTS}
+    assert len(exclusions_of(report_message({str(n): PORTS for n in range(MAX_PODS + 9)}), "x")) == MAX_PODS
+    lonely = {str(n): (TcpPorts(IpFamily.IPV4, n, n),) for n in range(MAX_GROUPS + 9)}
+    assert len(exclusions_of(report_message(lonely), "x")) == MAX_GROUPS
+
+
+def one(*ports: Ports, uids: tuple[str, ...] = ("a",)) -> ExclusionReport:
+    return ExclusionReport(groups=[PodExclusions(uids=uids, excluded=ports)])
+
+
+HOSTILE = {
+    "a port that is none": one(Ports(first=1, last=70_000)),
+    "backwards": one(Ports(first=9, last=8)),
+    "not in order": one(Ports(first=9, last=9), Ports(first=1, last=1)),
+    "overlapping": one(Ports(first=1, last=5), Ports(first=5, last=9)),
+    "IPv6 first": one(Ports(ipv6=True, first=1, last=5), Ports(first=8, last=9)),
+    "too many ranges": one(*(Ports(first=2 * n, last=2 * n) for n in range(MAX_RANGES + 1))),
+    "too many groups": ExclusionReport(groups=[PodExclusions()] * (MAX_GROUPS + 1)),
+    "too many pods": one(uids=tuple(map(str, range(MAX_PODS + 1)))),
+    "one pod twice": one(uids=("a", "a")),
+    "nobody": one(uids=("",)),
+    "an endless UID": one(uids=("a" * 100_000,)),
+}
+
+
+@pytest.mark.parametrize("report", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_report_is_refused_as_a_whole(report: ExclusionReport) -> None:
+    with pytest.raises(MessageError, match="node-x"):
+        exclusions_of(report, "report of node-x")
+
+
+def test_a_refused_report_withdraws_the_one_before(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with serving(tmp_path) as (sink, target), grpc.aio.insecure_channel(target) as channel:
+            call = NodeReportsStub(channel).ReportExclusions(metadata=bearer(token()))  # type: ignore[no-untyped-call]
+            await call.write(report_message({"a": PORTS}))
+            with suppress(asyncio.InvalidStateError):
+                await call.write(HOSTILE["backwards"])
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert sink.told == [("node-a", {"a": PORTS}), ("node-a", {})]
+
+    run(body)
+
+
+STRANGERS = {
+    "a pod": (lambda: token(POD), grpc.StatusCode.PERMISSION_DENIED),
+    "nobody": (lambda: "x", grpc.StatusCode.UNAUTHENTICATED),
+}
+
+
+@pytest.mark.parametrize(("present", "code"), STRANGERS.values(), ids=STRANGERS.keys())
+def test_only_a_node_reports(tmp_path: Path, present: Callable[[], str], code: grpc.StatusCode) -> None:
+    async def body() -> None:
+        async with serving(tmp_path) as (sink, target), grpc.aio.insecure_channel(target) as channel:
+            call = NodeReportsStub(channel).ReportExclusions(metadata=bearer(present()))  # type: ignore[no-untyped-call]
+            assert await call.code() is code
+            assert not sink.told
+
+    run(body)
+
+
+def test_a_client_tells_its_newest_report_once_and_again_to_a_restarted_controller(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with following(f"unix:{tmp_path / 's'}", token) as client:
+            async with serving(tmp_path) as (sink, _):
+                client.report({"a": PORTS})
+                await until(lambda: bool(sink.told))
+                client.report({"a": PORTS})
+                client.report({"b": PORTS})
+                await until(lambda: len(sink.told) > 1)
+                assert sink.told == [("node-a", {"a": PORTS}), ("node-a", {"b": PORTS})]
+            async with serving(tmp_path) as (sink, _):
+                await until(lambda: bool(sink.told))
+                assert sink.told == [("node-a", {"b": PORTS})]
+
+    run(body)
+
+
+def test_a_report_outlives_its_stream_for_a_while_only(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with serving(tmp_path) as (sink, target):
+            async with following(target, token) as client:
+                client.report({"a": PORTS})
+                await until(lambda: bool(sink.told))
+            async with following(target, token) as client:
+                client.report({"a": PORTS})
+                await until(lambda: len(sink.told) > 1)
+                await asyncio.sleep(1.5 * KEPT_S)
+                assert sink.told == [("node-a", {"a": PORTS})] * 2, "the agent was back in time"
+            await until(lambda: len(sink.told) > 2)
+            assert sink.told[-1] == ("node-a", {})
+
+    run(body)
+
+
+def test_a_client_with_nothing_to_report_takes_nobodys_place(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with serving(tmp_path) as (sink, target), following(target, token) as agent:
+            agent.report({"a": PORTS})
+            await until(lambda: bool(sink.told))
+            async with following(target, token):
+                await asyncio.sleep(1.5 * KEPT_S)
+            assert sink.told == [("node-a", {"a": PORTS})]
+
+    run(body)
+
+
+def test_streams_of_a_node_end_with_its_token_and_come_back_with_the_new_one(tmp_path: Path) -> None:
+    presented: list[str] = []
+
+    def renewed() -> str:
+        lifetime = timedelta(seconds=1) - CLOCK_SKEW if len(presented) < 2 else timedelta(hours=1)
+        presented.append(token(lifetime=lifetime))
+        return presented[-1]
+
+    async def body() -> None:
+        async with serving(tmp_path) as (sink, target), following(target, renewed) as client:
+            client.report({"a": PORTS})
+            await until(lambda: len(sink.told) >= 2 and len(presented) >= 4)
+            await asyncio.sleep(1.5 * KEPT_S)
+            assert sink.told[-1] == ("node-a", {"a": PORTS})
+
+    run(body)
