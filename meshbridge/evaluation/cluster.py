@@ -57,6 +57,11 @@ class Cluster:
         self._namespaces = {found.name: found for found in objects if isinstance(found, Namespace)}
         self._nodes = {found.name: found for found in objects if isinstance(found, Node)}
         self._workloads = {workload.key: workload for workload in workloads_of(parsed)}
+        self._templates = {
+            found.key: replace(found, namespace_labels=self._labels_of(found.namespace))
+            for found in objects
+            if isinstance(found, Workload) and found.key not in self._workloads
+        }
         self._injected: dict[str, Workload] = {}
         self._given: dict[tuple[int, ProxyClass], Workload] = {}
         self._labelled: dict[LabelledPod, Workload] = {}
@@ -151,7 +156,7 @@ class Cluster:
     def _pod(self, key: str) -> Workload | None:
         found = self._injected.get(key)
         if found is None:
-            written = self._workloads.get(key)
+            written = self._workloads.get(key) or self._templates.get(key)
             if written is None:
                 return None
             found = self._injected[key] = _injected(written)

@@ -6,12 +6,12 @@ The rules and their three-valued logic are ``policy.baseline``'s; what a conditi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import ip_address
 from typing import Final
 
-from meshbridge.evaluation.question import HttpFields, Question, Token
+from meshbridge.evaluation.question import HttpFields, Question, Token, address_of
 from meshbridge.identity.model import IpAddress
 from meshbridge.policy.attributes import Request, request_matches
 from meshbridge.policy.baseline import (
@@ -33,6 +33,7 @@ from meshbridge.policy.mesh import (
     AuthorizationPolicy,
     Condition,
     JwtRule,
+    MtlsMode,
     network_of,
 )
 from meshbridge.policy.model import Verdict
@@ -52,13 +53,15 @@ _PSEUDO: Final = {":method": "method", ":path": "path", ":authority": "host", "h
 class Facts:
     """What is known of a flow at the destination: the question, and the addresses it leads to.
 
-    ``destinations`` are the addresses the connection may have come in by; ``port`` is the pod's own.
+    ``destinations`` are the addresses the connection may have come in by; ``port`` is the pod's own. A ``gateway``
+    believes x-forwarded-for only as far as the mesh trusts proxies before it, a sidecar its last address.
     """
 
     question: Question
     port: int
     source: IpAddress | None
     destinations: tuple[IpAddress, ...]
+    gateway: bool = False
 
 
 Known = Callable[[Facts, AppProtocol, Guard, AuthorizationPolicy, Condition], Verdict]
@@ -83,6 +86,9 @@ def mesh_verdict_on(
         protocol = AppProtocol.HTTP
     if question.token is Token.BAD and jwt_rules and protocol is AppProtocol.HTTP:
         return MeshVerdict(FALSE, tuple(sorted({rule.origin for rule in jwt_rules})), DropReason.MESH_POLICY_DENY)
+    if guard.mtls.at(facts.port)[0] is MtlsMode.DISABLE:
+        question = replace(question, principal=None)
+        facts = replace(facts, question=question)
     principal = question.principal
     presents = UNKNOWN if isinstance(principal, Principal) else _certain(principal is not None)
 
@@ -113,7 +119,7 @@ def condition_on(
         case Attribute.IP_BLOCKS:
             return _in_networks(condition, () if facts.source is None else (facts.source,))
         case Attribute.REMOTE_IP_BLOCKS:
-            remote = _remote(facts, form)
+            remote = _remote(facts, form, guard.mesh.trusted_proxies)
             return _in_networks(condition, () if remote is None else (remote,))
         case Attribute.DESTINATION_IP:
             return _in_networks(condition, facts.destinations)
@@ -152,15 +158,20 @@ def _of_request(facts: Facts, guard: Guard, policy: AuthorizationPolicy, conditi
     return request_matches(request, claims, policy, guard.mesh, condition)
 
 
-def _remote(facts: Facts, form: AppProtocol) -> IpAddress | None:
-    """Whom Envoy takes for the client: the peer, unless a proxy before it says otherwise."""
+def _remote(facts: Facts, form: AppProtocol, trusted_proxies: int) -> IpAddress | None:
+    """Whom Envoy takes for the client: the peer, unless a proxy before it says otherwise; None: nobody has said."""
     question = facts.question
     if question.remote_ip is not None:
         return question.remote_ip
     if form is AppProtocol.TCP:
         return facts.source
-    told = question.http is not None and all(name != _FORWARDED_FOR for name, _ in question.http.headers)
-    return facts.source if told else None
+    if question.http is None:
+        return None
+    told = dict(question.http.headers).get(_FORWARDED_FOR, "").split(",")
+    back = trusted_proxies if facts.gateway else 1
+    if not 0 < back <= len(told):
+        return facts.source
+    return address_of(told[-back].strip()) or facts.source
 
 
 def _in_networks(condition: Condition, addresses: tuple[IpAddress, ...]) -> Verdict:

@@ -48,7 +48,7 @@ class MeshSettings:
 
     ``asked_providers`` are the CUSTOM providers that Envoy itself asks; any other that is not us denies. ``providers``
     are those the mesh defines, None where nobody has said: then any name may be one. ``trusted_proxies`` are those
-    before the mesh whose x-forwarded-for counts.
+    before a gateway whose x-forwarded-for counts. ``interception`` is how sidecars capture where a pod does not say.
     """
 
     root_namespace: str = "istio-system"
@@ -61,6 +61,7 @@ class MeshSettings:
     registry_only: bool = False
     auto_mtls: bool = True
     trusted_proxies: int = 0
+    interception: str = "REDIRECT"
 
     def provider(self, name: str) -> ProviderKind | None:
         """What a provider is; None where nobody has said which there are."""

@@ -140,7 +140,12 @@ MESH: dict[str, tuple[str, dict[str, Any], str]] = {
     "an address given beside the source": (NAMED, {"src_ip": "10.9.0.1"}, "DENY"),
     "the world has no address": (NAMED, {"src": "entity:world"}, "NEEDS_L7"),
     "the client of a request that came through no proxy": (REMOTE, {"http": HTTP}, "DENY"),
-    "a client behind a proxy": (REMOTE, {"http": {**HTTP, "headers": {"X-Forwarded-For": "1.2.3.4"}}}, "NEEDS_L7"),
+    "the client is the last that a request was forwarded for": (
+        REMOTE, {"http": {**HTTP, "headers": {"X-Forwarded-For": "1.2.3.4, 203.0.113.9"}}}, "ALLOW"),
+    "and no other": (REMOTE, {"http": {**HTTP, "headers": {"X-Forwarded-For": "203.0.113.9,1.2.3.4"}}}, "DENY"),
+    "what is no address counts for nothing": (
+        REMOTE, {"http": {**HTTP, "headers": {"X-Forwarded-For": "203.0.113.9, me"}}}, "DENY"),
+    "the client of a request of which nothing is said": (REMOTE, {"app_protocol": "http"}, "NEEDS_L7"),
     "the client that is said": (REMOTE, {"remote_ip": "203.0.113.9"}, "ALLOW"),
     "a name nobody has said": (SNI, {}, "NEEDS_L7"),
     "the name asked for": (SNI, {"sni": "api.shop"}, "ALLOW"),
