@@ -52,28 +52,34 @@ class DocumentSource:
         return list(content.documents)
 
 
+files_option = click.option(
+    "-f", "--filename", "files", multiple=True, metavar="FILE|DIR",
+    type=click.Path(exists=True, allow_dash=True, path_type=Path),
+    help="Manifests in place of the cluster: a file, a directory, or - for standard input. May be repeated.",
+)  # fmt: skip
+kubeconfig_option = click.option(
+    "--kubeconfig", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The kubeconfig to use.  [$KUBECONFIG, ~/.kube/config, in a pod its service account]",
+)  # fmt: skip
+context_option = click.option("--context", metavar="NAME", help="The kubeconfig's context to use.  [its current one]")
+istio_namespace_option = click.option(
+    "-i", "--istio-namespace", metavar="NS", default=ISTIO_NAMESPACE, show_default=True,
+    help="Where the cluster's mesh is configured.",
+)  # fmt: skip
+
+
 def document_options(command: _Command) -> Callable[..., Any]:
     """Give a verb the options that say where objects come from; it gets them as ``documents``, a DocumentSource."""
 
-    @click.option(
-        "-f", "--filename", "files", multiple=True, metavar="FILE|DIR",
-        type=click.Path(exists=True, allow_dash=True, path_type=Path),
-        help="Manifests in place of the cluster: a file, a directory, or - for standard input. May be repeated.",
-    )  # fmt: skip
-    @click.option(
-        "--kubeconfig", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="The kubeconfig to use.  [$KUBECONFIG, ~/.kube/config, in a pod its service account]",
-    )  # fmt: skip
-    @click.option("--context", metavar="NAME", help="The kubeconfig's context to use.  [its current one]")
+    @files_option
+    @kubeconfig_option
+    @context_option
     @click.option(
         "-n", "--namespace", "namespaces", multiple=True, metavar="NS",
         help="Read only this namespace of the cluster, and the mesh's root. May be repeated.",
     )  # fmt: skip
     @click.option("-A", "--all-namespaces", is_flag=True, help="Read all namespaces, which is the default.")
-    @click.option(
-        "-i", "--istio-namespace", metavar="NS", default=ISTIO_NAMESPACE, show_default=True,
-        help="Where the cluster's mesh is configured.",
-    )  # fmt: skip
+    @istio_namespace_option
     @wraps(command)
     def with_documents(
         *args: Any,
