@@ -67,6 +67,10 @@ class Cluster:
         self._labelled: dict[LabelledPod, Workload] = {}
         self._captures: dict[int, tuple[Workload, Capture]] = {}
 
+    def _labels_of(self, namespace: str) -> Mapping[str, str]:
+        found = self._namespaces.get(namespace)
+        return found.labels if found else {}
+
     @cached_property
     def workloads(self) -> tuple[Workload, ...]:
         """Every pod, and what makes pods, as it will run; by name."""
@@ -177,9 +181,8 @@ class Cluster:
             if alike:
                 found = self._pod(alike[0].key)
             if found is None:
-                namespace = self._namespaces.get(asked.namespace)
                 found = Workload(
-                    asked.namespace, "", "", "", (), labels, namespace.labels if namespace else {},
+                    asked.namespace, "", "", "", (), labels, self._labels_of(asked.namespace),
                     proxy=ProxyClass.SIDECAR,
                 )  # fmt: skip
             self._labelled[asked] = found
