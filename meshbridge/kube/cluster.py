@@ -202,7 +202,10 @@ class _Reader:
         while True:
             query = {"limit": str(PAGE)} | ({"continue": following} if following else {})
             answer = self._get(resource.path(namespace), query)
-            for item in _mappings(answer.get("items")):
+            items = answer.get("items") or [] if "items" in answer else None
+            if not isinstance(items, list):
+                raise self._strange(f"a list of {resource.name} without items")
+            for item in items:
                 yield self._document(item, resource.kind, resource.api_version)
             metadata = answer.get("metadata")
             following = str(metadata.get("continue") or "") if isinstance(metadata, Mapping) else ""
@@ -218,11 +221,11 @@ class _Reader:
                 return []
             raise
 
-    def _document(self, item: Mapping[str, Any], kind: str, api_version: str) -> Document:
+    def _document(self, item: Any, kind: str, api_version: str) -> Document:
         """The object as a manifest would have it: items of a list do not say what they are."""
-        metadata = item.get("metadata")
+        metadata = item.get("metadata") if isinstance(item, Mapping) else None
         if not isinstance(metadata, Mapping) or not isinstance(metadata.get("name"), str):
-            raise ClusterError(f"a {kind} without a name", where=self._where, fix="is this a Kubernetes API server?")
+            raise self._strange(f"a {kind} without a name")
         kept = {key: value for key, value in metadata.items() if key != "managedFields"}
         namespace, uid = metadata.get("namespace"), metadata.get("uid")
         return Document(
@@ -255,9 +258,11 @@ class _Reader:
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            fix = "is this a Kubernetes API server?"
-            raise ClusterError(f"the answer to {path} is no JSON object", where=self._where, fix=fix)
+            raise self._strange(f"the answer to {path} is no JSON object")
         return answer
+
+    def _strange(self, what: str) -> ClusterError:
+        return ClusterError(what, where=self._where, fix="is this a Kubernetes API server?")
 
     def _raise_unless_forbidden(self, refused: _Refused) -> None:
         if refused.code != _FORBIDDEN:
