@@ -151,9 +151,11 @@ def explanation_lines(
     page = _Page(max(width, 2 * _COLUMN), colours)
     yield from page.block("from", _party(explanation.source))
     to = f"{_party(explanation.destination)}, port {explanation.port}"
-    if explanation.legs > 1:
-        to += f"; of the {explanation.legs} pods behind the Service the one that is treated most strictly"
-    yield from page.block("to", to)
+    if explanation.frontend is not None:
+        services = ", ".join(f"{service.namespace}/{service.name}" for service in explanation.frontend.services)
+        yield from page.block("to", printable(f"{explanation.frontend.name}, Service {services}"))
+        to = f"{to}: of {explanation.legs} behind it the one treated most strictly" if explanation.legs > 1 else to
+    yield from page.block("behind it" if explanation.frontend is not None else "to", to)
     yield ""
     reached = True
     for number, step in enumerate(explanation.steps, 1):
@@ -207,7 +209,7 @@ def _step_lines(page: _Page, number: int, step: Step, *, reached: bool, everythi
     if len(step.origins) > 1:
         yield from _listed(page, step.origins, everything=everything)
     for near in step.open if everything else step.open[:3]:
-        yield from _open_lines(page, near)
+        yield from _open_lines(page, near, judged=step.verdict is Verdict.NEEDS_L7)
     for place, near in enumerate(step.near if everything else step.near[:1]):
         yield from _near_lines(page, "nearest" if place == 0 else "near", near)
     if step.verdict is Verdict.DENY and not step.near:
@@ -238,10 +240,10 @@ def _near_lines(page: _Page, word: str, near: Near) -> Iterator[str]:
         yield from page.block("", printable(f"and it depends on {'; '.join(near.depends)}"), indent=4)
 
 
-def _open_lines(page: _Page, near: Near) -> Iterator[str]:
+def _open_lines(page: _Page, near: Near, *, judged: bool) -> Iterator[str]:
     would = "allows it" if near.verdict is Verdict.ALLOW else "denies it"
     options = {option for text in near.depends for start, option in _OPTION_OF.items() if text.startswith(start)}
-    hint = f" (say it with {', '.join(sorted(options))})" if options else ""
+    hint = f" (say it with {', '.join(sorted(options))})" if options and judged else ""
     yield from page.block("depends", printable(f"{near.origin} {would} given {'; '.join(near.depends)}{hint}"))
 
 

@@ -52,7 +52,7 @@ class Step:
     """What one of them does. ``verdict`` None: it decides nothing; then ``outcome`` says what it does in a word.
 
     ``origins`` go on with ``text``: the rules that gave the verdict, or that isolate. ``near`` are rules that would
-    change it, nearest first. ``open`` are, for NEEDS_L7, the rules it depends on.
+    change it, nearest first. ``open`` are rules it depends on, where nobody can tell whether they match.
     """
 
     stage: Stage
@@ -76,9 +76,9 @@ class AsItself:
 class Explanation:
     """``verdict`` is the evaluator's; ``decided_by`` the step that stops the flow, None where none does.
 
-    ``legs`` counts the pods behind a Service; this explains the one that is treated most strictly. ``breaks`` says why
-    a connection that policies allow will not work, empty if it will. ``refusals`` are policies that concern the flow
-    and are not in force as written.
+    ``frontend`` is the Service's address that was asked about, None if none was; ``legs`` counts the pods behind it,
+    and this explains the one that is treated most strictly. ``breaks`` says why a connection that policies allow will
+    not work, empty if it will. ``refusals`` are policies that concern the flow and are not in force as written.
     """
 
     source: Party
@@ -88,6 +88,7 @@ class Explanation:
     verdict: Verdict
     decided_by: Stage | None = None
     as_itself: AsItself | None = None
+    frontend: Party | None = None
     legs: int = 1
     breaks: str = ""
     refusals: tuple[Refusal, ...] = ()
@@ -103,6 +104,7 @@ def explain_flow(cluster: Cluster, question: Question) -> Explanation:
     prepared = evaluator.prepare(question)
     trace = evaluator.trace(prepared)
     explainer = _Explainer(cluster, evaluator, trace)
+    asked = cluster.destination(question)
     steps, delivered = explainer.steps(), explainer.delivery()
     stopping = (step.stage for step in steps if step.verdict is Verdict.DENY)
     as_itself = None
@@ -122,6 +124,7 @@ def explain_flow(cluster: Cluster, question: Question) -> Explanation:
         verdict=trace.answer.verdict,
         decided_by=next(stopping, None),
         as_itself=as_itself,
+        frontend=asked if asked.services else None,
         legs=len(prepared.legs),
         breaks=breaks,
         refusals=explainer.refusals(),
@@ -250,7 +253,7 @@ class _Explainer:
         principal = self.presents(delivered)
         text = f"{delivered.why}{f', the client as {principal}' if isinstance(principal, str) else ''}"
         said = self._leg.question.principal
-        if not isinstance(said, Principal) and said != principal:
+        if not isinstance(said, Principal) and principal not in (said, f"spiffe://{said}"):
             text += f"; you asked about {said or 'plaintext'}"
         demands = {MtlsMode.STRICT: "the server demands it", MtlsMode.PERMISSIVE: "the server takes both"}
         if self._trace.port_class is PortClass.CAPTURED:
@@ -266,9 +269,11 @@ class _Explainer:
         asked = self._mesh_flow(receiver)
         policies = self._cluster.policies.authorization
         if trace.port_class is PortClass.EXCLUDED:
-            near = near_mesh(policies, self._without_envoy(asked))
+            unseen = self._without_envoy(asked)
+            near = near_mesh(policies, unseen)
             passing = early.verdict is Verdict.ALLOW
-            yield _step(Stage.EARLY, early, [n for n in near if (n.verdict is Verdict.ALLOW) is not passing])
+            step = _step(Stage.EARLY, early, [n for n in near if (n.verdict is Verdict.ALLOW) is not passing])
+            yield step if passing else replace(step, open=tuple(undecided(unseen)[:MAX_NEAR]))
             return
         if trace.port_class is not PortClass.CAPTURED:
             return

@@ -20,6 +20,7 @@ def explanation_record(explanation: Explanation) -> dict[str, Any]:
         "verdict": explanation.verdict.name,
         "decided_by": explanation.decided_by,
         "as_itself": None if own is None else {"peer_principal": own.principal, "verdict": own.verdict.name},
+        "frontend": None if explanation.frontend is None else _party(explanation.frontend),
         "backends": explanation.legs,
         "breaks": explanation.breaks,
         "refused": [{**_origin(refusal.origin), "text": str(refusal)} for refusal in explanation.refusals],
