@@ -26,7 +26,7 @@ OTHER_NODE = "another node"
 class Inventory:
     """``predicted`` says that the capture states are those of the specification, not of rules seen.
 
-    ``others`` are further sources by name: pods of which only labels are known.
+    ``others`` are further sources by name: pods of which only labels are known. ``defaults`` None: not known.
     """
 
     workloads: tuple[Workload, ...]
@@ -36,6 +36,7 @@ class Inventory:
     predicted: bool = True
     others: Mapping[str, Peer] = field(default_factory=dict, hash=False)
     bypass_policies: BypassPolicies = NO_BYPASS_POLICIES
+    defaults: MeshDefaults | None = None
 
     def peer(self, workload: Workload) -> Peer:
         """The workload as policies see it, with the CIDRs that contain its addresses."""
@@ -121,6 +122,7 @@ def inventory(
         states,
         predicted=seen is None,
         bypass_policies=BypassPolicies.of(given, now) if now is not None else NO_BYPASS_POLICIES,
+        defaults=defaults,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from meshbridge.bypass.automatic import Automatic
 from meshbridge.bypass.bypasspolicy import Ruling
 from meshbridge.bypass.compensation import Compensation
 from meshbridge.bypass.guarantees import Guarantee
@@ -67,6 +68,12 @@ def merged_records(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
             held = merged.setdefault(key, [])
             held += [item for item in items if item not in held]
     return merged or report_record(Report())
+
+
+def automatic_record(pod: str, found: Automatic) -> dict[str, Any]:
+    """What the annotation ``meshbridge.io/bypass: auto`` of a pod comes to."""
+    refused = [{"direction": item.direction.name.lower(), "port": item.port, "why": item.why} for item in found.refused]
+    return {"pod": pod, "annotations": dict(found.annotations), "refused": refused}
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Report:
 
 def report(inventory: Inventory) -> Report:
     """Everything worth knowing about the bypasses of a cluster."""
-    rows = [row for workload in inventory.workloads for row in _rows(workload, inventory)]
+    rows = [row for workload in inventory.workloads for row in rows_of(workload, inventory)]
     states = inventory.states
     return Report(
         tuple(rows),
@@ -106,7 +106,8 @@ def report(inventory: Inventory) -> Report:
     )
 
 
-def _rows(workload: Workload, inventory: Inventory) -> list[Row]:
+def rows_of(workload: Workload, inventory: Inventory) -> list[Row]:
+    """The rows of one pod."""
     state = inventory.states[workload.key]
     families = {IpFamily.of(address) for address in workload.addresses} or {IpFamily.IPV4}
     selected = inventory.policies.selecting(workload)

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
+from meshbridge.bypass.automatic import automatic_exclusions, is_automatic, with_automatic
 from meshbridge.bypass.inventory import inventory
-from meshbridge.bypass.record import merged_records, report_record
+from meshbridge.bypass.record import automatic_record, merged_records, report_record
 from meshbridge.bypass.report import report
 from meshbridge.cli import bypassfix
 from meshbridge.cli.agents import answering
@@ -118,7 +119,8 @@ def show(pod: str, files: tuple[Path, ...], output: str, node: str | None, socke
 def plan(files: tuple[Path, ...], output: str, node: str | None, socket: Path | None) -> None:
     """Say what will happen before it does: what bypasses lose, what of it nobody accepted, what breaks.
 
-    What is lost has to be accepted by a BypassPolicy among the objects; the injector's sidecar is taken as given.
+    What is lost has to be accepted by a BypassPolicy among the objects. The injector's sidecar is taken as given, and
+    so are the exclusions that a template annotated 'meshbridge.io/bypass: auto' will get.
 
     \b
     Examples:
@@ -134,7 +136,7 @@ def plan(files: tuple[Path, ...], output: str, node: str | None, socket: Path | 
     if output == "json":
         print_lines([json.dumps(record, indent=2)])
     else:
-        print_lines([*_list_lines(rows, record), *_ruling_lines(rows)])
+        print_lines([*_list_lines(rows, record), *_ruling_lines(rows), *_automatic_lines(record)])
     broken = any(half["delivery"] == "broken" for half in record["half_bypasses"])
     closed = any(port["closed"] for isolation in record["isolations"] for port in isolation["ports"])
     if broken or closed or record["not_starting"]:
@@ -167,9 +169,27 @@ def _ruling_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [*([""] if lines else []), *lines]
 
 
+def _automatic_lines(record: dict[str, Any]) -> list[str]:
+    """What ``meshbridge.io/bypass: auto`` comes to."""
+    lines: list[str] = []
+    for item in record.get("automatic", ()):
+        for name, value in item["annotations"].items():
+            lines.append(f"auto: {printable(item['pod'])} gets {name}: {printable(value)}")
+        for refused in item["refused"]:
+            what = f"{refused['direction']} {refused['port']} stays with Envoy: {refused['why']}"
+            lines.append(f"auto: {printable(item['pod'])} {printable(what)}")
+    return [*([""] if lines else []), *lines]
+
+
 def _record(files: Sequence[Path], node: str | None, socket: Path | None) -> dict[str, Any]:
     if files:
-        return report_record(report(inventory(read_manifests(files), now=datetime.now(UTC))))
+        found = inventory(read_manifests(files), now=datetime.now(UTC))
+        automatic = [
+            automatic_record(workload.key, automatic_exclusions(workload, found))
+            for workload in found.workloads
+            if is_automatic(workload) and not workload.addresses
+        ]
+        return {**report_record(report(with_automatic(found))), "automatic": automatic}
     return merged_records(json.loads(agent.bypasses()) for agent in answering(find_agents(socket, node)))
 
 
@@ -178,7 +198,13 @@ def _selected(record: dict[str, Any], wanted: Callable[[str], bool]) -> dict[str
     by_pod = ("bypasses", "findings", "isolations")
     kept = {key: [item for item in record[key] if wanted(item["pod"])] for key in by_pod}
     halves = [h for h in record["half_bypasses"] if wanted(h["server"]) or any(map(wanted, h["clients"]))]
-    return {**kept, "half_bypasses": halves, "not_starting": [pod for pod in record["not_starting"] if wanted(pod)]}
+    automatic = [item for item in record.get("automatic", ()) if wanted(item["pod"])]
+    return {
+        **kept,
+        "automatic": automatic,
+        "half_bypasses": halves,
+        "not_starting": [pod for pod in record["not_starting"] if wanted(pod)],
+    }
 
 
 def ports_text(ranges: Iterable[Sequence[int]]) -> str:
