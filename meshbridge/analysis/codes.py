@@ -55,19 +55,13 @@ _CODES: Final = (
         "Correct the field that is named.",
     ),
     Code(
-        "MB0004", "KindHasNoEffect", _ERROR,
-        "An object of a policy API group is of a kind that is not read.",
-        "Its author counts on something that nobody enforces here.",
-        "Say it with a kind that is read, or remove it.",
-    ),
-    Code(
-        "MB0005", "KindNotRead", _INFO,
+        "MB0004", "KindNotRead", _INFO,
         "An object is of a kind that has no meaning to MeshBridge.",
         "It is passed over. Nothing is wrong unless you count on it.",
         "Nothing, unless you count on it.",
     ),
     Code(
-        "MB0006", "MeshConfigUnreadable", _ERROR,
+        "MB0005", "MeshConfigUnreadable", _ERROR,
         "The MeshConfig in ConfigMap `istio` cannot be read.",
         "Root namespace, trust domain and its aliases are taken as Istio's defaults, so policies may select other "
         "pods and match other names than in the cluster.",
@@ -412,7 +406,7 @@ _CODES: Final = (
         "Correct the value.",
     ),
     Code(
-        "MB0605", "OctalPort", _ERROR,
+        "MB0605", "OctalPort", _WARNING,
         "A port is written with a leading zero.",
         "The injector reads it as decimal, iptables as octal: another port is excluded than the one that is "
         "written.",
@@ -425,7 +419,7 @@ _CODES: Final = (
         "Write the ports as numbers, separated by commas.",
     ),
     Code(
-        "MB0607", "UnknownPort", _INFO,
+        "MB0607", "UnknownPort", _WARNING,
         "An annotation names a port that no container of the pod declares.",
         "Perhaps it is misspelt: then the port that was meant is captured, and one that nobody uses is not.",
         "Correct the number, or declare the port.",

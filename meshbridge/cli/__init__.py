@@ -14,6 +14,7 @@ from meshbridge.errors import MeshBridgeError
 # verb → its one-line help, so that ``--help`` imports none of them
 VERBS = {
     "agent": "Enforce policy on this node (started by the DaemonSet or the demo).",
+    "analyze": "Find what is wrong, risky or in vain in policies and pods, of files or the cluster.",
     "authz": "Answer Envoy's ext_authz checks for this node.",
     "bench": "Measure what MeshBridge costs on this machine, as ratios.",
     "bypass": "Show what bypasses the sidecar, what that loses, and what stands in for it.",

@@ -41,6 +41,8 @@ STATE_KINDS: Final = frozenset(
         ("", "Node"),
         ("", "ConfigMap"),
         ("apps", "Deployment"),
+        ("gateway.networking.k8s.io", "Gateway"),
+        ("networking.istio.io", "DestinationRule"),
     }
 )
 CLUSTER_SCOPED: Final = frozenset(
