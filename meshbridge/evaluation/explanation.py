@@ -13,8 +13,8 @@ from typing import Final
 from meshbridge.bypass.halves import Delivered, Delivery, Side, delivery
 from meshbridge.evaluation.cluster import Cluster, Party
 from meshbridge.evaluation.evaluator import Evaluator, Leg, Trace
-from meshbridge.evaluation.explanation_mesh import MeshFlow, near_mesh, undecided
-from meshbridge.evaluation.explanation_network import Near, NetworkFlow, near_network
+from meshbridge.evaluation.explanation_mesh import MeshFlow, mesh_verdict_without, near_mesh, undecided
+from meshbridge.evaluation.explanation_network import Near, NetworkFlow, near_network, verdict_without
 from meshbridge.evaluation.question import Question
 from meshbridge.identity.model import Entity, IpAddress, Peer, ProxyClass, Workload
 from meshbridge.policy.baseline import Principal
@@ -25,6 +25,7 @@ from meshbridge.policy.lowering import own_principal
 from meshbridge.policy.mesh import MtlsMode
 from meshbridge.policy.model import Direction, Judge, Layer, Origin, Refusal, Verdict
 from meshbridge.policy.parse.ports import PROTOCOLS
+from meshbridge.policy.precedence import DropReason
 
 MAX_NEAR: Final = 50
 """Of the rules that came close, no more are kept for one step."""
@@ -52,7 +53,8 @@ class Step:
     """What one of them does. ``verdict`` None: it decides nothing; then ``outcome`` says what it does in a word.
 
     ``origins`` go on with ``text``: the rules that gave the verdict, or that isolate. ``near`` are rules that would
-    change it, nearest first. ``open`` are rules it depends on, where nobody can tell whether they match.
+    change it, nearest first. ``open`` are rules it depends on, where nobody can tell whether they match. ``without`` is
+    what a DENY would be if the rules that deny were not there.
     """
 
     stage: Stage
@@ -62,6 +64,7 @@ class Step:
     origins: tuple[Origin, ...] = ()
     near: tuple[Near, ...] = ()
     open: tuple[Near, ...] = ()
+    without: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +169,12 @@ class _Explainer:
     # The network policies
 
     def _network(self, stage: Stage, layer: LayerDecision, direction: Direction, subject: Workload) -> Step:
-        near = near_network(self._cluster.policies.network, self._network_flow(direction, subject))
-        return _step(stage, layer, [each for each in near if each.verdict is not layer.verdict])
+        rules, flow = self._cluster.policies.network, self._network_flow(direction, subject)
+        near = [each for each in near_network(rules, flow) if each.verdict is not layer.verdict]
+        step = _step(stage, layer, near)
+        if layer.deny_reason != DropReason.POLICY_DENY:
+            return step
+        return replace(step, without=verdict_without(rules, layer.origins, flow))
 
     def _network_flow(self, direction: Direction, subject: Workload) -> NetworkFlow:
         leg, question = self._leg, self._leg.question
@@ -287,7 +294,10 @@ class _Explainer:
             yield _step(Stage.HTTP_RULES, replace(trace.http, origins=trace.http.origins or asking))
         said = LayerDecision(Layer.MESH, trace.mesh.verdict, trace.mesh.origins, trace.mesh.deny_reason, Judge.ENVOY)
         open_ = undecided(asked) if said.verdict is Verdict.NEEDS_L7 else []
-        yield replace(_step(Stage.ENVOY, said, near), open=tuple(open_[:MAX_NEAR]))
+        step = replace(_step(Stage.ENVOY, said, near), open=tuple(open_[:MAX_NEAR]))
+        if said.deny_reason == DropReason.MESH_POLICY_DENY:
+            step = replace(step, without=mesh_verdict_without(said.origins, asked))
+        yield step
 
     def _mesh_flow(self, receiver: Workload) -> MeshFlow:
         guarded, facts, protocol = self._evaluator.guarded(self._leg, receiver)

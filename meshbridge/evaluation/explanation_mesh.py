@@ -27,7 +27,7 @@ from meshbridge.policy.mesh import (
     MtlsMode,
     selects,
 )
-from meshbridge.policy.model import Verdict
+from meshbridge.policy.model import Origin, Verdict
 from meshbridge.policy.selectors import in_namespace
 
 _OF_TOKEN: Final = {
@@ -69,6 +69,16 @@ def near_mesh(policies: Iterable[AuthorizationPolicy], flow: MeshFlow) -> list[N
             continue
         found += _near_to_policy(_as_sent(policy, flow), mismatches, flow, now)
     return sorted(found, key=lambda near: near.distance)
+
+
+def mesh_verdict_without(origins: Iterable[Origin], flow: MeshFlow) -> Verdict:
+    """Envoy's verdict if some of the rules of AuthorizationPolicies were not there."""
+    without = set(origins)
+    policies = tuple(
+        replace(policy, rules=tuple(rule for rule in policy.rules if rule.origin not in without))
+        for policy in flow.guard.policies
+    )
+    return replace(flow, guard=replace(flow.guard, policies=policies)).verdict().verdict
 
 
 def undecided(flow: MeshFlow) -> list[Near]:

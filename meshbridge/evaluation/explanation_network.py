@@ -101,9 +101,8 @@ def near_network(rules: Iterable[NetworkRule], flow: NetworkFlow) -> list[Near]:
     """
     mine = [rule for rule in rules if rule.direction is flow.direction]
     misses = [(rule, subject_mismatches(rule, flow), _other_mismatches(rule, flow)) for rule in mine]
-    selecting = [rule for rule, subject, _ in misses if not subject]
     matching = [rule for rule, subject, others in misses if not subject and others == ()]
-    isolated = any(rule.default_deny for rule in selecting)
+    isolated = any(rule.default_deny for rule, subject, _ in misses if not subject)
     now = _verdict(matching, flow, isolated=isolated)
     found: dict[Origin, Near] = {}
     for rule, subject, others in misses:
@@ -121,6 +120,15 @@ def near_network(rules: Iterable[NetworkRule], flow: NetworkFlow) -> list[Near]:
                 if held is None or near.distance < held.distance:
                     found[rule.origin] = near
     return sorted(found.values(), key=lambda near: near.distance)
+
+
+def verdict_without(rules: Iterable[NetworkRule], origins: Iterable[Origin], flow: NetworkFlow) -> Verdict:
+    """The verdict of network policies if some of the rules were not there."""
+    without = set(origins)
+    left = [rule for rule in rules if rule.direction is flow.direction and rule.origin not in without]
+    selecting = [rule for rule in left if not subject_mismatches(rule, flow)]
+    matching = [rule for rule in selecting if _other_mismatches(rule, flow) == ()]
+    return _verdict(matching, flow, isolated=any(rule.default_deny for rule in selecting))
 
 
 def mismatches_of(rule: NetworkRule, flow: NetworkFlow) -> tuple[Mismatch, ...] | None:

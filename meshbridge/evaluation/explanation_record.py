@@ -48,6 +48,7 @@ def _step(step: Step) -> dict[str, Any]:
         "text": step.text,
         "rules": [_origin(origin) for origin in step.origins],
         "near": [_near(near) for near in step.near],
+        "without": None if step.without is None else step.without.name,
         "depends_on": [_near(near) for near in step.open],
     }
 

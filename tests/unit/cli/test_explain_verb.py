@@ -172,6 +172,27 @@ def test_a_bypassed_port_is_judged_in_the_kernel_and_the_half_bypass_is_told(man
     assert "broken policies let it pass, but it will not work: the client's Envoy sends mutual TLS" in flat(done)
 
 
+DENIES = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: no-clients, namespace: finance}
+spec: {endpointSelector: {}, ingressDeny: [{fromEndpoints: [{matchLabels: {app: client}}]}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-get, namespace: finance}
+spec: {action: DENY, rules: [{to: [{operation: {methods: [GET]}}]}]}
+"""
+
+
+def test_a_deny_says_what_would_be_without_it(manifests: Path) -> None:
+    (manifests / "deny.yaml").write_text(DENIES)
+    options = [*SAID, "--claim", "scope=read", "--principal", OWN]
+    text = flat(run(manifests, "finance/client", "finance/ledger:8080", *options))
+    assert f"no-clients spec.ingressDeny[0] ({manifests}/deny.yaml:5) without that rule it would be ALLOW" in text
+    assert f"no-get spec.rules[0] ({manifests}/deny.yaml:10) without that rule it would be ALLOW" in text
+
+
 def test_a_refused_policy_that_concerns_the_flow_is_shown_with_its_reason(manifests: Path) -> None:
     (manifests / "odd.yaml").write_text(REFUSED)
     text = flat(run(manifests, "finance/client", "finance/ledger:8080"))

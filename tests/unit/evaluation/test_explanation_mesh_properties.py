@@ -55,7 +55,7 @@ def test_a_flow_changed_as_a_near_rule_wants_gets_the_verdict_it_promises(seed: 
 
 def test_most_of_what_near_rules_want_was_tried() -> None:
     found = Counter(outcome for seed in range(30) for outcome in checked(seed))
-    assert found["promised"] > 10, found
+    assert found["promised"] > 5, found
 
 
 def checked(seed: int) -> Iterator[str]:

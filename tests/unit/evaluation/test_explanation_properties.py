@@ -18,7 +18,14 @@ from test_answers_against_oracle import asked, cluster_objects, documents_of, ra
 from meshbridge.evaluation.cluster import Cluster
 from meshbridge.evaluation.evaluator import Evaluator
 from meshbridge.evaluation.explanation import Explanation, Stage, explain_flow
-from meshbridge.evaluation.explanation_network import Mismatch, NetworkFlow, Side, mismatches_of, near_network
+from meshbridge.evaluation.explanation_network import (
+    Mismatch,
+    NetworkFlow,
+    Side,
+    mismatches_of,
+    near_network,
+    verdict_without,
+)
 from meshbridge.evaluation.question import Question, parse_question
 from meshbridge.identity.model import ContainerPort, Entity, IpFamily, Peer, Workload
 from meshbridge.policy.capture import Capture
@@ -39,7 +46,7 @@ from meshbridge.policy.selectors import (
     Selector,
 )
 
-CHECKED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CHECKED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PEER = 300
 REQUESTS: tuple[dict[str, Any], ...] = (
     {}, {"http": {"method": "GET", "path": "/a", "host": "api"}}, {"http": {"method": "PUT"}, "token": "bad"},
@@ -98,7 +105,7 @@ def test_a_rule_without_mismatches_is_one_that_the_compiler_covers_the_flow_with
             assert (mismatches_of(rule, flow) == ()) == covers(rule, flow), (rule, flow)
 
 
-@settings(CHECKED, max_examples=150)
+@settings(CHECKED, max_examples=100)
 @given(st.integers(min_value=0, max_value=2**32))
 def test_what_a_near_rule_wants_makes_it_match_and_changes_the_verdict(seed: int) -> None:
     rules, flow = random_flow(random.Random(seed))
@@ -122,6 +129,15 @@ def test_what_a_near_rule_wants_makes_it_match_and_changes_the_verdict(seed: int
             if before <= after and gained == [near.origin] and selected == untouched:
                 assert compiled(rules, flow) is not near.verdict
                 assert compiled(rules, other) is near.verdict, (near, flow)
+
+
+@CHECKED
+@given(st.integers(min_value=0, max_value=2**32))
+def test_without_the_rules_that_deny_the_verdict_is_the_one_foretold(seed: int) -> None:
+    rules, flow = random_flow(random.Random(seed))
+    for denying in (rule for rule in rules if rule.verdict is Verdict.DENY and rule.direction is flow.direction):
+        left = [rule for rule in rules if rule.origin != denying.origin]
+        assert verdict_without(rules, [denying.origin], flow) is compiled(left, flow)
 
 
 def random_flow(rng: random.Random) -> tuple[list[NetworkRule], NetworkFlow]:
