@@ -10,7 +10,7 @@
 #ifndef MESHBRIDGE_ABI_H
 #define MESHBRIDGE_ABI_H
 
-#define ABI_VERSION 2
+#define ABI_VERSION 3
 
 enum ip_family {
 	FAMILY_IPV4 = 0,
@@ -154,19 +154,16 @@ struct ipcache_value {
 	    forwarded_identity; /* not 0: a node's address; used when the packet was forwarded (ingress_ifindex != 0), i.e. masqueraded */
 };
 
-/* map policy: hash. A lookup probes, for the peer's identity and for IDENTITY_ANY, every prefix length the set uses. */
+/* The key of a policy entry: the peer's identity or IDENTITY_ANY in the low 32 bits, and from these bits on: */
+#define POLICY_KEY_PORT 32     /* destination port of the forward flow, masked to prefix; ICMP: the type */
+#define POLICY_KEY_PROTOCOL 48 /* IPPROTO_*, 0 with POLICY_PREFIX_ANY */
+#define POLICY_KEY_PREFIX 56   /* 0..16, POLICY_PREFIX_ANY */
+#define POLICY_KEY_LAYER 61    /* enum policy_layer */
+#define POLICY_KEY_USED 63     /* 1: no key is 0 */
+
 #define POLICY_PREFIX_PROTO 0 /* 0..16: the protocol and that many leading bits of the port */
 #define POLICY_PREFIX_PORT 16
 #define POLICY_PREFIX_ANY 17 /* any protocol; protocol and port are 0 */
-struct policy_key {
-	__u32 set_id;
-	__u32 identity; /* peer, or IDENTITY_ANY */
-	__u16 port;     /* destination port of the forward flow, masked to prefix; ICMP: the type */
-	__u8 protocol;  /* IPPROTO_*, 0 with POLICY_PREFIX_ANY */
-	__u8 prefix;    /* 0..16, POLICY_PREFIX_ANY */
-	__u8 layer;     /* enum policy_layer */
-	__u8 pad[3];
-};
 
 /* Of all entries a packet matches in a layer the highest precedence decides; on a tie the longer prefix, then the
  * specific identity. The compiler writes precedence so that a deny beats the allows of its tier. */
@@ -179,15 +176,29 @@ struct policy_value {
 	__u8 pad;
 };
 
-/* map policy_sets: hash, key = set id. What holds for a whole set. */
+/* map policy: array of these, a cache line each; the buckets of a set lie together. An entry is in the bucket its key has
+ * by the upper half of its hash, or, where that one says so, in the one it has by the lower half:
+ *   h = (key ^ seed) * POLICY_HASH_FIRST;  h = (h ^ h >> 32) * POLICY_HASH_SECOND;  half * buckets >> 32
+ * A lookup probes, for the peer's identity and for IDENTITY_ANY, every prefix length the set uses with it. */
+#define POLICY_HASH_FIRST 0x5851f42d4c957f2d
+#define POLICY_HASH_SECOND 0x369dea0f31a53f85
+#define POLICY_BUCKET_ENTRIES 3
+struct policy_bucket {
+	__u64 keys[3]; /* 0: no entry */
+	struct policy_value values[3];
+	__u32 more; /* 1: some key of this bucket is in its other one */
+};
+
+/* map policy_sets: hash, key = set id. What holds for a whole set. Nothing of a set changes while the set is here. */
 struct policy_set_key {
 	__u32 set_id;
 };
 
 struct policy_layer_default {
-	__u32 prefixes; /* bit n: some entry of the layer has prefix n */
-	__u32 rule_id;  /* names the policies that isolate the endpoint */
-	__u8 verdict;   /* where no entry matches: POLICY_ALLOW, POLICY_NEEDS_L7 or POLICY_DENY */
+	__u32 prefixes;     /* bit n: some entry of the layer for one peer has prefix n */
+	__u32 any_prefixes; /* likewise, of those for IDENTITY_ANY */
+	__u32 rule_id;      /* names the policies that isolate the endpoint */
+	__u8 verdict;       /* where no entry matches: POLICY_ALLOW, POLICY_NEEDS_L7 or POLICY_DENY */
 	__u8 deny_reason;
 	__u8 flags;
 	__u8 pad;
@@ -195,6 +206,9 @@ struct policy_layer_default {
 
 struct policy_set_value {
 	struct policy_layer_default layers[2]; /* index = enum policy_layer */
+	__u64 seed;
+	__u32 first_bucket;
+	__u32 buckets;
 };
 
 /* map conntrack: array of maps, index = endpoint_value.flow_table, 0 stays empty; inner: LRU hash, so that one endpoint

@@ -273,40 +273,68 @@ static __always_inline __u32 peer_identity(struct ipcache_cidr_key *peer, __u8 f
 	return forwarded && value->forwarded_identity ? value->forwarded_identity : value->identity;
 }
 
+/* find_entry - the entry that a set has under a key, or NULL.
+ * @verdict: marked where the set cannot be read
+ */
+static __always_inline const struct policy_value *find_entry(const struct policy_set_value *set, __u64 key,
+                                                             struct layer_verdict *verdict)
+{
+	__u64 hash = (key ^ set->seed) * POLICY_HASH_FIRST;
+
+	hash = (hash ^ hash >> 32) * POLICY_HASH_SECOND;
+#pragma unroll
+	for (int other = 0; other <= 1; other++) {
+		__u64 half = other ? (__u32)hash : hash >> 32;
+		__u32 index = set->first_bucket + (__u32)(half * set->buckets >> 32);
+		struct policy_bucket *bucket = policy.lookup(&index);
+
+		if (!bucket) {
+			verdict->unreadable = 1;
+			return NULL;
+		}
+		if (bucket->keys[0] == key)
+			return &bucket->values[0];
+		if (bucket->keys[1] == key)
+			return &bucket->values[1];
+		if (bucket->keys[2] == key)
+			return &bucket->values[2];
+		if (!bucket->more)
+			return NULL;
+	}
+	return NULL;
+}
+
 /* judge_layer - the entry of highest precedence decides; on a tie the longer prefix, then the specific identity.
  *
  * What a turn of the loop finds is kept in @decision, not in registers: there every combination would be a path of its
  * own to the verifier.
  */
-static __always_inline void judge_layer(struct decision *decision, const struct policy_layer_default *fallback,
-                                        __u32 layer)
+static __always_inline void judge_layer(struct decision *decision, const struct policy_set_value *set, __u32 layer)
 {
+	const struct policy_layer_default *fallback = &set->layers[layer & 1];
 	struct layer_verdict *verdict = &decision->layers[layer & 1];
-	__u32 left = fallback->prefixes; /* not tried yet */
+	__u32 left = fallback->prefixes | fallback->any_prefixes; /* not tried yet */
 
 	/* Longest prefix first, so that a later entry has to be of higher precedence to win. */
 #pragma clang loop unroll(disable)
 	for (__u32 step = 0; left && step <= POLICY_PREFIX_ANY; step++) {
 		__u32 prefix = step == POLICY_PREFIX_ANY ? POLICY_PREFIX_ANY : POLICY_PREFIX_PORT - step;
+		__u64 key = 1ULL << POLICY_KEY_USED | (__u64)layer << POLICY_KEY_LAYER |
+			    (__u64)prefix << POLICY_KEY_PREFIX;
 
 		if (!(left >> prefix & 1))
 			continue;
 		left &= ~(1U << prefix);
+		if (prefix != POLICY_PREFIX_ANY)
+			key |= (__u64)decision->protocol << POLICY_KEY_PROTOCOL |
+			       (__u64)(decision->port & (0xffff0000 >> prefix)) << POLICY_KEY_PORT;
 #pragma unroll
 		for (__u32 any = 0; any <= 1; any++) {
-			struct policy_key key __attribute__((aligned(8))) = {
-			    .set_id = decision->set_id,
-			    .identity = any ? IDENTITY_ANY : decision->peer_identity,
-			    .prefix = prefix,
-			    .layer = layer,
-			};
-			struct policy_value *entry;
+			const struct policy_value *entry;
 
-			if (prefix != POLICY_PREFIX_ANY) {
-				key.protocol = decision->protocol;
-				key.port = decision->port & (0xffff0000 >> prefix);
-			}
-			entry = policy.lookup(&key);
+			if (!((any ? fallback->any_prefixes : fallback->prefixes) >> prefix & 1))
+				continue;
+			entry = find_entry(set, any ? key | IDENTITY_ANY : key | decision->peer_identity, verdict);
 			if (!entry || (verdict->matched && entry->precedence <= verdict->precedence))
 				continue;
 			verdict->matched = 1;
@@ -360,7 +388,7 @@ static __always_inline void judge_flow(struct decision *decision, const struct e
 	}
 #pragma clang loop unroll(disable)
 	for (__u32 layer = LAYER_NETWORK; layer <= LAYER_MESH; layer++)
-		judge_layer(decision, &set->layers[layer], layer);
+		judge_layer(decision, set, layer);
 	barrier();
 	/* The node's own processes, kubelet's probes among them, are stopped by an entry only. */
 	if (decision->localhost && !network->matched && network->verdict != POLICY_NEEDS_L7)

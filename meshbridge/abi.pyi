@@ -23,11 +23,27 @@ def render_stub(declared: Mapping[str, Any]) -> str: ...
 
 ABI_VERSION: int
 
+POLICY_KEY_PORT: int
+
+POLICY_KEY_PROTOCOL: int
+
+POLICY_KEY_PREFIX: int
+
+POLICY_KEY_LAYER: int
+
+POLICY_KEY_USED: int
+
 POLICY_PREFIX_PROTO: int
 
 POLICY_PREFIX_PORT: int
 
 POLICY_PREFIX_ANY: int
+
+POLICY_HASH_FIRST: int
+
+POLICY_HASH_SECOND: int
+
+POLICY_BUCKET_ENTRIES: int
 
 EVENT_WINDOW_NS: int
 
@@ -167,26 +183,6 @@ class IpcacheValue(AbiStruct):
     forwarded_identity: int
     def __init__(self, *, identity: int = ..., forwarded_identity: int = ...) -> None: ...
 
-class PolicyKey(AbiStruct):
-    set_id: int
-    identity: int
-    port: int
-    protocol: int
-    prefix: int
-    layer: int
-    pad: ctypes.Array[ctypes.c_ubyte]
-    def __init__(
-        self,
-        *,
-        set_id: int = ...,
-        identity: int = ...,
-        port: int = ...,
-        protocol: int = ...,
-        prefix: int = ...,
-        layer: int = ...,
-        pad: ctypes.Array[ctypes.c_ubyte] = ...,
-    ) -> None: ...
-
 class PolicyValue(AbiStruct):
     precedence: int
     rule_id: int
@@ -205,12 +201,21 @@ class PolicyValue(AbiStruct):
         pad: int = ...,
     ) -> None: ...
 
+class PolicyBucket(AbiStruct):
+    keys: ctypes.Array[ctypes.c_ulong]
+    values: ctypes.Array[PolicyValue]
+    more: int
+    def __init__(
+        self, *, keys: ctypes.Array[ctypes.c_ulong] = ..., values: ctypes.Array[PolicyValue] = ..., more: int = ...
+    ) -> None: ...
+
 class PolicySetKey(AbiStruct):
     set_id: int
     def __init__(self, *, set_id: int = ...) -> None: ...
 
 class PolicyLayerDefault(AbiStruct):
     prefixes: int
+    any_prefixes: int
     rule_id: int
     verdict: int
     deny_reason: int
@@ -220,6 +225,7 @@ class PolicyLayerDefault(AbiStruct):
         self,
         *,
         prefixes: int = ...,
+        any_prefixes: int = ...,
         rule_id: int = ...,
         verdict: int = ...,
         deny_reason: int = ...,
@@ -229,7 +235,17 @@ class PolicyLayerDefault(AbiStruct):
 
 class PolicySetValue(AbiStruct):
     layers: ctypes.Array[PolicyLayerDefault]
-    def __init__(self, *, layers: ctypes.Array[PolicyLayerDefault] = ...) -> None: ...
+    seed: int
+    first_bucket: int
+    buckets: int
+    def __init__(
+        self,
+        *,
+        layers: ctypes.Array[PolicyLayerDefault] = ...,
+        seed: int = ...,
+        first_bucket: int = ...,
+        buckets: int = ...,
+    ) -> None: ...
 
 class ConntrackKey(AbiStruct):
     source: ctypes.Array[ctypes.c_ubyte]

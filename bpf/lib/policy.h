@@ -15,7 +15,8 @@ struct layer_verdict {
 	__u8 audit;       /* 1: would not pass, but is only reported */
 	__u8 matched;     /* 1: an entry decided, not the default */
 	__u8 flags;       /* enum policy_flags */
-	__u8 pad[2];
+	__u8 unreadable;  /* 1: the set names buckets that do not exist */
+	__u8 pad;
 };
 
 /* What the endpoint's policy says about a flow. */
@@ -66,6 +67,11 @@ static __always_inline __u8 match_of(bool any_peer, __u32 prefix)
  */
 static __always_inline void settle_layer(struct layer_verdict *layer, __u8 fallback)
 {
+	if (layer->unreadable) {
+		layer->verdict = POLICY_DENY;
+		layer->reason = DROP_ENDPOINT_NOT_READY;
+		return;
+	}
 	if (layer->verdict == POLICY_ALLOW || layer->verdict == POLICY_NEEDS_L7) {
 		layer->reason = 0;
 		return;

@@ -11,6 +11,9 @@ from ipaddress import IPv4Address
 
 from meshbridge import abi
 from meshbridge.datapath.maps import Maps
+from meshbridge.datapath.policysets import SET_ID as packed_number
+from meshbridge.datapath.policysets import EntryKey, EntryValue, LayerValue, PackedSet, pack_entries
+from meshbridge.datapath.tables import TableName, kernel_tables
 
 POD = IPv4Address("10.200.0.1")
 PEER_BASE = int(IPv4Address("10.100.0.0"))
@@ -42,27 +45,28 @@ def program(maps: Maps, size: Size) -> None:
     Entries are ten ports for each identity, as a policy of ten ports for each of n peers compiles. Addresses are
     shared out among the identities; the other endpoints have a set of their own with one entry each.
     """
-    prefixes = 1 << abi.POLICY_PREFIX_PORT
-    allow = abi.PolicyValue(precedence=1, rule_id=1, verdict=abi.PolicyVerdict.POLICY_ALLOW)
-    maps.policy.put_many((_key(SET_ID, index), allow) for index in range(size.entries))
+    sets = {SET_ID: _allowing(size.entries), **dict.fromkeys(range(SET_ID + 1, SET_ID + size.endpoints), _allowing(1))}
+    kernel_tables(maps)[TableName.POLICY_SETS].put(
+        [(packed_number.pack(number), packed.content) for number, packed in sets.items()]
+    )
     maps.ipcache.put_many(
         (abi.IpcacheKey(address=address_bytes(peer_address(index))), abi.IpcacheValue(identity=identity(index, size)))
         for index in range(max(size.addresses, size.identities))
     )
     for number in range(size.endpoints):
-        _endpoint(maps, number, prefixes)
+        _endpoint(maps, number)
 
 
-def _endpoint(maps: Maps, number: int, prefixes: int) -> None:
+def _allowing(entries: int) -> PackedSet:
+    """A set that isolates, with so many allows: ten ports for each identity."""
+    allow = EntryValue(precedence=1, rule_id=1, verdict=abi.PolicyVerdict.POLICY_ALLOW, flags=0, deny_reason=0)
+    network = LayerValue(0, 0, 0, abi.PolicyVerdict.POLICY_DENY, 0, 0)
+    mesh = LayerValue(0, 0, 0, abi.PolicyVerdict.POLICY_ALLOW, 0, 0)
+    return pack_entries({_key(index): allow for index in range(entries)}, (network, mesh))
+
+
+def _endpoint(maps: Maps, number: int) -> None:
     set_id, ifindex = SET_ID + number, LOOPBACK_IFINDEX + number
-    layers = abi.PolicySetValue()
-    layers.layers[abi.PolicyLayer.LAYER_NETWORK] = abi.PolicyLayerDefault(
-        prefixes=prefixes, verdict=abi.PolicyVerdict.POLICY_DENY
-    )
-    layers.layers[abi.PolicyLayer.LAYER_MESH] = abi.PolicyLayerDefault(verdict=abi.PolicyVerdict.POLICY_ALLOW)
-    maps.policy_sets.put(abi.PolicySetKey(set_id=set_id), layers)
-    if number:
-        maps.policy.put(_key(set_id, 0), abi.PolicyValue(precedence=1, verdict=abi.PolicyVerdict.POLICY_ALLOW))
     incarnation = INCARNATION + number
     flow_table = maps.conntrack.create(incarnation)
     address = address_bytes(POD + number)
@@ -79,9 +83,8 @@ def _endpoint(maps: Maps, number: int, prefixes: int) -> None:
     maps.endpoints.put(abi.EndpointKey(ifindex=ifindex), value)
 
 
-def _key(set_id: int, index: int) -> abi.PolicyKey:
-    return abi.PolicyKey(
-        set_id=set_id,
+def _key(index: int) -> EntryKey:
+    return EntryKey(
         identity=abi.ReservedIdentity.IDENTITY_FIRST_LOCAL + index // PORTS_PER_IDENTITY,
         port=FIRST_PORT + index % PORTS_PER_IDENTITY,
         protocol=6,

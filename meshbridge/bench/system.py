@@ -21,6 +21,8 @@ from meshbridge.bench.network import NETNS, Netns, Node, delete_netns, running_p
 from meshbridge.bench.processes import Process, start
 from meshbridge.bench.workbench import Workbench
 from meshbridge.datapath.maps import DEFAULT_PIN_ROOT, open_pinned_maps
+from meshbridge.datapath.policysets import read_sets
+from meshbridge.datapath.tables import TableName, kernel_tables
 from meshbridge.protos import observer_pb2, observer_pb2_grpc
 from meshbridge.xds.auth import load_or_create_key, mint_token, node_caller
 
@@ -118,7 +120,8 @@ class System:
         """How many policy entries the node's kernel has."""
         maps = open_pinned_maps(self.pins)
         try:
-            return len(maps.policy)
+            sets = read_sets(kernel_tables(maps)[TableName.POLICY_SETS].read())
+            return sum(map(len, sets.values()))
         finally:
             maps.close()
 

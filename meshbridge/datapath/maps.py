@@ -36,7 +36,8 @@ class MapLayoutError(BpfError):
 class MapSizes:
     """Capacities of maps when they are created; None keeps what bpf/maps.h says. A pinned map keeps its own.
 
-    ``conntrack_per_endpoint`` is the quota of flows of one pod, ``events`` the bytes of the ring (a power of two).
+    ``conntrack_per_endpoint`` is the quota of flows of one pod, ``events`` the bytes of the ring (a power of two),
+    ``policy`` counts buckets of some two entries each.
     """
 
     endpoints: int | None = None
@@ -208,7 +209,7 @@ _LAYOUTS: Final[Mapping[str, tuple[type[abi.AbiStruct], type[abi.AbiStruct] | No
     "endpoint_addresses": (abi.EndpointAddressKey, abi.EndpointAddressValue),
     "ipcache": (abi.IpcacheKey, abi.IpcacheValue),
     "ipcache_cidr": (abi.IpcacheCidrKey, abi.IpcacheValue),
-    "policy": (abi.PolicyKey, abi.PolicyValue),
+    "policy": (Index, abi.PolicyBucket),
     "policy_sets": (abi.PolicySetKey, abi.PolicySetValue),
     "conntrack": (Index, Index),
     "fragments": (abi.FragmentKey, abi.FragmentValue),
@@ -332,7 +333,7 @@ class Maps:
                                       abi.EndpointAddressValue)  # fmt: skip
         self.ipcache = Map("ipcache", fd("ipcache"), abi.IpcacheKey, abi.IpcacheValue)
         self.ipcache_cidr = Map("ipcache_cidr", fd("ipcache_cidr"), abi.IpcacheCidrKey, abi.IpcacheValue, batches=False)
-        self.policy = Map("policy", fd("policy"), abi.PolicyKey, abi.PolicyValue)
+        self.policy = Map("policy", fd("policy"), Index, abi.PolicyBucket)
         self.policy_sets = Map("policy_sets", fd("policy_sets"), abi.PolicySetKey, abi.PolicySetValue)
         self.conntrack = Conntrack(fd("conntrack"), quota)
         self.fragments = Map("fragments", fd("fragments"), abi.FragmentKey, abi.FragmentValue)

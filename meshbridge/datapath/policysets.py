@@ -1,6 +1,6 @@
 """Policy sets in the kernel's own bytes: packed from a PolicyMap, compared, and combined for a transition.
 
-A set stays packed as long as the agent lives (24 bytes an entry); Python objects for each entry would cost ten times
+A set stays packed as long as the agent lives (20 bytes an entry); Python objects for each entry would cost ten times
 that.
 """
 
@@ -33,11 +33,11 @@ def layout(cls: type[abi.AbiStruct], *, skip: int = 0) -> struct.Struct:
 
 
 SET_ID: Final = struct.Struct("=I")
-_KEY: Final = layout(abi.PolicyKey, skip=1)
+KEY: Final = struct.Struct("=Q")
 _VALUE: Final = layout(abi.PolicyValue)
 _DEFAULT: Final = layout(abi.PolicyLayerDefault)
-_ENTRY_BYTES: Final = _KEY.size + _VALUE.size
-_IDENTITY: Final = struct.Struct("=I")
+DEFAULTS_BYTES: Final = _DEFAULT.size * len(Layer)
+ENTRY_BYTES: Final = KEY.size + _VALUE.size
 _VERDICTS: Final = {
     Verdict.ALLOW: int(abi.PolicyVerdict.POLICY_ALLOW),
     Verdict.DENY: int(abi.PolicyVerdict.POLICY_DENY),
@@ -49,13 +49,33 @@ _HOST: Final = int(abi.ReservedIdentity.IDENTITY_HOST)
 
 
 class EntryKey(NamedTuple):
-    """A policy key without its set id, in the order of ``struct policy_key``."""
+    """What a policy key says; ``packed`` is the kernel's form of it, see POLICY_KEY_… in abi.h."""
 
     identity: int
     port: int
     protocol: int
     prefix: int
     layer: int
+
+    def packed(self) -> int:
+        return (
+            self.identity
+            | self.port << abi.POLICY_KEY_PORT
+            | self.protocol << abi.POLICY_KEY_PROTOCOL
+            | self.prefix << abi.POLICY_KEY_PREFIX
+            | self.layer << abi.POLICY_KEY_LAYER
+            | 1 << abi.POLICY_KEY_USED
+        )
+
+    @classmethod
+    def unpacked(cls, key: int) -> EntryKey:
+        return cls(
+            identity=key & 0xFFFFFFFF,
+            port=key >> abi.POLICY_KEY_PORT & 0xFFFF,
+            protocol=key >> abi.POLICY_KEY_PROTOCOL & 0xFF,
+            prefix=key >> abi.POLICY_KEY_PREFIX & 0x1F,
+            layer=key >> abi.POLICY_KEY_LAYER & 1,
+        )
 
 
 class EntryValue(NamedTuple):
@@ -72,6 +92,7 @@ class LayerValue(NamedTuple):
     """What holds where no entry of the layer matches, in the order of ``struct policy_layer_default``."""
 
     prefixes: int
+    any_prefixes: int
     rule_id: int
     verdict: int
     deny_reason: int
@@ -88,15 +109,17 @@ class PackedSet:
     defaults: bytes
     entries: bytes
 
-    def __len__(self) -> int:
-        return len(self.entries) // _ENTRY_BYTES
+    @classmethod
+    def of_content(cls, content: bytes) -> PackedSet:
+        return cls(content[:DEFAULTS_BYTES], content[DEFAULTS_BYTES:])
 
-    def items(self, set_id: int) -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values for map ``policy`` under this number."""
-        prefix = SET_ID.pack(set_id)
-        for start in range(0, len(self.entries), _ENTRY_BYTES):
-            middle = start + _KEY.size
-            yield prefix + self.entries[start:middle], self.entries[middle : start + _ENTRY_BYTES]
+    @property
+    def content(self) -> bytes:
+        """The whole set, as table POLICY_SETS takes and gives it."""
+        return self.defaults + self.entries
+
+    def __len__(self) -> int:
+        return len(self.entries) // ENTRY_BYTES
 
     def by_identity(self) -> dict[int, dict[EntryKey, EntryValue]]:
         """The entries unpacked, grouped by peer identity; for the moment of a transition, not to be kept."""
@@ -151,8 +174,9 @@ class RuleIds:
 
 def pack_map(policy: PolicyMap, rules: RuleIds) -> PackedSet:
     """The set that answers in the kernel as ``policy`` does in Python."""
+    keys = (EntryKey(k.identity, k.port, k.protocol, k.prefix, k.layer) for k in policy.entries)
     entries = sorted(
-        _KEY.pack(key.identity, key.port, key.protocol, key.prefix, key.layer)
+        KEY.pack(key.packed())
         + _VALUE.pack(
             entry.precedence,
             rules.number(entry.origins),
@@ -160,11 +184,9 @@ def pack_map(policy: PolicyMap, rules: RuleIds) -> PackedSet:
             abi.PolicyFlags.POLICY_F_AUDIT if entry.audit else 0,
             entry.deny_reason,
         )
-        for key, entry in policy.entries.items()
+        for key, entry in zip(keys, policy.entries.values(), strict=True)
     )
-    prefixes = dict.fromkeys(Layer, 0)
-    for key in policy.entries:
-        prefixes[key.layer] |= 1 << key.prefix
+    prefixes = _prefixes((key.identity, key.layer, key.prefix) for key in policy.entries)
     defaults = b"".join(_pack_default(policy.default(layer), prefixes[layer], rules) for layer in Layer)
     return PackedSet(defaults, b"".join(entries))
 
@@ -174,22 +196,28 @@ def pack_policy(policy: EndpointPolicy, rules: RuleIds) -> tuple[PackedSet, ...]
     return tuple(pack_map(policy.map(direction, family), rules) for direction in Direction for family in IpFamily)
 
 
-def read_sets(
-    defaults: Iterable[tuple[bytes, bytes]], entries: Iterable[tuple[bytes, bytes]]
-) -> tuple[dict[int, PackedSet], dict[int, PackedSet]]:
-    """The sets in maps ``policy_sets`` and ``policy``: the whole ones, and leftovers that have only entries."""
-    grouped: dict[int, list[bytes]] = {}
-    for key, value in entries:
-        grouped.setdefault(SET_ID.unpack_from(key)[0], []).append(key[SET_ID.size :] + value)
-    joined = {set_id: b"".join(sorted(items)) for set_id, items in grouped.items()}
-    whole = {SET_ID.unpack(key)[0]: PackedSet(value, joined.pop(SET_ID.unpack(key)[0], b"")) for key, value in defaults}
-    return whole, {set_id: PackedSet(b"", blob) for set_id, blob in joined.items()}
+def read_sets(items: Iterable[tuple[bytes, bytes]]) -> dict[int, PackedSet]:
+    """The sets of table POLICY_SETS, by number."""
+    return {SET_ID.unpack(key)[0]: PackedSet.of_content(content) for key, content in items}
 
 
 def unpack_entries(entries: bytes) -> Iterator[tuple[EntryKey, EntryValue]]:
-    for start in range(0, len(entries), _ENTRY_BYTES):
-        key = EntryKey(*_KEY.unpack_from(entries, start))
-        yield key, EntryValue(*_VALUE.unpack_from(entries, start + _KEY.size))
+    for start in range(0, len(entries), ENTRY_BYTES):
+        key = EntryKey.unpacked(KEY.unpack_from(entries, start)[0])
+        yield key, EntryValue(*_VALUE.unpack_from(entries, start + KEY.size))
+
+
+def pack_entries(entries: Mapping[EntryKey, EntryValue], defaults: tuple[LayerValue, LayerValue]) -> PackedSet:
+    """A set of these entries; ``defaults`` say what holds without one, which prefixes there are is found out."""
+    prefixes = _prefixes((key.identity, key.layer, key.prefix) for key in entries)
+    layers = (
+        default._replace(prefixes=used.one_peer, any_prefixes=used.any_peer)
+        for default, used in zip(defaults, prefixes, strict=True)
+    )
+    return PackedSet(
+        b"".join(_DEFAULT.pack(*layer) for layer in layers),
+        b"".join(sorted(KEY.pack(key.packed()) + _VALUE.pack(*value) for key, value in entries.items())),
+    )
 
 
 def differing(one: PackedSet, other: PackedSet, identities: Iterable[int]) -> set[int]:
@@ -235,26 +263,32 @@ def overlay(base: PackedSet, answers: Mapping[int, tuple[PackedSet, int]], *, ad
             result[key] = EntryValue(floor, default.rule_id, verdict, default.flags, default.deny_reason)
         for key, value in entries.items():
             result[key._replace(identity=identity)] = value._replace(precedence=floor + 1 + upper[value.precedence])
-    return _packed(result, base.layers())
+    return pack_entries(result, base.layers())
+
+
+class _Prefixes(NamedTuple):
+    """Bits of the prefix lengths that a layer's entries use: those for one peer, those for any."""
+
+    one_peer: int
+    any_peer: int
+
+
+def _prefixes(places: Iterable[tuple[int, int, int]]) -> tuple[_Prefixes, _Prefixes]:
+    """By layer, of (identity, layer, prefix) of every entry."""
+    found = [[0, 0], [0, 0]]
+    for identity, layer, prefix in places:
+        found[layer][identity == _ANY_IDENTITY] |= 1 << prefix
+    return _Prefixes(*found[0]), _Prefixes(*found[1])
 
 
 def _outcomes(packed: PackedSet) -> list[LayerValue]:
-    return [layer._replace(prefixes=0) for layer in packed.layers()]  # the bitmap only says where entries are
+    # the bitmaps only say where entries are
+    return [layer._replace(prefixes=0, any_prefixes=0) for layer in packed.layers()]
 
 
-def _pack_default(default: LayerDefault, prefixes: int, rules: RuleIds) -> bytes:
-    return _DEFAULT.pack(prefixes, rules.number(default.origins), _VERDICTS[default.verdict], default.deny_reason, 0)
-
-
-def _packed(entries: Mapping[EntryKey, EntryValue], defaults: tuple[LayerValue, LayerValue]) -> PackedSet:
-    prefixes = [0, 0]
-    for key in entries:
-        prefixes[key.layer] |= 1 << key.prefix
-    layers = (default._replace(prefixes=used) for default, used in zip(defaults, prefixes, strict=True))
-    return PackedSet(
-        b"".join(_DEFAULT.pack(*layer) for layer in layers),
-        b"".join(sorted(_KEY.pack(*key) + _VALUE.pack(*value) for key, value in entries.items())),
-    )
+def _pack_default(default: LayerDefault, used: _Prefixes, rules: RuleIds) -> bytes:
+    verdict = _VERDICTS[default.verdict]
+    return _DEFAULT.pack(*used, rules.number(default.origins), verdict, default.deny_reason, 0)
 
 
 def _merged(groups: Mapping[int, Mapping[EntryKey, EntryValue]], identity: int) -> dict[EntryKey, EntryValue]:

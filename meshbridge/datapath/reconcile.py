@@ -22,7 +22,8 @@ from meshbridge.datapath.ipcache import (
     moves,
 )
 from meshbridge.datapath.policysets import SET_ID, PackedSet, differing, layout, overlay, read_sets
-from meshbridge.datapath.tables import Item, Table, TableName
+from meshbridge.datapath.rawtables import Item
+from meshbridge.datapath.tables import Table, TableName
 from meshbridge.identity.model import IpAddress, IpFamily
 
 READY: Final = int(abi.EndpointFlags.ENDPOINT_F_READY)
@@ -94,13 +95,12 @@ class EndpointRecord:
 
 @dataclass(slots=True)
 class ObservedState:
-    """What the maps hold. ``leftovers`` are entries of sets that were never finished or only half removed."""
+    """What the maps hold."""
 
     endpoints: dict[int, EndpointRecord] = field(default_factory=dict)
     addresses: dict[bytes, int] = field(default_factory=dict)
     ipcache: Ipcache = field(default_factory=lambda: Ipcache({}, {}))
     sets: dict[int, PackedSet] = field(default_factory=dict)
-    leftovers: dict[int, PackedSet] = field(default_factory=dict)
 
     def highest_rule_id(self) -> int:
         return max((rule for packed in self.sets.values() for rule in packed.rule_ids()), default=0)
@@ -150,7 +150,6 @@ class Plan:
 
 def observe(tables: Mapping[TableName, Table]) -> ObservedState:
     """Read back what is in force."""
-    whole, leftovers = read_sets(tables[TableName.POLICY_SETS].read(), tables[TableName.POLICY].read())
     exact = {key: Identities(*_IDENTITIES.unpack(value)) for key, value in tables[TableName.IPCACHE].read()}
     prefixes = {
         _PREFIX.unpack(key): Identities(*_IDENTITIES.unpack(value))
@@ -162,8 +161,7 @@ def observe(tables: Mapping[TableName, Table]) -> ObservedState:
         },
         addresses={key: _U32.unpack(value)[0] for key, value in tables[TableName.ADDRESSES].read()},
         ipcache=Ipcache(exact, prefixes),
-        sets=whole,
-        leftovers=leftovers,
+        sets=read_sets(tables[TableName.POLICY_SETS].read()),
     )
 
 
@@ -216,7 +214,7 @@ class _Planner:
         self._sets = dict(observed.sets)
         self._by_content = {packed: set_id for set_id, packed in sorted(observed.sets.items(), reverse=True)}
         self._new_sets: list[int] = []
-        self._last_set = max((*observed.sets, *observed.leftovers, *self._referenced(), 0))
+        self._last_set = max((*observed.sets, *self._referenced(), 0))
         self._steps: list[Step] = []
         self._moves = moves(observed.ipcache, desired.ipcache)
 
@@ -234,7 +232,7 @@ class _Planner:
         self._open({ifindex: target[ifindex] for ifindex in target.keys() - set(staying)})
         enforced = len(self._steps)
         self._tidy()
-        after = ObservedState(self._endpoints, self._wanted_addresses(), self._desired.ipcache, self._sets, {})
+        after = ObservedState(self._endpoints, self._wanted_addresses(), self._desired.ipcache, self._sets)
         return Plan(tuple(self._steps), enforced, after)
 
     # What is wanted
@@ -269,7 +267,7 @@ class _Planner:
         return known
 
     def _free_set_id(self) -> int:
-        taken = {*self._sets, *self._observed.leftovers, *self._referenced()} if self._last_set >= 0xFFFFFFFF else set()
+        taken = {*self._sets, *self._referenced()} if self._last_set >= 0xFFFFFFFF else set()
         candidate = self._last_set % 0xFFFFFFFF + 1
         while candidate in taken:
             candidate = candidate % 0xFFFFFFFF + 1
@@ -322,9 +320,7 @@ class _Planner:
         return (number for number in range(FIRST_ALIAS, 1 << 32) if number not in used)
 
     def _write_new_sets(self) -> None:
-        items = [item for set_id in self._new_sets for item in self._sets[set_id].items(set_id)]
-        self._put(TableName.POLICY, items)
-        self._put(TableName.POLICY_SETS, [(_U32.pack(s), self._sets[s].defaults) for s in self._new_sets])
+        self._put(TableName.POLICY_SETS, [(_U32.pack(s), self._sets[s].content) for s in self._new_sets])
         self._new_sets.clear()
 
     def _close(self, not_staying: Iterable[int]) -> bool:
@@ -441,13 +437,10 @@ class _Planner:
         """Remove what nothing refers to any more, once no packet can be using it."""
         used = {set_id for record in self._endpoints.values() for set_id in record.sets}
         stale = sorted(self._sets.keys() - used)
-        leftovers = {set_id: packed for set_id, packed in self._observed.leftovers.items() if set_id not in self._sets}
-        if not stale and not leftovers:
+        if not stale:
             return
         self._steps.append(Wait())
         self._delete(TableName.POLICY_SETS, [_U32.pack(set_id) for set_id in stale])
-        removed = [*((set_id, self._sets[set_id]) for set_id in stale), *sorted(leftovers.items())]
-        self._delete(TableName.POLICY, [key for set_id, packed in removed for key, _ in packed.items(set_id)])
         for set_id in stale:
             del self._sets[set_id]
 

@@ -30,6 +30,8 @@ from meshbridge.datapath import compiler, syscall
 from meshbridge.datapath.events import EventReader
 from meshbridge.datapath.loader import Datapath, load_program
 from meshbridge.datapath.maps import Index, MapSizes, open_maps
+from meshbridge.datapath.policysets import SET_ID, EntryKey, EntryValue, LayerValue, pack_entries
+from meshbridge.datapath.tables import TableName, kernel_tables
 
 IpAddress = IPv4Address | IPv6Address
 CACHE = Path(os.environ.get("MESHBRIDGE_TEST_CACHE", "/var/cache/meshbridge"))
@@ -41,7 +43,7 @@ FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 ICMP, TCP, UDP, ICMP6, SCTP = 1, 6, 17, 58, 132
 PASSED, DROPPED = -1, 2  # TC_ACT_UNSPEC, TC_ACT_SHOT
 
-SMALL = MapSizes(endpoints=64, endpoint_addresses=256, ipcache=65536, ipcache_cidr=4096, policy=262144,
+SMALL = MapSizes(endpoints=64, endpoint_addresses=256, ipcache=65536, ipcache_cidr=4096, policy=131072,
                  policy_sets=1024, conntrack=64, conntrack_per_endpoint=4096, fragments=1024,
                  events=1 << 20)  # fmt: skip
 
@@ -106,7 +108,7 @@ class Harness:
         self._reader = EventReader(datapath.maps.events_fd)
         self._incarnations = itertools.count(1)
         self._context = SkBuff()
-        self._keys: dict[int, list[abi.PolicyKey]] = {}
+        self._sets = kernel_tables(datapath.maps)[TableName.POLICY_SETS]
 
     @classmethod
     def open(cls, *, interfaces: int = 2, sizes: MapSizes = SMALL, replaced: Mapping[str, int] | None = None,
@@ -171,21 +173,18 @@ class Harness:
         self.maps.endpoints.put(key, value)
 
     def policy_set(self, set_id: int, network: Layer = ALLOW_ALL, mesh: Layer = ALLOW_ALL) -> None:
-        """Write a whole set; entries a set of that number had before are removed first."""
-        self.maps.policy.delete_many(self._keys.pop(set_id, []))
-        value = abi.PolicySetValue()
-        rows: list[tuple[abi.PolicyKey, abi.PolicyValue]] = []
-        for number, layer in enumerate((network, mesh)):
-            target = value.layers[number]
-            target.verdict, target.rule_id = layer.default, layer.rule_id
-            target.deny_reason, target.flags = layer.deny_reason, layer.flags
-            for (identity, protocol, port, prefix), content in layer.entries.items():
-                target.prefixes |= 1 << prefix
-                rows.append((abi.PolicyKey(set_id=set_id, identity=identity, port=port, protocol=protocol,
-                                           prefix=prefix, layer=number), content))  # fmt: skip
-        self.maps.policy.put_many(rows)
-        self._keys[set_id] = [key for key, _ in rows]
-        self.maps.policy_sets.put(abi.PolicySetKey(set_id=set_id), value)
+        """Write a whole set, in the place of one of that number."""
+        entries = {
+            EntryKey(identity, port, protocol, prefix, number): EntryValue(
+                value.precedence, value.rule_id, value.verdict, value.flags, value.deny_reason
+            )
+            for number, layer in enumerate((network, mesh))
+            for (identity, protocol, port, prefix), value in layer.entries.items()
+        }
+        one, other = (
+            LayerValue(0, 0, layer.rule_id, layer.default, layer.deny_reason, layer.flags) for layer in (network, mesh)
+        )
+        self._sets.put([(SET_ID.pack(set_id), pack_entries(entries, (one, other)).content)])
 
     def peer(self, address: IpAddress | str, identity: int, *, forwarded: int = 0) -> None:
         """Give an exact address, or a CIDR, an identity."""
@@ -211,11 +210,11 @@ class Harness:
     def clear(self) -> None:
         """Empty every map but the counters."""
         for table in (self.maps.endpoints, self.maps.endpoint_addresses, self.maps.ipcache, self.maps.ipcache_cidr,
-                      self.maps.policy, self.maps.policy_sets, self.maps.fragments):  # fmt: skip
+                      self.maps.fragments):  # fmt: skip
             table.clear()
+        self._sets.delete([key for key, _ in self._sets.read()])
         for incarnation in self.maps.conntrack.tables():
             self.maps.conntrack.remove(incarnation)
-        self._keys.clear()
         while self._reader.read():
             pass
 

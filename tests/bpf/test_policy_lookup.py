@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
-from conftest import ALLOW, MASQUERADED, NODE4, NODE6, PEER4, PEER6, POD4, POD6, Pod
+from conftest import ALLOW, MASQUERADED, NODE4, NODE6, PEER4, PEER6, PEER_IDENTITY, POD4, POD6, Pod
 from harness import ICMP, SCTP, TCP, UDP, Harness, Layer, entry, icmp, ip, ping, sctp, tcp, udp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -85,9 +85,28 @@ def test_a_prefix_that_the_set_does_not_name_is_not_looked_up(kernel: Harness, p
     assert pod.receive(tcp(PEER4, POD4, 1, 80)).passed
     value = kernel.maps.policy_sets.snapshot()
     for key, content in value.items():
-        content.layers[0].prefixes = 1 << 12
+        content.layers[0].any_prefixes = 1 << 12
         kernel.maps.policy_sets.put(key, content)
     assert not pod.receive(tcp(PEER4, POD4, 2, 80)).passed
+
+
+def test_each_of_thousands_of_entries_is_found_and_what_has_none_is_not(kernel: Harness, pod: Pod) -> None:
+    rows = {(PEER_IDENTITY if port % 3 else 0, TCP, port, 16): entry(rule_id=port) for port in range(2, 8000, 2)}
+    kernel.policy_set(ALLOW, Layer(rows, default=DENY))
+    for port in range(1, 8001, 3):
+        outcome = pod.receive(tcp(PEER4, POD4, 40000, port))
+        assert outcome.passed is (port % 2 == 0), port
+        assert outcome.event.network_rule_id == (port if outcome.passed else 0)
+
+
+def test_a_set_that_names_buckets_which_do_not_exist_lets_nobody_in(kernel: Harness, pod: Pod) -> None:
+    kernel.policy_set(ALLOW, only((0, TCP, 80, 16)))
+    assert pod.receive(tcp(PEER4, POD4, 1, 80)).passed
+    for key, content in kernel.maps.policy_sets.snapshot().items():
+        content.first_bucket = 0xFFFFFFF0
+        content.layers[0].verdict = PolicyVerdict.POLICY_ALLOW
+        kernel.maps.policy_sets.put(key, content)
+    assert pod.receive(tcp(PEER4, POD4, 2, 80)).reason is DropReason.DROP_ENDPOINT_NOT_READY
 
 
 def test_both_layers_have_to_let_a_flow_pass_and_the_network_speaks_first(kernel: Harness, pod: Pod) -> None:

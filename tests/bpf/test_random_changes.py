@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from harness import ACK, FROM_POD, PASSED, SYN, TO_POD, Harness, tcp
@@ -37,8 +37,9 @@ from meshbridge.controller.controller import Controller
 from meshbridge.datapath.attach import AttachMode
 from meshbridge.datapath.ipcache import Identities
 from meshbridge.datapath.policysets import PackedSet, unpack_entries
+from meshbridge.datapath.rawtables import Item
 from meshbridge.datapath.reconcile import ObservedState, observe
-from meshbridge.datapath.tables import Item, KernelTable, Table, TableName, kernel_tables
+from meshbridge.datapath.tables import Table, TableName, kernel_tables
 from meshbridge.identity.model import IpFamily
 from meshbridge.policy.model import Origin
 from meshbridge.xds.auth import node_caller
@@ -54,7 +55,6 @@ OWN_ADDRESSES = (NODE4, NODE6)
 PODS = [[addresses[family] for addresses in POD_ADDRESSES] for family in IpFamily]
 STRANGERS = [[address for address in OUTSIDERS if (":" in address) == bool(family)] for family in IpFamily]
 ANOTHER_INTERFACE = 9999
-T = TypeVar("T")
 
 
 # --- the kernel's state, whatever numbers were used ----------------------------------------------------------------
@@ -79,21 +79,23 @@ def canonical(state: ObservedState, origins: Callable[[int], tuple[Origin, ...]]
         return who(value.identity), who(value.forwarded)
 
     def meaning(packed: PackedSet) -> object:
-        used = [0, 0]
+        used = [[0, 0], [0, 0]]
         entries = set()
         for key, value in unpack_entries(packed.entries):
-            used[key.layer] |= 1 << key.prefix
+            used[key.layer][key.identity == 0] |= 1 << key.prefix
             if who(key.identity) != frozenset():
                 said = value._replace(rule_id=0)
                 entries.add((who(key.identity), key._replace(identity=0), said, origins(value.rule_id)))
-        assert [layer.prefixes for layer in packed.layers()] == used, "the bitmap says where entries are"
-        defaults = [(layer._replace(prefixes=0, rule_id=0), origins(layer.rule_id)) for layer in packed.layers()]
+        bits = [[layer.prefixes, layer.any_prefixes] for layer in packed.layers()]
+        assert bits == used, "the bitmaps say where entries are"
+        defaults = [
+            (layer._replace(prefixes=0, any_prefixes=0, rule_id=0), origins(layer.rule_id)) for layer in packed.layers()
+        ]
         return tuple(defaults), frozenset(entries)
 
     sets = {set_id: meaning(packed) for set_id, packed in state.sets.items()}
     used = {set_id for record in state.endpoints.values() for set_id in record.sets if set_id}
     assert used == sets.keys(), "every set is some endpoint's, and every endpoint's set is there"
-    assert not state.leftovers
     endpoints = {
         ifindex: (who(record.identity), record.flags, record.mac, [sets.get(set_id) for set_id in record.sets])
         for ifindex, record in state.endpoints.items()
@@ -268,40 +270,32 @@ class Witness:
         """A few packets now; more where a write may change what the next packet meets."""
         self.writes += writes
         self.looks += 1
-        for flow in itertools.islice(self._turn, 1 if where is TableName.POLICY else 6):
+        for flow in itertools.islice(self._turn, 6):
             self.log.append((flow, bool(self.packets.opens(flow)), where))
-        if where is not TableName.POLICY:
-            for flow, client in self.open.items():
-                self.open_log.append((flow, self.packets.goes_on(flow, client), where))
+        for flow, client in self.open.items():
+            self.open_log.append((flow, self.packets.goes_on(flow, client), where))
 
 
 @dataclass
 class WatchedTable:
-    """A table of the kernel that is written one entry at a time, and the witness looks after each.
-
-    Entries of policy sets, which are most writes, are written a few at a time.
-    """
+    """A table of the kernel that is written one entry at a time, and the witness looks after each."""
 
     name: TableName
-    table: KernelTable
+    table: Table
     witness: Witness
 
     def read(self) -> Iterable[Item]:
         return self.table.read()
 
     def put(self, items: Sequence[Item]) -> None:
-        for part in self._parts(items):
-            self.table.put(part)
-            self.witness.look(self.name, len(part))
+        for item in items:
+            self.table.put([item])
+            self.witness.look(self.name, 1)
 
     def delete(self, keys: Sequence[bytes]) -> None:
-        for part in self._parts(keys):
-            self.table.delete(part)
-            self.witness.look(self.name, len(part))
-
-    def _parts(self, whole: Sequence[T]) -> Iterator[Sequence[T]]:
-        size = 16 if self.name is TableName.POLICY else 1
-        return (whole[start : start + size] for start in range(0, len(whole), size))
+        for key in keys:
+            self.table.delete([key])
+            self.witness.look(self.name, 1)
 
 
 # --- the walk -------------------------------------------------------------------------------------------------------
@@ -319,9 +313,7 @@ class Walk:
         self.packets = Packets(harness)
         self.witness = Witness(self.packets, self.rng)
         self.tables = {
-            name: WatchedTable(name, table, self.witness)
-            for name, table in kernel_tables(harness.maps).items()
-            if isinstance(table, KernelTable)
+            name: WatchedTable(name, table, self.witness) for name, table in kernel_tables(harness.maps).items()
         }
         self.hooks = Hooks()
         self.controller = Controller(secrets)

@@ -17,13 +17,13 @@ from meshbridge.datapath.syscall import BpfFullError
 from meshbridge.policy.model import Layer, Origin, PolicyEntry, PolicyKey, PolicyMap, Verdict
 
 pytestmark = pytest.mark.root
-ENTRIES = 64
+BUCKETS = 32
 
 
 @pytest.fixture
 def enforcer() -> Iterator[Enforcer]:
     pin_dir = Path(f"/sys/fs/bpf/meshbridge-tests/mbagt-full-{os.getpid()}")
-    opened = Enforcer(pin_dir, None, MapSizes(policy=ENTRIES, events=1 << 16))
+    opened = Enforcer(pin_dir, None, MapSizes(policy=BUCKETS, events=1 << 16))
     try:
         yield opened
     finally:
@@ -54,5 +54,4 @@ def test_a_policy_that_does_not_fit_closes_its_endpoint_and_a_smaller_one_opens_
     assert records[900_008].ready
     enforcer.apply(state(packed(8, 82), other))
     assert enforcer.observed.endpoints[900_007].ready
-    assert not enforcer.observed.leftovers
     assert sum(len(found) for found in enforcer.observed.sets.values()) == 13

@@ -25,7 +25,18 @@ from reconcile_cases import (
 
 from meshbridge import abi
 from meshbridge.datapath.ipcache import WORLD_IPV4, WORLD_IPV6, Identities, Ipcache, ipcache_key, ipcache_prefix, masked
-from meshbridge.datapath.policysets import PackedSet, RuleIds, differing, overlay, pack_map
+from meshbridge.datapath.policysets import (
+    EntryKey,
+    EntryValue,
+    LayerValue,
+    PackedSet,
+    RuleIds,
+    differing,
+    overlay,
+    pack_map,
+    unpack_entries,
+)
+from meshbridge.datapath.rawtables import Item
 from meshbridge.datapath.reconcile import (
     READY,
     Delete,
@@ -38,7 +49,7 @@ from meshbridge.datapath.reconcile import (
     observe,
     plan,
 )
-from meshbridge.datapath.tables import Item, TableName
+from meshbridge.datapath.tables import TableName
 from meshbridge.identity.model import IpFamily
 from meshbridge.policy.model import Direction, Layer, LayerDefault, Origin, PolicyEntry, PolicyKey, PolicyMap, Verdict
 
@@ -133,27 +144,23 @@ class Moment:
         return self._answers[key]
 
     def _judge(self, set_id: int, identity: int, port: int, admits_host: bool) -> bool:
-        defaults = self.tables[TableName.POLICY_SETS].get(bytes(abi.PolicySetKey(set_id=set_id)))
-        if defaults is None:
+        content = self.tables[TableName.POLICY_SETS].get(bytes(abi.PolicySetKey(set_id=set_id)))
+        if content is None:
             return False
-        layers = abi.PolicySetValue.from_buffer_copy(defaults).layers
-        policy = self.tables[TableName.POLICY]
-        return all(
-            layer_passes(set_id, layer, layers[layer], identity, port, policy, admits_host=admits_host and layer == 0)
-            for layer in (0, 1)
-        )
+        packed = PackedSet.of_content(content)
+        network, mesh = answer(packed, identity, port, admits_host=admits_host)
+        return network and mesh
 
     def verdict(self, packet: Packet) -> bool:
         return self.passes(self.set_of(packet), self.identity_of(packet), packet)
 
 
 def layer_passes(
-    set_id: int,
     layer: int,
-    default: abi.PolicyLayerDefault,
+    default: LayerValue,
     identity: int,
     port: int,
-    policy: Mapping[bytes, bytes],
+    policy: Mapping[EntryKey, EntryValue],
     *,
     admits_host: bool = False,
 ) -> bool:
@@ -161,19 +168,11 @@ def layer_passes(
     verdict = default.verdict
     for who in (identity, 0):
         for prefix in (0, 16, 17):  # the lengths that policy_maps() writes
-            if not default.prefixes & (1 << prefix):
+            if not (default.prefixes if who else default.any_prefixes) & (1 << prefix):
                 continue
-            key = abi.PolicyKey(
-                set_id=set_id,
-                identity=who,
-                port=port if prefix == 16 else 0,
-                protocol=0 if prefix == 17 else 6,
-                prefix=prefix,
-                layer=layer,
-            )
-            raw = policy.get(bytes(key))
-            if raw is not None:
-                entry = abi.PolicyValue.from_buffer_copy(raw)
+            key = EntryKey(who, port if prefix == 16 else 0, 0 if prefix == 17 else 6, prefix, layer)
+            entry = policy.get(key)
+            if entry is not None:
                 rank = (entry.precedence, -1 if prefix == 17 else prefix, who != 0)
                 if best is None or rank > best:
                     best, verdict = rank, entry.verdict
@@ -277,8 +276,7 @@ def settled_like(tables: Tables, after: DesiredState) -> Tables:
     fresh = new_tables()
     state = observe(tables)
     apply(fresh, plan(ObservedState(sets=state.sets), after))
-    for name in (TableName.POLICY, TableName.POLICY_SETS):
-        fresh[name] = tables[name]
+    fresh[TableName.POLICY_SETS] = tables[TableName.POLICY_SETS]
     return fresh
 
 
@@ -307,7 +305,6 @@ def test_what_was_read_back_is_what_the_plan_said(transition: tuple[DesiredState
     assert (seen.ipcache.exact, seen.ipcache.prefixes) == (after.ipcache.exact, after.ipcache.prefixes)
     used = {set_id for record in seen.endpoints.values() for set_id in record.sets} - {0}
     assert set(seen.sets) == used
-    assert not seen.leftovers
 
 
 @settings(max_examples=300, deadline=None)
@@ -330,10 +327,12 @@ def test_identities_that_do_not_differ_are_answered_alike(one: PackedSet, two: P
             assert answer(one, identity, port) == answer(two, identity, port)
 
 
-def answer(packed: PackedSet, identity: int, port: int) -> tuple[bool, bool]:
-    policy = dict(packed.items(5))
-    layers = abi.PolicySetValue.from_buffer_copy(packed.defaults).layers
-    network, mesh = (layer_passes(5, layer, layers[layer], identity, port, policy) for layer in (0, 1))
+def answer(packed: PackedSet, identity: int, port: int, *, admits_host: bool = False) -> tuple[bool, bool]:
+    policy = dict(unpack_entries(packed.entries))
+    network, mesh = (
+        layer_passes(layer, default, identity, port, policy, admits_host=admits_host and layer == 0)
+        for layer, default in enumerate(packed.layers())
+    )
     return network, mesh
 
 
@@ -372,7 +371,7 @@ def test_a_policy_change_is_one_flip_without_waiting() -> None:
     tables = settled(state(ALLOW_WEB, a1=WEB))
     result = plan(observe(tables), state(ALLOW_API, a1=WEB))
     written = [step.table for step in result.steps[: result.enforced_after] if isinstance(step, Put)]
-    assert written == [TableName.POLICY, TableName.POLICY_SETS, TableName.ENDPOINTS]
+    assert written == [TableName.POLICY_SETS, TableName.ENDPOINTS]
     assert not any(isinstance(step, Wait) for step in result.steps[: result.enforced_after])
 
 
@@ -424,17 +423,6 @@ def test_an_endpoint_without_policy_drops_everything() -> None:
     assert not any(verdicts(settled(desired)).values())
 
 
-def test_set_numbers_are_never_those_of_leftovers() -> None:
-    tables = settled(state(ALLOW_WEB, a1=WEB))
-    unfinished = plan(observe(tables), state(ALLOW_API, a1=WEB))
-    apply(tables, unfinished, until=1)  # killed after the entries, before the set
-    (leftover,) = observe(tables).leftovers
-    again = plan(observe(tables), state(ALLOW_API, a1=WEB))
-    assert leftover not in again.after.sets
-    apply(tables, again)
-    assert not observe(tables).leftovers
-
-
 def test_set_numbers_wrap_around_what_is_in_use() -> None:
     packed = pack_map(ALLOW_WEB, RULES)
     observed = ObservedState(sets={0xFFFFFFFF: packed, 1: packed})
@@ -445,13 +433,9 @@ def test_set_numbers_wrap_around_what_is_in_use() -> None:
 @pytest.mark.parametrize("wanted", [PolicyMap(), ALLOW_WEB])
 def test_a_packed_set_is_read_back_as_written(wanted: PolicyMap) -> None:
     packed = pack_map(wanted, RULES)
-    for key, value in packed.items(9):
-        decoded = abi.PolicyKey.from_buffer_copy(key)
-        entry = wanted.entries[
-            PolicyKey(decoded.identity, Layer(decoded.layer), decoded.protocol, decoded.port, decoded.prefix)
-        ]
-        kernel = abi.PolicyValue.from_buffer_copy(value)
-        assert decoded.set_id == 9
+    assert PackedSet.of_content(packed.content) == packed
+    for key, kernel in unpack_entries(packed.entries):
+        entry = wanted.entries[PolicyKey(key.identity, Layer(key.layer), key.protocol, key.port, key.prefix)]
         assert (kernel.precedence, kernel.verdict) == (entry.precedence, abi.PolicyVerdict.POLICY_ALLOW)
         assert RULES.origins(kernel.rule_id) == entry.origins
 
