@@ -54,6 +54,8 @@ class Cluster:
         objects = [found for item in parsed for found in item.objects]
         self.policies = PolicySet.of_parsed(parsed, mesh)
         self.services = tuple(found for found in objects if isinstance(found, Service))
+        # In an order of their own: what one document says before another says never matters.
+        self.registry = tuple(sorted((r for item in parsed for r in item.registry), key=lambda r: r.origin))
         self._namespaces = {found.name: found for found in objects if isinstance(found, Namespace)}
         self._nodes = {found.name: found for found in objects if isinstance(found, Node)}
         self._workloads = {workload.key: workload for workload in workloads_of(parsed)}

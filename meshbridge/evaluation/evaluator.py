@@ -12,7 +12,9 @@ from ipaddress import IPv4Address
 from typing import Final
 
 from meshbridge.evaluation.ambient import ztunnel_guard
+from meshbridge.evaluation.clients import Registry
 from meshbridge.evaluation.cluster import Cluster, Party
+from meshbridge.evaluation.deliveries import undelivered
 from meshbridge.evaluation.mesh import Facts, mesh_verdict_on
 from meshbridge.evaluation.numbers import Numbers
 from meshbridge.evaluation.question import Question
@@ -25,7 +27,7 @@ from meshbridge.policy.explain import explain_layer
 from meshbridge.policy.frontends import Backend, FrontendPort, with_frontends
 from meshbridge.policy.l7 import Request, RequestJudge
 from meshbridge.policy.lowering import guard_of
-from meshbridge.policy.mesh import Attribute, JwtRule
+from meshbridge.policy.mesh import Attribute, JwtRule, MtlsMode
 from meshbridge.policy.model import Anything, Direction, Judge, Layer, Origin, PolicyMap, Verdict
 from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.policy.policyset import PolicySet
@@ -90,6 +92,7 @@ class Trace:
 
     ``egress`` and ``ingress`` are the kernel's at either end, None where no pod is. ``http`` is what the HTTP rules of
     network policies say once the kernel leaves the flow to them, ``mesh`` what Envoy would say of the port's policies.
+    ``undelivered`` is why the two ends' sidecars do not fit together.
     """
 
     leg: Leg
@@ -99,6 +102,7 @@ class Trace:
     port_class: PortClass = PortClass.UNGUARDED
     http: LayerDecision | None = None
     mesh: MeshVerdict = _UNRESTRICTED
+    undelivered: Reason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,8 @@ class Evaluator:
         self._guards: dict[int, Guarded] = {}
         self._equal_guards: dict[tuple[object, ...], Guarded] = {}
         self._verdicts: dict[tuple[object, ...], MeshVerdict] = {}
+        self._registry = Registry(cluster.registry, cluster.services, cluster.policies.mesh)
+        self._deliveries: dict[tuple[object, ...], Reason | None] = {}
 
     def prepare(self, question: Question) -> Prepared:
         """Find the ends of a question.
@@ -223,7 +229,9 @@ class Evaluator:
         mesh = _UNRESTRICTED
         if receiver is not None and port_class in (PortClass.CAPTURED, PortClass.EXCLUDED):
             mesh = self._mesh(leg, receiver)
-        if not passes or network is Verdict.DENY:
+        seen = self._seen_at_source(leg) if tcp and sender is not None else None
+        broken = self._broken(leg, seen, port_class) if passes else None
+        if not passes or network is Verdict.DENY or broken is not None:
             verdict = Verdict.DENY
         else:
             verdict = Verdict.NEEDS_L7 if asks_http else Verdict.ALLOW
@@ -232,13 +240,13 @@ class Evaluator:
         answer = Answer(
             network=network,
             mesh=mesh.verdict,
-            egress=self._seen_at_source(leg) if tcp and sender is not None else None,
+            egress=seen,
             ingress=_SEEN.get(port_class),
             passes_kernel=passes,
             verdict=verdict,
-            reasons=_reasons(verdict, decisions, mesh, port_class),
+            reasons=_reasons(verdict, decisions, mesh, port_class, broken),
         )
-        return Trace(leg, answer, egress, ingress, port_class, http, mesh)
+        return Trace(leg, answer, egress, ingress, port_class, http, mesh, broken)
 
     def peer(self, number: int) -> Peer:
         """Who has an identity number, as policies see it."""
@@ -256,6 +264,23 @@ class Evaluator:
             ):
                 return "bypassed"
         return "captured"
+
+    def _broken(self, leg: Leg, seen: str | None, port_class: PortClass) -> Reason | None:
+        """Why the two ends' sidecars, or the lack of one, do not fit together; None where they do."""
+        client, receiver = leg.sender.endpoint, leg.receiver.endpoint
+        if client is None or seen is None or client.proxy is not ProxyClass.SIDECAR:
+            return None
+        question = leg.question
+        key = (
+            id(client), id(receiver) if receiver is not None else leg.receiver.address, leg.receiver.services,
+            leg.port, question.port, question.destination_ip, question.principal, seen, port_class,
+        )  # fmt: skip
+        if key not in self._deliveries:
+            mode = self._guarded(receiver).guard.mtls.at(leg.port)[0] if receiver is not None else MtlsMode.PERMISSIVE
+            captured = (seen == "captured", port_class is PortClass.CAPTURED)
+            found = undelivered(self._registry, question, client, leg.receiver, leg.port, captured, mode)
+            self._deliveries[key] = Reason(*found) if found is not None else None
+        return self._deliveries[key]
 
     def guarded(self, leg: Leg, receiver: Workload) -> tuple[Guarded, Facts, AppProtocol]:
         """What guards the receiver, what is known of the flow there, and what Envoy takes the port for."""
@@ -367,7 +392,7 @@ def _family(question: Question, sender: Party, receiver: Party) -> IpFamily:
 
 
 def _reasons(
-    verdict: Verdict, decisions: Sequence[Decision], mesh: MeshVerdict, port_class: PortClass
+    verdict: Verdict, decisions: Sequence[Decision], mesh: MeshVerdict, port_class: PortClass, broken: Reason | None
 ) -> tuple[Reason, ...]:
     """Of a DENY and a NEEDS_L7 who says so, of an ALLOW all who let it pass."""
     layers = [layer for decision in decisions for layer in (decision.network, decision.mesh)]
@@ -380,6 +405,8 @@ def _reasons(
         said = LayerDecision(Layer.MESH, mesh.verdict, mesh.origins, mesh.deny_reason, Judge.ENVOY)
         known = {reason.origin for reason in found if reason.origin is not None}
         found += [reason for reason in _from_layer(said) if reason.origin is None or reason.origin not in known]
+    if broken is not None:
+        found.append(broken)
     return tuple(found) or (Reason("no policy restricts it"),)
 
 

@@ -156,7 +156,10 @@ class _Explainer:
                 yield self._redirect(self._sender)
             if trace.egress.mesh.verdict is Verdict.DENY:
                 yield _step(Stage.OUTBOUND, trace.egress.mesh)
-        if (mtls := self.delivery()) is not None:
+        if trace.undelivered is not None:
+            origins = (trace.undelivered.origin,) if trace.undelivered.origin else ()
+            yield Step(Stage.MTLS, trace.undelivered.text, Verdict.DENY, Delivered.BROKEN.value, origins)
+        elif (mtls := self.delivery()) is not None:
             yield self._mtls(mtls)
         if self._receiver is None or trace.ingress is None:
             yield Step(Stage.INGRESS, "the destination is no pod, so no policy of a pod is asked", outcome="none")

@@ -31,7 +31,7 @@ def declared_protocols(
             if target is None or port.protocol != "TCP":
                 continue
             word = (port.app_protocol or port.name.partition("-")[0]).lower()
-            declared.setdefault(target, set()).add(_protocol(word))
+            declared.setdefault(target, set()).add(protocol_of(word))
             if word in _SERVER_FIRST:
                 server_first.add(target)
     agreed = {port: found.pop() for port, found in sorted(declared.items()) if len(found) == 1}
@@ -39,7 +39,8 @@ def declared_protocols(
     return known, frozenset(port for port in server_first if known.get(port) is AppProtocol.TCP)
 
 
-def _protocol(word: str) -> AppProtocol:
+def protocol_of(word: str) -> AppProtocol:
+    """What a declared protocol is to Envoy; one that is not known is sniffed."""
     if word in _HTTP:
         return AppProtocol.HTTP
     return AppProtocol.TCP if word in _TCP else AppProtocol.AUTO

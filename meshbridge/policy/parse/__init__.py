@@ -13,6 +13,7 @@ from meshbridge.policy.parse.clusternetworkpolicy import CLUSTER_POLICY_KINDS, p
 from meshbridge.policy.parse.networkpolicy import parse_network_policy
 from meshbridge.policy.parse.parsed import Parsed, refused_by_source
 from meshbridge.policy.parse.peerauthentication import parse_peer_authentication
+from meshbridge.policy.parse.registry import REGISTRY_KINDS, parse_registry_object
 from meshbridge.policy.parse.requestauthentication import parse_request_authentication
 from meshbridge.policy.parse.workloads import TEMPLATE_KINDS, parse_cluster_object
 
@@ -47,6 +48,8 @@ def parse(document: Document) -> Parsed:
         return refused_by_source(parsed) if document.fault else parsed
     if (group, document.kind) in CLUSTER_KINDS:
         return parse_cluster_object(document)
+    if (group, document.kind) in REGISTRY_KINDS:
+        return parse_registry_object(document)
     if group in _GUARDING_GROUPS:
         text = f"{document.api_version} {document.kind} is not read and has no effect here"
         return Parsed(document, notices=(Notice(document, text, severity=Severity.ERROR, code="MB0004"),))

@@ -22,6 +22,7 @@ from meshbridge.policy.model import (
 )
 from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount
 from meshbridge.policy.parse.reader import Invalid
+from meshbridge.policy.registry import RegistryObject
 from meshbridge.policy.selectors import Selector
 
 _BEFORE_ALL = -1
@@ -40,6 +41,7 @@ class Parsed:
     peer_authentication: tuple[PeerAuthentication, ...] = ()
     request_authentication: tuple[RequestAuthentication, ...] = ()
     objects: tuple[ClusterObject, ...] = ()
+    registry: tuple[RegistryObject, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     notices: tuple[Notice, ...] = ()
 

@@ -7,12 +7,16 @@ refused. A pod that is refused is no endpoint, so nothing gets through to it.
 from __future__ import annotations
 
 import re
-from ipaddress import IPv6Address, ip_address
 
 from meshbridge.identity.model import ContainerPort, IpAddress, ProxyClass, ProxyContainer, Workload
 from meshbridge.policy.mesh import GATEWAY_LABEL
 from meshbridge.policy.model import Document, Layer, Refusal
 from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount, ServicePort
+from meshbridge.policy.parse.lenient import address as _address
+from meshbridge.policy.parse.lenient import child as _child
+from meshbridge.policy.parse.lenient import children as _list
+from meshbridge.policy.parse.lenient import strings as _strings
+from meshbridge.policy.parse.lenient import text as _text
 from meshbridge.policy.parse.parsed import ClusterObject, Parsed
 from meshbridge.policy.parse.reader import Invalid, Reader, shown
 
@@ -208,42 +212,3 @@ def _outside_addresses(root: Reader, spec: Reader) -> list[Reader]:
     ingress = [item for item in _list(load_balancer, "ingress") if _text(item, "ipMode") != "Proxy"]
     by_load_balancer = [ip for item in ingress if (ip := _child(item, "ip")).value not in (None, "")]
     return [*_list(spec, "externalIPs"), *by_load_balancer]
-
-
-def _child(at: Reader, name: str) -> Reader:
-    path = f"{at.path}.{name}" if at.path else name
-    if at.value is None:
-        return Reader(None, path)
-    if not isinstance(at.value, dict):
-        at.refuse(f"expected a mapping, found {shown(at.value)}", "see the kind's reference")
-    return Reader(at.value.get(name), path)
-
-
-def _list(at: Reader, name: str) -> list[Reader]:
-    child = _child(at, name)
-    return child.items() if child.value is not None else []
-
-
-def _text(at: Reader, name: str) -> str:
-    child = _child(at, name)
-    return child.text() if child.value is not None else ""
-
-
-def _strings(at: Reader, name: str) -> dict[str, str]:
-    child = _child(at, name)
-    if child.value is None:
-        return {}
-    return {key: item.text() for key, item in child.mapping().items()}
-
-
-def _address(at: Reader) -> IpAddress:
-    """One form for one address: IPv4 where it is v4-mapped; a zone means something on one node only."""
-    try:
-        address = ip_address(at.text())
-    except ValueError:
-        at.refuse(f"{shown(at.value)} is no address", "write an IPv4 or IPv6 address")
-    if not isinstance(address, IPv6Address):
-        return address
-    if address.scope_id is not None:
-        at.refuse(f"{shown(at.value)} has a zone", "write the address without it")
-    return address.ipv4_mapped or address

@@ -1,0 +1,145 @@
+"""What a sidecar knows of a destination, and what it sends there.
+
+Spec: ISTIO.md §b, the 2×2 table; istio, pilot/pkg/model/push_context.go, destinationRule; sidecar.go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from meshbridge.bypass.halves import ClientTls
+from meshbridge.identity.model import IpAddress, Workload
+from meshbridge.policy.mesh import MeshSettings
+from meshbridge.policy.model import Origin
+from meshbridge.policy.parse.cluster import Service
+from meshbridge.policy.registry import (
+    CLUSTER_DOMAIN,
+    DestinationRule,
+    Gateway,
+    RegistryObject,
+    ServiceEntry,
+    SidecarScope,
+    TlsMode,
+    WorkloadEntry,
+    matches_host_name,
+)
+
+_Registered = TypeVar("_Registered", bound=RegistryObject)
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """``tls`` is what the client's Envoy does; None: something other than plaintext and the mesh's mutual TLS.
+
+    ``blocked``: it forwards nothing, as its registry has no such destination. ``origin`` is the object that says so.
+    """
+
+    tls: ClientTls | None
+    origin: Origin | None = None
+    blocked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """Istio's registry, as the documents say it is; the order of ``objects`` never matters."""
+
+    objects: tuple[RegistryObject, ...]
+    services: tuple[Service, ...]
+    mesh: MeshSettings
+
+    def to_service(self, client: Workload, service: Service, port: int) -> Sending:
+        """What ``client``'s Envoy sends to a port of a Service."""
+        scope = self.scope_of(client)
+        host = f"{service.name}.{service.namespace}.{CLUSTER_DOMAIN}"
+        if scope is not None and not _knows(scope, client.namespace, service.namespace, host, port):
+            return self._unknown(scope)
+        rule = self._rule(client, service.namespace, host)
+        tls = rule.tls_at(port) if rule is not None else None
+        if tls is None:
+            return Sending(ClientTls.AUTO if self.mesh.auto_mtls else ClientTls.DISABLE)
+        origin = rule.origin if rule is not None else None
+        return Sending(_SENDS.get(tls), origin)
+
+    def to_address(self, client: Workload, address: IpAddress | None, port: int) -> Sending:
+        """What it sends to an address that is no Service's, and to a pod that no Service leads to."""
+        scope = self.scope_of(client)
+        for entry in self._of(ServiceEntry):
+            own = "*" in entry.export_to or not entry.export_to
+            if not own and client.namespace not in {entry.namespace if n == "." else n for n in entry.export_to}:
+                continue
+            if scope is not None and not any(
+                _knows(scope, client.namespace, entry.namespace, host, port) for host in entry.hosts
+            ):
+                continue
+            if any(number == port for number, _ in entry.ports) and _is_at(entry, address):
+                return Sending(ClientTls.DISABLE, entry.origin)
+        return self._unknown(scope)
+
+    def scope_of(self, client: Workload) -> SidecarScope | None:
+        """The Sidecar of a workload: by labels in its namespace, its namespace's, the mesh's."""
+        own = [scope for scope in self._of(SidecarScope) if scope.namespace == client.namespace]
+        of_mesh = [s for s in self._of(SidecarScope) if s.namespace == self.mesh.root_namespace and not s.selector]
+        by_labels = [scope for scope in own if scope.selector and scope.selects(client.labels)]
+        return next(iter([*by_labels, *(scope for scope in own if not scope.selector), *of_mesh]), None)
+
+    def gateways_of(self, workload: Workload) -> list[Gateway]:
+        """The Gateways whose servers a pod runs, of whatever namespace."""
+        return [gateway for gateway in self._of(Gateway) if gateway.selects(workload.labels)]
+
+    def entry_at(self, address: IpAddress) -> WorkloadEntry | None:
+        """The workload outside of the cluster that has an address."""
+        return next((entry for entry in self._of(WorkloadEntry) if entry.address == address), None)
+
+    def _unknown(self, scope: SidecarScope | None) -> Sending:
+        said = scope is not None and scope.registry_only is not None
+        blocked = scope.registry_only if scope is not None and said else self.mesh.registry_only
+        return Sending(ClientTls.DISABLE, scope.origin if scope is not None else None, bool(blocked))
+
+    def _rule(self, client: Workload, namespace: str, host: str) -> DestinationRule | None:
+        """The client's own namespace first, then what the Service's and the root namespace export to it."""
+        rules = self._of(DestinationRule)
+        root = self.mesh.root_namespace
+        own = [r for r in rules if r.namespace == client.namespace]
+        exported = [r for r in rules if r.exported_to(client.namespace)]
+        groups = (
+            own if client.namespace != root else [r for r in own if r.export_to == (".",)],
+            [r for r in exported if r.namespace == namespace],
+            [r for r in exported if r.namespace == root],
+        )
+        for group in groups:
+            found = _most_specific(group, host, client)
+            if found is not None:
+                return found
+        return None
+
+    def _of(self, kind: type[_Registered]) -> Sequence[_Registered]:
+        return [found for found in self.objects if isinstance(found, kind)]
+
+
+_SENDS = {TlsMode.DISABLE: ClientTls.DISABLE, TlsMode.ISTIO_MUTUAL: ClientTls.ISTIO_MUTUAL}
+
+
+def _knows(scope: SidecarScope, own: str, namespace: str, host: str, port: int) -> bool:
+    return scope.egress is None or any(listener.knows(own, namespace, host, port) for listener in scope.egress)
+
+
+def _most_specific(rules: Iterable[DestinationRule], host: str, client: Workload) -> DestinationRule | None:
+    """The rule of the longest host that matches; of equal ones the first with the client's labels, by name."""
+    matching = [rule for rule in rules if matches_host_name(rule.fqdn, host)]
+    if not matching:
+        return None
+    longest = max(len(rule.fqdn) for rule in matching)
+    same = [rule for rule in matching if len(rule.fqdn) == longest]
+    selecting = [rule for rule in same if rule.selector and rule.selector.items() <= client.labels.items()]
+    return next(iter([*selecting, *(rule for rule in same if not rule.selector)]), None)
+
+
+def _is_at(entry: ServiceEntry, address: IpAddress | None) -> bool:
+    if not entry.addresses:
+        return True
+    return address is not None and any(address in network for network in entry.addresses)
+
+
+__all__ = ["Registry", "Sending"]
