@@ -5,10 +5,10 @@ export PYTHONDONTWRITEBYTECODE := 1
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help demo test setup setup-dev check lint types layers unit bpf netns envoy demo-test bench protos format clean
+.PHONY: help demo test setup setup-dev check lint types layers unit bpf netns envoy demo-test conformance bench protos format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: setup ## watch real packets and real Envoys behave as the policies say (root)
 	@$(BIN)/meshbridge demo run
@@ -49,6 +49,10 @@ envoy: ## real Envoys with our configuration and our ext_authz (root)
 
 demo-test: ## the whole walk of `make demo`, checked (root)
 	$(PYTEST) tests/demo
+
+conformance: setup-dev ## our verdicts against a real Envoy, istiod, Cilium's engine and others (root; builds them once)
+	@scripts/third-party istio
+	$(PYTEST) tests/conformance
 
 bench: setup-dev ## the figures of docs/benchmarks.md, as ratios (root)
 	@$(BIN)/meshbridge bench

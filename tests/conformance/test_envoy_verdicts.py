@@ -1,0 +1,55 @@
+"""``meshbridge evaluate`` against a real Envoy that holds the same policies, lowered by our own xDS code."""
+
+from __future__ import annotations
+
+import pytest
+from envoy_proxy import Chains, echo, envoy_proxy
+from envoy_report import Policies, compare, evaluated
+from envoy_world import HTTP_PORTS, TCP_PORTS, MeshNames, Point, Server, World
+
+from meshbridge.evaluation.cluster import Cluster
+from meshbridge.policy.lowering import guard_of
+from meshbridge.policy.mesh import MtlsMode
+from meshbridge.xds.filters import http_manager, jwt_authn
+from meshbridge.xds.rbac import http_rbac, tcp_rbac
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+POINTS_PER_PORT = 24
+MESHES = {
+    "the default trust domain": MeshNames(),
+    "a trust domain with an alias": MeshNames("prod.example", ("old.example",)),
+}
+
+
+@pytest.mark.parametrize("names", MESHES.values(), ids=MESHES)
+def test_evaluate_agrees_with_an_envoy_that_holds_our_rbac(names: MeshNames, seed: int) -> None:
+    world = World(seed, names)
+    cluster = world.cluster()
+    assert not cluster.policies.refusals
+    points = list(world.points(POINTS_PER_PORT))
+    with envoy_proxy(names, world.servers) as proxy:
+
+        def envoy_allows(policies: Policies, point: Point) -> bool:
+            port = point.flow["port"]
+            proxy.serve({(point.server, port): _chains(world.cluster(policies), point.server, port)})
+            return proxy.ask([point])[0]
+
+        ports = [(server, port) for server in world.servers for port in (*HTTP_PORTS, *TCP_PORTS)]
+        proxy.serve({(server, port): _chains(cluster, server, port) for server, port in ports})
+        compare(world, points, evaluated(cluster, points), proxy.ask(points), envoy_allows)
+
+
+def _chains(cluster: Cluster, server: Server, port: int) -> Chains:
+    """The filters of our own xDS code for a port, mTLS mode included."""
+    workload = next(w for w in cluster.workloads if w.key == server.key)
+    selected = cluster.policies.selecting(workload)
+    guard = guard_of(workload, selected)
+    if port in TCP_PORTS:
+        filters = [*tcp_rbac(guard.policies, guard.mesh, "conformance"), echo()]
+    else:
+        rules = tuple(rule for policy in selected.request_authentication for rule in policy.rules)
+        judges = [*jwt_authn(rules), *http_rbac(guard.policies, guard.mesh)]
+        filters = http_manager(judges, peer_verified=False, stat_prefix="conformance")
+    mode, _ = guard.mtls.at(port)
+    return Chains(tls=filters, plaintext=None if mode is MtlsMode.STRICT else filters)
