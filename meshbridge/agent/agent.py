@@ -132,6 +132,8 @@ class Agent:
 
     def _take_published(self, published: Published) -> None:
         self.published = published
+        if published.exclusions is not None:
+            self._client.report(published.exclusions)
         self._changed.set()
         self._changed = asyncio.Event()
         if self._node.failed:

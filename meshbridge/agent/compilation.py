@@ -14,10 +14,11 @@ from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.findings import Finding, FindingCode
 from meshbridge.bypass.findings import Severity as FindingSeverity
 from meshbridge.bypass.rules import SeenRules
-from meshbridge.bypass.state import capture_of
+from meshbridge.bypass.sets import IntSet
+from meshbridge.bypass.state import CaptureState, capture_of
 from meshbridge.datapath.policysets import PackedSet, RuleIds, pack_map
-from meshbridge.identity.model import Entity, IpAddress, IpFamily, Peer, ProxyClass, Workload
-from meshbridge.policy.capture import Capture, PortClasses
+from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, TcpPorts, Workload
+from meshbridge.policy.capture import Capture, PortClass, PortClasses, sidecar_excluding
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.coverage import denies_by_labels
 from meshbridge.policy.frontends import FrontendPort, restricts, with_frontends
@@ -32,12 +33,15 @@ from meshbridge.policy.model import (
     PolicyMap,
 )
 from meshbridge.policy.policyset import PolicySet
+from meshbridge.xds.exclusions import Exclusions
 
 log = structlog.get_logger()
 
 _JUDGES: Final = frozenset(Judge)
 _FAMILIES: Final[Mapping[int, IpAddress]] = {4: IPv4Address("192.0.2.1"), 6: IPv6Address("2001:db8::1")}
 _MAX_CAPTURES: Final = 1024
+MAX_OUTBOUND_NETWORKS: Final = 256
+"""Of all pods of a node: each is a prefix in the kernel's tables, and a pod's annotations may name many."""
 
 Frontends = Mapping[int, tuple[FrontendPort, ...]]
 
@@ -57,6 +61,20 @@ class Compiled:
     judges_services: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """How a pod's TCP reaches Envoy by the redirect rules that were seen, and in ``notes`` what is wrong with those.
+
+    ``excluded`` are the ports that past all doubt reach it past Envoy: its specification asks for it, and the rules do.
+    ``fault``: why nothing is known of it.
+    """
+
+    capture: Capture
+    notes: tuple[str, ...] = ()
+    excluded: tuple[TcpPorts, ...] = ()
+    fault: str = ""
+
+
 @dataclass(slots=True)
 class Compilation:
     """The compiled policies of this node's pods.
@@ -72,8 +90,38 @@ class Compilation:
     _pods: dict[str, Workload] = field(default_factory=dict)
     _seen: dict[str, SeenRules | None] = field(default_factory=dict)
     _captures: CaptureCache = field(default_factory=lambda: CaptureCache())
+    _captured: dict[str, tuple[Workload, SeenRules | None, Captured]] = field(default_factory=dict)
+    _anywhere: bool = False
     _identities: Mapping[int, Peer] = field(default_factory=dict)
     _frontends: Frontends = field(default_factory=dict)
+
+    def outbound_networks(self, pods: Mapping[str, LocalPod], seen: Mapping[str, SeenRules]) -> frozenset[IpNetwork]:
+        """The destinations these pods send to past their Envoys, for peers to be told apart by them.
+
+        None where nothing is compensated towards them. None of too many either: what is sent to some then counts as
+        sent to all from the next ``update`` on, which drops nothing that its destination would let in.
+        """
+        found: set[IpNetwork] = set()
+        for uid, pod in pods.items() if self.knows_destinations else ():
+            found |= self._of(uid, pod.workload, seen.get(uid)).capture.networks
+        self._anywhere = len(found) > MAX_OUTBOUND_NETWORKS
+        return frozenset() if self._anywhere else frozenset(found)
+
+    def exclusions(self, pods: Mapping[str, LocalPod], seen: Mapping[str, SeenRules]) -> Exclusions:
+        """The ports on which these pods' Envoys are passed by for sure, by UID."""
+        found = {uid: self._of(uid, pod.workload, seen.get(uid)).excluded for uid, pod in pods.items() if not pod.fault}
+        return {uid: excluded for uid, excluded in found.items() if excluded}
+
+    def _of(self, uid: str, workload: Workload, seen: SeenRules | None) -> Captured:
+        held = self._captured.get(uid)
+        if held is None or held[0] is not workload or held[1] is not seen:
+            try:
+                captured = self._captures.of(workload, seen)
+            except Exception as error:  # whatever it is: this pod closes, the others go on, and it is said why
+                log.exception("endpoint.not_understood", pod=workload.key)
+                captured = Captured(Capture.none(), fault=str(error))
+            held = self._captured[uid] = (workload, seen, captured)
+        return held[2]
 
     def update(
         self,
@@ -94,6 +142,7 @@ class Compilation:
         """
         for uid in self.compiled.keys() - pods.keys():
             del self.compiled[uid], self._pods[uid], self._seen[uid]
+            self._captured.pop(uid, None)
         rules = seen or {}
         added = _added(self._identities, identities)
         self._identities = identities
@@ -112,26 +161,38 @@ class Compilation:
             or self._seen.get(uid) != rules.get(uid)
             or (moved and self.compiled[uid].judges_services)
             or _concerns(changed, pod.workload)
-            or (_concerns_destinations(changed) and self._captures.of(pod.workload, rules.get(uid))[0].outbound)
-            or (added and self._tells_apart(policies, pod.workload, rules.get(uid), added))
+            or (_concerns_destinations(changed) and self._of(uid, pod.workload, rules.get(uid)).capture.outbound)
+            or (added and self._tells_apart(policies, uid, pod.workload, rules.get(uid), added))
         ]
         if stale:
-            destinations = _sidecars(identities) if self.knows_destinations else {}
-            batch = _Batch(Compiler(identities, destinations), policies, services, self.rules, self._captures)
+            destinations = _destinations(identities) if self.knows_destinations else {}
+            batch = _Batch(Compiler(identities, destinations), policies, services, self.rules)
             for uid in stale:
                 pod = pods[uid]
                 closed = Compiled(None, fault=f"all its packets are dropped: {pod.fault}") if pod.fault else None
-                self.compiled[uid] = closed or batch.compile(pod.workload, rules.get(uid))
+                self.compiled[uid] = closed or self._compile(batch, uid, pod.workload, rules.get(uid))
                 self._pods[uid], self._seen[uid] = pods[uid].workload, rules.get(uid)
         return len(stale)
 
+    def _compile(self, batch: _Batch, uid: str, workload: Workload, seen: SeenRules | None) -> Compiled:
+        captured = self._of(uid, workload, seen)
+        fault = captured.fault
+        if not fault:
+            try:
+                capture = captured.capture.anywhere() if self._anywhere else captured.capture
+                return replace(batch.compile(workload, capture), notes=captured.notes)
+            except Exception as error:  # as above
+                log.exception("endpoint.not_compiled", pod=workload.key)
+                fault = str(error)
+        return Compiled(None, fault=f"its policy cannot be compiled, so all its packets are dropped: {fault}")
+
     def _tells_apart(
-        self, policies: PolicySet, workload: Workload, seen: SeenRules | None, added: Mapping[int, Peer]
+        self, policies: PolicySet, uid: str, workload: Workload, seen: SeenRules | None, added: Mapping[int, Peer]
     ) -> bool:
         """Whether some policy of the pod may pick one of the new peers by what it is."""
         selecting = policies.selecting(workload)
         of_mesh = selecting.authorization or selecting.peer_authentication or selecting.request_authentication
-        if of_mesh or selecting.refusals or self._captures.of(workload, seen)[0].outbound:
+        if of_mesh or selecting.refusals or self._of(uid, workload, seen).capture.outbound:
             return True
         return any(_picks(rule, peer) for rule in selecting.network for peer in added.values())
 
@@ -140,12 +201,11 @@ class Compilation:
 class CaptureCache:
     """Captures by what they depend on: the replicas of a Deployment, and all pods without annotations, share one."""
 
-    _known: dict[tuple[object, ...], tuple[Capture, tuple[str, ...]]] = field(default_factory=dict)
+    _known: dict[tuple[object, ...], Captured] = field(default_factory=dict)
 
-    def of(self, workload: Workload, seen: SeenRules | None) -> tuple[Capture, tuple[str, ...]]:
-        """How the pod's TCP reaches Envoy, by the redirect rules that were seen; and what is wrong with those."""
+    def of(self, workload: Workload, seen: SeenRules | None) -> Captured:
         if workload.proxy is not ProxyClass.SIDECAR:
-            return Capture.none(), ()
+            return Captured(Capture.none())
         asked = _anonymous(workload)
         key = (asked, seen, *(tuple(sorted(m.items())) for m in _mappings_of(asked)))
         found = self._known.get(key)
@@ -153,9 +213,27 @@ class CaptureCache:
             if len(self._known) >= _MAX_CAPTURES:
                 self._known.clear()
             state = capture_state(asked, seen=seen)
-            found = capture_of(state, judges=_JUDGES), tuple(map(_note, filter(_is_wrong, state.findings)))
+            notes = tuple(map(_note, filter(_is_wrong, state.findings)))
+            found = Captured(capture_of(state, judges=_JUDGES), notes, _settled(state) if seen is not None else ())
             self._known[key] = found
         return found
+
+
+def _settled(state: CaptureState) -> tuple[TcpPorts, ...]:
+    """What is excluded both as it is and as it was asked for.
+
+    The rest may change at any moment: rules are still to come, or somebody took them away.
+    """
+    now, asked = state.inbound(), state.inbound(intended=True)
+    return tuple(
+        TcpPorts(family, first, last)
+        for family in IpFamily
+        for first, last in _excluded(now[family]) & _excluded(asked[family])
+    )
+
+
+def _excluded(classes: PortClasses) -> IntSet:
+    return IntSet.of(*((r.first, r.last) for r in classes.ranges if r.port_class is PortClass.EXCLUDED))
 
 
 @dataclass(slots=True)
@@ -166,21 +244,15 @@ class _Batch:
     policies: PolicySet
     frontends: Frontends
     rules: RuleIds
-    captures: CaptureCache
     _answering: dict[int, tuple[PolicyMap, PolicyMap]] = field(default_factory=dict)
     _packed: dict[int, tuple[PolicyMap, PackedSet]] = field(default_factory=dict)
     _by_content: dict[PackedSet, PackedSet] = field(default_factory=dict)
 
-    def compile(self, workload: Workload, seen: SeenRules | None) -> Compiled:
-        try:
-            capture, notes = self.captures.of(workload, seen)
-            policy = self.compiler.endpoint(workload, self.policies, capture)
-            judges = any(restricts(policy.map(Direction.EGRESS, family)) for family in IpFamily)
-            isolating = {direction: _isolating(policy, direction) for direction in Direction}
-            return Compiled(self._pack(policy), isolating, notes=notes, judges_services=judges)
-        except Exception as error:  # whatever it is: this pod closes, the others go on, and it is said why
-            log.exception("endpoint.not_compiled", pod=workload.key)
-            return Compiled(None, fault=f"its policy cannot be compiled, so all its packets are dropped: {error}")
+    def compile(self, workload: Workload, capture: Capture) -> Compiled:
+        policy = self.compiler.endpoint(workload, self.policies, capture)
+        judges = any(restricts(policy.map(Direction.EGRESS, family)) for family in IpFamily)
+        isolating = {direction: _isolating(policy, direction) for direction in Direction}
+        return Compiled(self._pack(policy), isolating, judges_services=judges)
 
     def _pack(self, policy: EndpointPolicy) -> tuple[PackedSet, ...]:
         ingress = tuple(self._pack_map(policy.map(Direction.INGRESS, family)) for family in IpFamily)
@@ -202,13 +274,14 @@ class _Batch:
         return known[1]
 
 
-def _sidecars(identities: Mapping[int, Peer]) -> dict[int, Mapping[IpFamily, PortClasses]]:
-    """Every destination whose own Envoy or kernel judges: as if captured, so that only what is certain is dropped.
+def _destinations(identities: Mapping[int, Peer]) -> dict[int, Mapping[IpFamily, PortClasses]]:
+    """Every destination whose own Envoy or kernel judges, as captured but for what its node has seen to be excluded.
 
-    What its node excludes is closed to more than that, by that node.
+    Where that is not told only what is certain is dropped; its own node closes it to more than that.
     """
-    captured = Capture.sidecar().inbound
-    return {number: captured for number, peer in identities.items() if peer.proxy is ProxyClass.SIDECAR}
+    found = {number: peer.excluded for number, peer in identities.items() if peer.proxy is ProxyClass.SIDECAR}
+    classes = {excluded: sidecar_excluding(excluded) for excluded in set(found.values())}
+    return {number: classes[excluded] for number, excluded in found.items()}
 
 
 def _concerns_destinations(changed: PolicySet) -> bool:

@@ -34,6 +34,7 @@ from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.selectors import is_node
 from meshbridge.protos import observer_pb2 as pb
 from meshbridge.xds.client import Update
+from meshbridge.xds.exclusions import Exclusions
 
 log = structlog.get_logger()
 
@@ -69,6 +70,8 @@ class Published:
     addresses: int = 0
     policies: int = 0
     durations: Durations = Durations()
+    exclusions: Exclusions | None = None
+    """Where these pods' Envoys are passed by, once that is in force; None: not known yet."""
     sidecars: Mapping[str, tuple[Link, ...]] = field(default_factory=dict)
     """The node's ends of the veths of pods with a sidecar, by UID: where redirect rules are to be looked for."""
 
@@ -89,6 +92,7 @@ class Node:
     _network: NodeNetwork = field(default_factory=lambda: NodeNetwork({}, frozenset(), {}))
     _own_addresses: frozenset[bytes] = frozenset()
     _policies: PolicySet = field(default_factory=PolicySet)
+    _policy_networks: frozenset[IpNetwork] = frozenset()
     _peers: PeerNumbers = field(default_factory=PeerNumbers)
     _compilation: Compilation = field(default_factory=lambda: Compilation(RuleIds()))
     _informed: bool = False
@@ -197,13 +201,13 @@ class Node:
     def _enforce(self) -> Durations:
         started = time.perf_counter()
         fresh = self._match_interfaces()
-        pods = {uid: pod for uid, pod in self._view.pods.items() if pod.is_hooked}
-        self._number_peers()
-        touched = None if self._pending.everything else PolicySet.of_parsed(self._pending.policies, self._view.mesh)
+        pods = self._hooked_pods()
+        self._compilation.knows_destinations = self._view.all_mesh_policies
         if self._pending.everything and not self._compilation.compiled:
             # what is captured now stays captured when an agent takes over
             self._seen = self.first_look(self._sidecars())
-        self._compilation.knows_destinations = self._view.all_mesh_policies
+        self._number_peers(pods)
+        touched = None if self._pending.everything else PolicySet.of_parsed(self._pending.policies, self._view.mesh)
         compiled = self._compilation.update(
             pods, self._policies, self._peers.identities, touched, self._seen.rules,
             self._view.services.frontends(self._peers.number),
@@ -222,6 +226,9 @@ class Node:
             )  # fmt: skip
         return Durations(compiled_s, compiled_s + applied.enforced_s, applied.duration_s, compiled, applied.writes)
 
+    def _hooked_pods(self) -> dict[str, LocalPod]:
+        return {uid: pod for uid, pod in self._view.pods.items() if pod.is_hooked}
+
     def _match_interfaces(self) -> list[Hooked]:
         """Drop interfaces that are gone, find those of pods without one; those still to be hooked are returned."""
         attached = self.enforcer.attached()
@@ -239,12 +246,12 @@ class Node:
                 fresh.append(self._endpoints.take(link, uid, pod_mac(link)))
         return fresh
 
-    def _number_peers(self) -> None:
+    def _number_peers(self, pods: Mapping[str, LocalPod]) -> None:
         """Bring policies, identities and the ipcache up to date with what changed since the last step."""
-        networks = self._peers.networks
         if self._pending.policies or self._pending.everything:
             self._policies = self._view.policy_set()
-            networks = self._policies.referenced_networks()
+            self._policy_networks = self._policies.referenced_networks()
+        networks = self._policy_networks | self._compilation.outbound_networks(pods, self._seen.rules)
         changed = {address: self._holder(address) for address in self._pending.addresses}
         current = not self._pending.everything and networks == self._peers.networks
         if not current or (changed and not self._peers.change(changed)):
@@ -314,6 +321,9 @@ class Node:
             addresses=len(self._peers.ipcache.exact),
             policies=len(self._view.policies),
             durations=durations,
+            exclusions=self._compilation.exclusions(self._hooked_pods(), self._seen.rules)
+            if applied
+            else self.published.exclusions,
             sidecars=self._sidecars(),
         )
         self.publish(self.published)

@@ -7,7 +7,7 @@ and the rules seen in the pod's namespace.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -140,6 +140,14 @@ class Capture:
         """The destinations that ``outbound`` names; ``Peer.networks`` has to be computed against them."""
         named = (bypass.networks for bypasses in self.outbound.values() for bypass in bypasses)
         return frozenset(network for where in named if not isinstance(where, Anything) for network in where)
+
+    def anywhere(self) -> Capture:
+        """The same, but what ``outbound`` says of some destinations it says of all."""
+        outbound = {
+            family: tuple(dict.fromkeys(OutboundBypass(b.first, b.last) for b in bypasses))
+            for family, bypasses in self.outbound.items()
+        }
+        return replace(self, outbound=outbound)
 
     @classmethod
     def none(cls) -> Capture:

@@ -140,6 +140,7 @@ class NodeHarness:
 
     directory: Path
     name: str = ""
+    subnet: int = 77
     attach: str = "auto"
     all_mesh_policies: bool = False
     pods: dict[str, Pod] = field(default_factory=dict)
@@ -152,8 +153,9 @@ class NodeHarness:
     _count: int = 0
 
     def __post_init__(self) -> None:
+        self.prefix = f"{PREFIX}-{self.subnet}"
         self.name = self.name or f"{PREFIX}n"
-        self.netns = f"{PREFIX}-node"
+        self.netns = f"{self.prefix}-node"
         self.controller = ScriptedController(self.directory / "controller.sock")
         self.socket = self.directory / "agent.sock"
         self.token = self.directory / "token"
@@ -190,7 +192,7 @@ class NodeHarness:
     def _remove_namespaces(self) -> None:
         for line in run("ip", "netns", "list").splitlines():
             name = line.split()[0]
-            if name.startswith(f"{PREFIX}-"):
+            if name.startswith(f"{self.prefix}-"):
                 run("ip", "netns", "del", name)
 
     def _sysctl(self, netns: str, *settings: str) -> None:
@@ -200,8 +202,8 @@ class NodeHarness:
         """A pod with an interface. It is told to the controller by ``sync``."""
         self._count += 1
         number = self._count + 1
-        netns, interface = f"{PREFIX}-p{number}", f"mbv{number}"
-        ipv4, ipv6 = f"10.77.0.{number}", f"fd77::{number:x}"
+        netns, interface = f"{self.prefix}-p{number}", f"mbv{number}"
+        ipv4, ipv6 = f"10.{self.subnet}.0.{number}", f"fd{self.subnet}::{number:x}"
         workload = Workload(
             namespace, name, f"uid-{name}-{number}", self.name, (ip_address(ipv4), ip_address(ipv6)),
             labels=labels or {"app": name}, namespace_labels={"kubernetes.io/metadata.name": namespace},
@@ -349,10 +351,12 @@ class NodeHarness:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
 
-    def reaches(self, netns: str, address: str, port: int, *, timeout_s: float = 0.6, bind: str = "") -> bool:
+    def reaches(
+        self, netns: str, address: str, port: int, *, timeout_s: float = 0.6, bind: str = "", uid: int = 0
+    ) -> bool:
         """Whether a payload goes to ``address`` and comes back."""
         code = (
-            "import socket,sys\n"
+            f"import os,socket,sys\nos.setuid({uid})\n"
             f"try:\n s=socket.create_connection(({address!r},{port}),{timeout_s},"
             f"source_address=({bind!r},0) if {bind!r} else None)\n"
             " s.sendall(b'payload'); sys.exit(0 if s.recv(7)==b'payload' else 3)\n"
