@@ -164,8 +164,6 @@ def explanation_lines(
     yield ""
     for refusal in explanation.refusals:
         yield from page.block("refused", printable(str(refusal)))
-    if explanation.breaks:
-        yield from page.block("broken", f"policies let it pass, but it will not work: {explanation.breaks}")
     if (own := explanation.as_itself) is not None:
         who = f"presenting {own.principal}" if own.principal else "in plaintext"
         yield from page.block("note", printable(f"the source's own proxy makes it {own.verdict.name}, {who}"))

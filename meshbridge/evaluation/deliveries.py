@@ -38,7 +38,7 @@ def undelivered(
     """
     failures = [
         _failure(sending, question, receiver, captured, mode)
-        for sending in (_sendings(registry, question, client, receiver, port) if captured[0] else [_PAST_ENVOY])
+        for sending in (sendings(registry, question, client, receiver, port) if captured[0] else [_PAST_ENVOY])
     ]
     return failures[0] if all(failures) else None
 
@@ -46,9 +46,7 @@ def undelivered(
 _PAST_ENVOY: Final = Sending(ClientTls.DISABLE)
 
 
-def _sendings(
-    registry: Registry, question: Question, client: Workload, receiver: Party, port: int
-) -> Iterator[Sending]:
+def sendings(registry: Registry, question: Question, client: Workload, receiver: Party, port: int) -> Iterator[Sending]:
     """What is sent by each way the source knows the destination; past all Services where none leads there."""
     known = False
     pod = receiver.endpoint

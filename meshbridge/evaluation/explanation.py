@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from meshbridge.bypass.halves import Delivered, Delivery, Side, delivery
+from meshbridge.bypass.halves import ClientTls, Delivered, Delivery, Side, delivery
+from meshbridge.evaluation.clients import Registry
 from meshbridge.evaluation.cluster import Cluster, Party
+from meshbridge.evaluation.deliveries import sendings
 from meshbridge.evaluation.evaluator import Evaluator, Leg, Trace
 from meshbridge.evaluation.explanation_mesh import MeshFlow, mesh_verdict_without, near_mesh, undecided
 from meshbridge.evaluation.explanation_network import Near, NetworkFlow, near_network, verdict_without
@@ -40,7 +42,7 @@ class Stage(StrEnum):
     EGRESS = "egress policy"
     REDIRECT = "redirect at the source"
     OUTBOUND = "outbound compensation"
-    MTLS = "mutual TLS"
+    MTLS = "delivery by mutual TLS"
     INGRESS = "ingress policy"
     CAPTURE = "redirect at the destination"
     EARLY = "mesh policy in the kernel"
@@ -80,8 +82,8 @@ class Explanation:
     """``verdict`` is the evaluator's; ``decided_by`` the step that stops the flow, None where none does.
 
     ``frontend`` is the Service's address that was asked about, None if none was; ``legs`` counts the pods behind it,
-    and this explains the one that is treated most strictly. ``breaks`` says why a connection that policies allow will
-    not work, empty if it will. ``refusals`` are policies that concern the flow and are not in force as written.
+    and this explains the one that is treated most strictly. ``refusals`` are policies that concern the flow and are not
+    in force as written.
     """
 
     source: Party
@@ -93,7 +95,6 @@ class Explanation:
     as_itself: AsItself | None = None
     frontend: Party | None = None
     legs: int = 1
-    breaks: str = ""
     refusals: tuple[Refusal, ...] = ()
 
 
@@ -116,9 +117,6 @@ def explain_flow(cluster: Cluster, question: Question) -> Explanation:
         if not isinstance(principal, Principal):
             own = evaluator.prepare(replace(question, principal=principal))
             as_itself = AsItself(principal, evaluator.answer(own).verdict)
-    breaks = ""
-    if delivered is not None and delivered.outcome is Delivered.BROKEN and trace.answer.verdict is not Verdict.DENY:
-        breaks = f"{delivered.why}; mend it with {delivered.fix}"
     return Explanation(
         source=trace.leg.sender,
         destination=trace.leg.receiver,
@@ -129,7 +127,6 @@ def explain_flow(cluster: Cluster, question: Question) -> Explanation:
         as_itself=as_itself,
         frontend=asked if asked.services else None,
         legs=len(prepared.legs),
-        breaks=breaks,
         refusals=explainer.refusals(),
     )
 
@@ -241,7 +238,18 @@ class _Explainer:
             return None
         client = self._side(self._sender, captured=self._trace.answer.egress == "captured")
         server = self._side(self._receiver, captured=self._trace.port_class is PortClass.CAPTURED)
-        return delivery(client, server, self._mode()[0]) if client.sidecar or server.sidecar else None
+        if not client.sidecar and not server.sidecar:
+            return None
+        found = [delivery(client, server, self._mode()[0], tls) for tls in self._sent(client)]
+        return next((each for each in found if each.outcome is not Delivered.BROKEN), found[0])
+
+    def _sent(self, client: Side) -> list[ClientTls]:
+        """What the source's sidecar may send, by the ways it knows the destination."""
+        if self._sender is None or not client.through_envoy:
+            return [ClientTls.AUTO]
+        registry = Registry(self._cluster.registry, self._cluster.services, self._cluster.policies.mesh)
+        ways = sendings(registry, self._leg.question, self._sender, self._leg.receiver, self._leg.port)
+        return [way.tls for way in ways if way.tls is not None] or [ClientTls.AUTO]
 
     @staticmethod
     def _side(workload: Workload | None, *, captured: bool) -> Side:

@@ -22,7 +22,6 @@ def explanation_record(explanation: Explanation) -> dict[str, Any]:
         "as_itself": None if own is None else {"peer_principal": own.principal, "verdict": own.verdict.name},
         "frontend": None if explanation.frontend is None else _party(explanation.frontend),
         "backends": explanation.legs,
-        "breaks": explanation.breaks,
         "refused": [{**_origin(refusal.origin), "text": str(refusal)} for refusal in explanation.refusals],
     }
 

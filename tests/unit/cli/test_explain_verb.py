@@ -52,7 +52,10 @@ status: {phase: Running, podIPs: [{ip: 10.1.0.4}]}
 apiVersion: v1
 kind: Service
 metadata: {name: ledger, namespace: finance}
-spec: {clusterIP: 10.96.0.1, selector: {app: ledger}, ports: [{name: http, port: 80, targetPort: http}]}
+spec:
+  clusterIP: 10.96.0.1
+  selector: {app: ledger}
+  ports: [{name: http, port: 80, targetPort: http}, {name: metrics, port: 9090}]
 """
 L4 = """\
 apiVersion: cilium.io/v2
@@ -118,8 +121,8 @@ def test_a_default_deny_names_the_policies_that_isolate(manifests: Path) -> None
 def test_every_layer_is_shown_in_order_and_what_is_not_reached_is_marked(manifests: Path) -> None:
     record = json.loads(run(manifests, "finance/client", "finance/ledger:8080", "-o", "json").stdout)
     assert [step["stage"] for step in record["steps"]] == [
-        "egress policy", "redirect at the source", "mutual TLS", "ingress policy", "redirect at the destination",
-        "mesh policy in the kernel", "mesh policy in Envoy",
+        "egress policy", "redirect at the source", "delivery by mutual TLS", "ingress policy",
+        "redirect at the destination", "mesh policy in the kernel", "mesh policy in Envoy",
     ]  # fmt: skip
     stopped = run(manifests, "marketing/client", "finance/ledger:8080").stdout
     assert "4. ingress policy:" in stopped
@@ -167,9 +170,12 @@ def test_the_flow_in_json_is_a_question_that_evaluate_answers_alike(manifests: P
 def test_a_bypassed_port_is_judged_in_the_kernel_and_the_half_bypass_is_told(manifests: Path) -> None:
     (manifests / "l7.yaml").unlink()
     done = run(manifests, "finance/client", "finance/ledger:9090")
-    assert done.exit_code == 0
-    assert "bypassed 5. redirect at the destination: excludeInboundPorts (annotation" in flat(done)
-    assert "broken policies let it pass, but it will not work: the client's Envoy sends mutual TLS" in flat(done)
+    assert done.exit_code == 1
+    assert "bypassed 5. redirect at the destination (not reached): excludeInboundPorts (annotation" in flat(done)
+    assert "DENY 3. delivery by mutual TLS: the client's Envoy sends mutual TLS, and the server's does not" in flat(
+        done
+    )
+    assert "ALLOW 6. mesh policy in the kernel (not reached)" in flat(done)
 
 
 DENIES = """
