@@ -415,15 +415,15 @@ static __always_inline void renew(struct conntrack_value *entry, const struct en
 /* touch - a packet of the flow passed.
  * @reply: it came from the side that did not open the flow
  */
-static __always_inline void touch(struct conntrack_value *entry, const struct packet *packet, __u64 now, bool reply)
+static __always_inline void touch(struct conntrack_value *entry, __u8 tcp_flags, __u64 now, bool reply)
 {
 	__u32 flags = entry->flags, fins = CONNTRACK_F_FIN_OPENER | CONNTRACK_F_FIN_ANSWERER;
 
 	if (reply)
 		flags |= CONNTRACK_F_REPLIED;
-	if (packet->tcp_flags & TCP_FIN)
+	if (tcp_flags & TCP_FIN)
 		flags |= reply ? CONNTRACK_F_FIN_ANSWERER : CONNTRACK_F_FIN_OPENER;
-	if (packet->tcp_flags & TCP_RST || (flags & fins) == fins)
+	if (tcp_flags & TCP_RST || (flags & fins) == fins)
 		flags |= CONNTRACK_F_CLOSING;
 	/* Written only when it changes, which spares other CPUs the cache line. */
 	if (entry->seen_ns != now)
@@ -497,7 +497,7 @@ static __always_inline int find_flow(const struct endpoint_value *endpoint, cons
 				verdict->decision.peer_identity = entry->peer_identity;
 				verdict->decision.layers[LAYER_NETWORK].rule_id = entry->rule_id;
 			}
-			touch(entry, packet, now, other);
+			touch(entry, packet->tcp_flags, now, other);
 			return PASS;
 		}
 		if (other) {
@@ -580,7 +580,7 @@ static __always_inline int conclude(struct __sk_buff *skb, const struct endpoint
 		entry = bpf_map_lookup_elem(flows, &flow);
 		if (entry) {
 			renew(entry, endpoint, &verdict->decision);
-			touch(entry, packet, now, by_other);
+			touch(entry, packet->tcp_flags, now, by_other);
 			return PASS;
 		}
 	}
@@ -588,7 +588,7 @@ static __always_inline int conclude(struct __sk_buff *skb, const struct endpoint
 	/* Beside a flow that is denied now a packet of the pod's own may pass, but must not open the way back for it. */
 	if (packet->kind != KIND_FLOW || verdict->has_other)
 		return PASS;
-	touch(&value, packet, now, by_other);
+	touch(&value, packet->tcp_flags, now, by_other);
 
 	if (flow.direction == DIR_INGRESS && (by_other || skb->ingress_ifindex))
 		value.flags |= CONNTRACK_F_FORWARDED;
@@ -717,7 +717,6 @@ static __always_inline int pass(const struct packet *packet, const struct endpoi
 static __always_inline int receive(struct __sk_buff *skb, struct endpoint_value *endpoint, struct packet *packet,
                                    struct verdict *verdict, __u8 direction, __u64 now)
 {
-	struct ethhdr *ethernet = &packet->buffer.ethernet;
 	bool own_source;
 	__u32 flow_table;
 	void *flows;
@@ -725,10 +724,10 @@ static __always_inline int receive(struct __sk_buff *skb, struct endpoint_value 
 
 	packet->family = FAMILY_NONE;
 	packet->flow.direction = direction;
-	if (read_bytes(skb, 0, ethernet))
+	/* Two reads of a few bytes: the header as a whole has no alignment, and would be copied byte by byte. */
+	if (read_bytes(skb, offsetof(struct ethhdr, h_proto), &packet->ethertype) || read_bytes(skb, 0, &packet->group))
 		return -DROP_INVALID_PACKET;
-	packet->ethertype = ethernet->h_proto;
-	packet->group = ethernet->h_dest[0] & 1;
+	packet->group &= 1;
 	if (!endpoint || !(endpoint->flags & ENDPOINT_F_READY))
 		return -DROP_ENDPOINT_NOT_READY;
 
@@ -813,19 +812,19 @@ static __always_inline void count(__u8 reason, __u8 direction, __u32 bytes)
 }
 
 /* plain_flow - the tuple of a packet as nearly all are: IP without options, extension headers and fragments, TCP or UDP, all
- * in the linear buffer, whole; of TCP without SYN, FIN and RST.
+ * in the linear buffer, whole; TCP without SYN.
  *
  * What it takes, parse_ipv4 or parse_ipv6 and parse_transport take as well, and read the same of it.
  *
  * Return: false for any other packet.
  */
-static __always_inline bool plain_flow(struct __sk_buff *skb, struct conntrack_key *flow)
+static __always_inline bool plain_flow(struct __sk_buff *skb, struct conntrack_key *flow, __u8 *tcp_flags)
 {
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	__be16 *ethertype = data + offsetof(struct ethhdr, h_proto);
 	struct transport_head *head;
 	__u32 *words = (__u32 *)flow, length, at;
-	__u8 *tcp_tail, protocol;
+	__u8 protocol;
 
 	if (data + PLAIN_BYTES > end || skb->vlan_present)
 		return false;
@@ -865,9 +864,9 @@ static __always_inline bool plain_flow(struct __sk_buff *skb, struct conntrack_k
 		struct tcp_flags *tcp = data + at + 12;
 		__u32 header_bytes = (tcp->offset >> 4) * 4;
 
-		if (header_bytes < TCP_HEADER_BYTES || header_bytes > length ||
-		    tcp->flags & (TCP_SYN | TCP_FIN | TCP_RST))
+		if (header_bytes < TCP_HEADER_BYTES || header_bytes > length || tcp->flags & TCP_SYN)
 			return false;
+		*tcp_flags = tcp->flags;
 	} else if (protocol == IPPROTO_UDP) {
 		__u32 datagram = bpf_ntohs(head->third);
 
@@ -894,11 +893,12 @@ static __always_inline bool pass_open_flow(struct __sk_buff *skb, const struct e
 	struct conntrack_key reverse __attribute__((aligned(4))) = {};
 	struct conntrack_value *entry;
 	__u32 flow_table = endpoint->flow_table, revision = endpoint->revision, flags = endpoint->flags;
+	__u8 tcp_flags = 0;
 	bool replies;
 	void *flows;
 
 	if (endpoint->ifindex != skb->ifindex || endpoint->ifindex_again != skb->ifindex ||
-	    !(flags & ENDPOINT_F_READY) || !plain_flow(skb, &own))
+	    !(flags & ENDPOINT_F_READY) || !plain_flow(skb, &own, &tcp_flags))
 		return false;
 	flows = conntrack.lookup(&flow_table);
 	if (!flows)
@@ -913,8 +913,7 @@ static __always_inline bool pass_open_flow(struct __sk_buff *skb, const struct e
 	if (!entry || entry->revision != revision || !live(entry, own.protocol, now) ||
 	    (replies && !(entry->flags & CONNTRACK_F_REPLIED)))
 		return false;
-	if (entry->seen_ns != now)
-		entry->seen_ns = now;
+	touch(entry, tcp_flags, now, replies);
 	return true;
 }
 
@@ -1009,25 +1008,23 @@ static __always_inline void tell(struct __sk_buff *skb, const struct endpoint_va
  * so what a lookup found can become another pod's while it is read. A copy counts only when the key, which stands first
  * and last in the value, is still there in both places afterwards; both, whichever end the kernel copies from. Loads stay
  * in order on x86; elsewhere the window is a few instructions.
+ * @found: what a lookup has found, or NULL
  *
  * Return: whether there is one.
  */
-static __always_inline bool read_endpoint(struct endpoint_value *copy, __u32 ifindex)
+static __always_inline bool read_endpoint(struct endpoint_value *copy, struct endpoint_value *found, __u32 ifindex)
 {
 	struct endpoint_key key = {.ifindex = ifindex};
 
 #pragma clang loop unroll(disable)
-	for (int attempt = 0; attempt < READ_ATTEMPTS; attempt++) {
-		const volatile struct endpoint_value *marks;
-		struct endpoint_value *found = endpoints.lookup(&key);
+	for (int attempt = 0; found && attempt < READ_ATTEMPTS; attempt++) {
+		const volatile struct endpoint_value *marks = found;
 
-		if (!found)
-			return false;
 		*copy = *found;
 		barrier();
-		marks = found;
 		if (marks->ifindex == ifindex && marks->ifindex_again == ifindex)
 			return true;
+		found = endpoints.lookup(&key);
 	}
 	return false;
 }
@@ -1053,7 +1050,7 @@ static __always_inline int finish(struct __sk_buff *skb, __u8 direction)
 		count(DROP_NONE, direction, skb->len);
 		return TC_ACT_UNSPEC;
 	}
-	endpoint = read_endpoint(&scratch->endpoint, skb->ifindex) ? &scratch->endpoint : NULL;
+	endpoint = read_endpoint(&scratch->endpoint, endpoint, skb->ifindex) ? &scratch->endpoint : NULL;
 	packet = &scratch->packet;
 	verdict = &scratch->verdict;
 	__builtin_memset(packet, 0, offsetof(struct packet, buffer));

@@ -74,7 +74,6 @@ struct tcp_flags {
 /* Headers on their way into struct packet. In memory, not on the stack: whichever way the bytes came in, they look the
  * same to the verifier from there on. */
 union header_buffer {
-	struct ethhdr ethernet;
 	struct iphdr v4;
 	struct ipv6hdr v6;
 	struct ipv6_fragment fragment;

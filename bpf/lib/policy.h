@@ -50,7 +50,7 @@ struct verdict {
 	__u8 other_allowed;
 	__u8 pad[5];
 	struct decision other_decision; /* last, since it need not be zero */
-};
+} __attribute__((aligned(8)));
 
 /* match_of - Cilium's name for how specific an entry is. */
 static __always_inline __u8 match_of(bool any_peer, __u32 prefix)
