@@ -37,7 +37,7 @@ class Compensation:
         if not self.enforced:
             return f"none: {self.why}"
         if self.outbound:
-            return f"the destination's kernel: {len(self.refused)} known ports refuse this pod"
+            return f"kernel: drops what {len(self.refused)} known ports refuse this pod"
         return f"kernel: lets in {len(self.allowed)} of {len(self.allowed) + len(self.refused)} known sources"
 
 

@@ -129,7 +129,7 @@ def outbound_guarantees(
     ]  # fmt: skip
     if destination_drops:
         text = "destinations' policies decided by the client's certificate"
-        stands_in = "what destinations refuse is dropped where it arrives, by address; under any name, at the source"
+        stands_in = "what destinations refuse is dropped at the source, by address, and where it arrives"
         found.append(Guarantee(GuaranteeKind.AUTHORIZATION, text, Fate.WEAKENED, stands_in))
     if registry_only is not False:
         text = "only hosts of the registry were reachable" + ("" if registry_only else ", if the mesh is REGISTRY_ONLY")
