@@ -33,6 +33,8 @@ MAX_WAITING: Final = 4
 """Decisions that wait at once: whoever reaches the socket can raise doubts, and may not hold every thread by them."""
 
 MAX_NAMED_POLICIES: Final = 3
+MAX_LOGGED: Final = 512
+"""Characters of anything a caller wrote."""
 REFUSED_RULE: Final = "refused"
 NOT_HTTP: Final = HttpRequest("", "", "", {})
 
@@ -189,7 +191,7 @@ def _refuse_identity(check: Check, view: NodeView) -> Answer:
 
 
 def _log(answer: Answer, trail: _Trail, took_s: float) -> None:
-    """One line per decision. Query strings may carry tokens and are left out."""
+    """One line per decision. Query strings may carry tokens and are left out; what a caller writes is cut."""
     fields: dict[str, Any] = {
         "verdict": "allow" if answer.allowed else "deny",
         "reason": str(answer.reason),
@@ -198,17 +200,18 @@ def _log(answer: Answer, trail: _Trail, took_s: float) -> None:
         "duration_us": round(took_s * 1e6),
     }
     if not answer.allowed:
-        fields["detail"] = answer.text
+        fields["detail"] = answer.text[:MAX_LOGGED]
     if trail.workload is not None:
         fields["pod"] = trail.workload.key
     if trail.binding is not None:
         fields["identity"] = str(trail.binding)
     if (check := trail.check) is not None:
-        fields |= {"source": str(check.source), "principal": check.principal, "port": check.destination_port}
+        principal = check.principal[:MAX_LOGGED]
+        fields |= {"source": str(check.source), "principal": principal, "port": check.destination_port}
         if check.http is not None:
             fields |= {
-                "method": check.http.method,
-                "path": check.http.path.partition("?")[0][:256],
-                "request_id": check.http.request_id,
+                "method": check.http.method[:MAX_LOGGED],
+                "path": check.http.path.partition("?")[0][:MAX_LOGGED],
+                "request_id": check.http.request_id[:MAX_LOGGED],
             }
     log.info("check.decided", **fields)

@@ -115,6 +115,7 @@ def request(
     claims: Mapping[str, Any] | None = None,
     headers: Mapping[str, str] | None = None,
     http: bool = True,
+    request_id: str = "",
 ) -> bytes:
     message = CheckRequest()
     attributes = message.attributes
@@ -127,6 +128,7 @@ def request(
         attributes.request.http.method = method
         attributes.request.http.path = path
         attributes.request.http.host = "server"
+        attributes.request.http.id = request_id
         attributes.request.http.headers.update(headers or {})
     if claims is not None:
         attributes.metadata_context.filter_metadata["envoy.filters.http.jwt_authn"].update({"payload": dict(claims)})
@@ -269,6 +271,15 @@ def test_log_has_one_line_with_the_rule_and_no_secret(current: CurrentView) -> N
     assert (line["verdict"], line["policy"], line["pod"]) == ("allow", "finance/l7-jwt", "finance/server")
     assert "policies.yaml" in line["rule"]
     assert "secret" not in json.dumps(line).lower()
+
+
+def test_log_line_stays_short_whatever_the_request_says(current: CurrentView) -> None:
+    endless = "x" * 50_000
+    with capture_logs() as lines:
+        ask(current, principal=f"spiffe://cluster.local/ns/finance/sa/{endless}", method=endless, path=f"/{endless}",
+            request_id=endless)  # fmt: skip
+    [line] = lines
+    assert len(json.dumps(line)) < 4_000
 
 
 def test_nothing_is_allowed_before_the_first_revision() -> None:
