@@ -2,8 +2,8 @@
 
 Where the two may differ, and why:
 
-- ``NotIn`` on a label that is absent: Kubernetes' label selectors match it, cyclonus does not. A difference is explained
-  only if the API's text, read as cyclonus reads ``NotIn``, gives cyclonus' answer, and read as it stands ours.
+- ``NotIn`` on a label that is absent: Kubernetes' label selectors match it, cyclonus does not. A difference counts as
+  explained only if the API's text gives our answer as it stands, and cyclonus' when ``NotIn`` is read as cyclonus does.
 - cyclonus knows no nodes: whether a pod's own node gets in is not asked. Nor is ICMP, which the API leaves open.
 """
 
@@ -24,6 +24,7 @@ from oracle import EGRESS, INGRESS, Flow, Holder, network_allows
 from policygen import PORTS, network_policy, outsiders, random_pods
 from policypoints import compiled_answers
 
+SEED = int(os.environ.get("CONFORMANCE_SEED", "20261124"))
 CLUSTERS = 60
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 EXPRESSION = oracle._expression
@@ -50,10 +51,7 @@ def not_in_needs_the_label(expression: dict[str, Any], value: str | None) -> boo
 
 @pytest.mark.timeout(900)
 def test_every_pair_of_ends_gets_cyclonus_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure prints its seed; ``MESHBRIDGE_SEED`` runs it again."""
-    seed = int(os.environ.get("MESHBRIDGE_SEED", random.SystemRandom().getrandbits(48)))
-    print(f"seed {seed}")
-    rng = random.Random(seed)
+    rng = random.Random(SEED)
     clusters, cases = [], []
     for _ in range(CLUSTERS):
         ends = random_pods(rng, 5) + outsiders()
