@@ -5,7 +5,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help demo test setup setup-dev check lint types layers unit bpf netns envoy demo-test conformance bench protos format clean
+.PHONY: help demo test setup setup-dev check lint types layers unit bpf netns envoy demo-test apiserver conformance bench protos format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ envoy: ## real Envoys with our configuration and our ext_authz (root)
 
 demo-test: ## the whole walk of `make demo`, checked (root)
 	$(PYTEST) tests/demo
+
+apiserver: setup-dev ## verbs that read a cluster, against a real API server (root; builds it once)
+	@scripts/third-party kubernetes
+	$(PYTEST) tests/apiserver
 
 conformance: setup-dev ## our verdicts against a real Envoy, istiod, Cilium's engine and others (root; builds them once)
 	@scripts/third-party istio

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,9 @@ def test_two_meshes_are_not_taken_for_one(tmp_path: Path) -> None:
         (tmp_path / f"{namespace}.yaml").write_text(text.format(namespace))
     with pytest.raises(ManifestError, match="several ConfigMaps"):
         mesh_settings(DocumentSource((tmp_path,)).read())
+
+
+@pytest.mark.parametrize("module", ["meshbridge.cli.evaluate", "meshbridge.cli.explain", "meshbridge.agent.agent"])
+def test_who_reads_no_cluster_does_not_load_its_client(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('kubernetes' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
