@@ -45,6 +45,7 @@ BASELINE_ADMIN: Final = "BaselineAdminNetworkPolicy"
 _TIERS = {"Admin": Tier.ADMIN, "Baseline": Tier.BASELINE}
 _LISTS = {Direction.INGRESS: ("ingress", "from"), Direction.EGRESS: ("egress", "to")}
 _LAST_PRIORITY = 1000
+_EXAMPLES = {"tier": "Admin", "priority": "0..1000", "subject": "{namespaces: {}} for all pods"}
 _LONGEST_NAME = 100
 _MOST_NETWORKS = 25
 _DOMAIN = re.compile(r"(\*\.)?([A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?\.)+[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?\.?")
@@ -100,7 +101,7 @@ def _rules(document: Document, notices: list[Notice]) -> list[NetworkRule]:
     fields = spec.fields(*dialect.fields, "subject", "ingress", "egress")
     for required in (*dialect.fields, "subject"):
         if required not in fields:
-            spec.refuse(f"has no {required}", f"write {required}")
+            spec.refuse(f"has no {required}", f"write {required}: {_EXAMPLES[required]}")
     if document.kind == BASELINE_ADMIN and document.name != "default":
         Reader(document.name, "metadata.name").refuse(
             f"{shown(document.name)} is not the one there can be", "name it default"
@@ -145,13 +146,14 @@ class _RuleReader:
         """The rule at ``at``, made of one that denies everybody, which it stays when its peers are not known."""
         dialect, (_, peers_name) = self.dialect, _LISTS[self.direction]
         fields = at.fields("name", "action", peers_name, *dialect.ports)
-        for required in ("action", peers_name):
-            if required not in fields:
-                at.refuse(f"has no {required}", f"write {required}")
+        if "action" not in fields:
+            at.refuse("has no action", f"write one of: {', '.join(dialect.actions)}")
+        if peers_name not in fields:
+            at.refuse(f"has no {peers_name}", f"write {peers_name}: [{{namespaces: {{}}}}] for all pods")
         if "name" in fields and len(fields["name"].text()) > _LONGEST_NAME:
             fields["name"].refuse(f"is longer than {_LONGEST_NAME} characters", "shorten it")
         action = fields["action"].text(dialect.actions)
-        items = _at_most(fields[peers_name], dialect.most, at_least=1)
+        items = _some(fields[peers_name], dialect.most)
         kinds = [self._kind(item) for item in items]
         peers = [self._peers(item, kind, action) for item, kind in zip(items, kinds, strict=True) if kind]
         ports = self._ports(fields, kinds)
@@ -180,7 +182,7 @@ class _RuleReader:
     def _peers(self, at: Reader, kind: str, action: str) -> tuple[PeerSelector, ...]:
         value = at.mapping()[kind]
         if kind == "networks":
-            networks = [item.network(bare_address=False) for item in _at_most(value, _MOST_NETWORKS, at_least=1)]
+            networks = [item.network(bare_address=False) for item in _some(value, _MOST_NETWORKS)]
             return tuple(CidrPeers(network) for network in networks)
         if kind == "domainNames":
             return self._domains(value, action)
@@ -196,7 +198,7 @@ class _RuleReader:
     def _domains(self, at: Reader, action: str) -> tuple[PeerSelector, ...]:
         if action != self.dialect.allow:
             at.refuse(f"domain names in a {action} rule", f"write networks, or use them to {self.dialect.allow}")
-        for item in _at_most(at, _MOST_NETWORKS, at_least=1):
+        for item in _some(at, _MOST_NETWORKS):
             name = item.text()
             if len(name) > _LONGEST_DOMAIN or not _DOMAIN.fullmatch(name):
                 item.refuse(f"{shown(name)} is no domain name", "write kubernetes.io or *.kubernetes.io")
@@ -227,6 +229,13 @@ def _at_most(at: Reader, most: int, at_least: int = 0) -> list[Reader]:
     items = at.items(at_least)
     if len(items) > most:
         at.refuse(f"{len(items)} elements are more than {most}", "write several rules or policies")
+    return items
+
+
+def _some(at: Reader, most: int) -> list[Reader]:
+    items = _at_most(at, most)
+    if not items:
+        at.refuse("the list is empty", "add an element")
     return items
 
 

@@ -21,7 +21,7 @@ from meshbridge.policy.parse.reader import Reader
 
 FOLDER = Path(__file__).parent / "refusals"
 CASES = sorted(FOLDER.glob("*/*.yaml"))
-COMPLETE = ("NetworkPolicy",)
+COMPLETE = ("AdminNetworkPolicy", "BaselineAdminNetworkPolicy", "ClusterNetworkPolicy", "NetworkPolicy")
 
 _MARK = "# refused:"
 
