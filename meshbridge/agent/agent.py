@@ -33,7 +33,7 @@ from meshbridge.datapath.maps import MapSizes
 from meshbridge.errors import MeshBridgeError
 from meshbridge.observe.tables import READY
 from meshbridge.protos import observer_pb2 as pb
-from meshbridge.xds.client import ControllerClient
+from meshbridge.xds.client import ControllerClient, read_ca
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -51,7 +51,10 @@ MAX_TOKEN_BYTES: Final = 8192
 
 @dataclass(frozen=True, slots=True)
 class AgentSettings:
-    """What the command line says. ``metrics`` is a loopback address and port, empty for none."""
+    """What the command line says. ``metrics`` is a loopback address and port, empty for none.
+
+    ``controller_ca`` is who vouches for a controller that is reached over TCP.
+    """
 
     node: str
     controller: str
@@ -59,6 +62,7 @@ class AgentSettings:
     pin_dir: Path
     socket: Path
     metrics: str = ""
+    controller_ca: Path | None = None
     attach: AttachMode | None = None
     sizes: MapSizes | None = None
 
@@ -73,7 +77,8 @@ class Agent:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="node")
         self._onlooker = ThreadPoolExecutor(1, thread_name_prefix="redirects")
         self._redirects = Redirects()
-        self._client = ControllerClient(settings.controller, settings.node, self._token)
+        ca = read_ca(settings.controller_ca)
+        self._client = ControllerClient(settings.controller, settings.node, self._token, ca)
         self._started = time.monotonic()
         self._changed = asyncio.Event()
         self._retry = asyncio.Event()

@@ -24,7 +24,10 @@ _RUN = Path("/run/meshbridge")
 
 @click.command(name="agent", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--node", required=True, metavar="NAME", help="This node's name, as in its token.")
-@click.option("--controller", metavar="ADDRESS", help="Where the controller listens: unix:PATH.")
+@click.option("--controller", metavar="ADDRESS", help="Where the controller listens: unix:PATH, or HOST:PORT.")
+@click.option(
+    "--controller-ca", type=click.Path(path_type=Path), help="Certificates that vouch for it, PEM; for HOST:PORT."
+)
 @click.option(
     "--token-file", type=click.Path(path_type=Path), help="File with the node's token; read at each connection."
 )
@@ -43,6 +46,7 @@ _RUN = Path("/run/meshbridge")
 def command(
     node: str,
     controller: str | None,
+    controller_ca: Path | None,
     token_file: Path | None,
     bpffs: Path,
     socket: Path | None,
@@ -89,6 +93,7 @@ def command(
         pin_dir=bpffs / node,
         socket=socket or _RUN / node / "agent.sock",
         metrics=metrics,
+        controller_ca=controller_ca,
         attach=mode,
     )
     import asyncio

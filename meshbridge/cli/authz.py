@@ -22,7 +22,7 @@ from meshbridge.authz.view import CurrentView
 from meshbridge.errors import SettingsError
 from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy
 from meshbridge.xds import snapshot as xds
-from meshbridge.xds.client import ControllerClient, Update
+from meshbridge.xds.client import ControllerClient, Update, read_ca
 from meshbridge.xds.messages import MessageError, document_of, holder_of, mesh_of, workload_of
 
 log = structlog.get_logger()
@@ -30,7 +30,10 @@ log = structlog.get_logger()
 
 @click.command(name="authz", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--node", required=True, metavar="NAME", help="The node this server answers for.")
-@click.option("--controller", required=True, metavar="ADDR", help="The controller, as unix:PATH.")
+@click.option("--controller", required=True, metavar="ADDR", help="The controller, as unix:PATH or HOST:PORT.")
+@click.option(
+    "--controller-ca", type=click.Path(path_type=Path), help="Certificates that vouch for it, PEM; for HOST:PORT."
+)
 @click.option("--token-file", required=True, type=click.Path(path_type=Path), help="File with the node's token.")
 @click.option("--listen", metavar="ADDR", help="Where Envoys ask, as unix:PATH. [/run/meshbridge/NODE/authz.sock]")
 @click.option(
@@ -45,6 +48,7 @@ log = structlog.get_logger()
 def command(
     node: str,
     controller: str,
+    controller_ca: Path | None,
     token_file: Path,
     listen: str | None,
     listen_owner: int,
@@ -65,7 +69,7 @@ def command(
         _serve_metrics(metrics_address)
     current = CurrentView()
     server = AuthzServer(listen or f"unix:/run/meshbridge/{node}/authz.sock", Judge(current).check, listen_owner)
-    client = ControllerClient(controller, node, lambda: token_file.read_text().strip())
+    client = ControllerClient(controller, node, lambda: token_file.read_text().strip(), read_ca(controller_ca))
     asyncio.run(_serve(client, current, server, node))
 
 

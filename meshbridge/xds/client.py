@@ -9,6 +9,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import grpc
@@ -19,7 +20,7 @@ from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, Delt
 from google.protobuf.message import DecodeError, Message
 from google.rpc.status_pb2 import Status
 
-from meshbridge.errors import MeshBridgeError
+from meshbridge.errors import MeshBridgeError, SettingsError
 from meshbridge.protos import reports_pb2_grpc
 from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy, Problem, Revision, Service
 from meshbridge.protos.reports_pb2 import ExclusionReport
@@ -43,12 +44,33 @@ MESSAGES: Final[Mapping[str, type[Message]]] = {
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
 REPORT_RETRY_S = 2.0
+MAX_CA_BYTES: Final = 1 << 20
 CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", 8 << 20),
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+
+
+def read_ca(path: Path | None) -> bytes | None:
+    """The certificates in a file, for ``ControllerClient``; None without a file.
+
+    Raises:
+        SettingsError: it cannot be read, or holds none.
+    """
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            found = file.read(MAX_CA_BYTES)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot be read: {error.strerror}", where=f"--controller-ca {path}", fix="name a PEM file"
+        ) from error
+    if b"-----BEGIN CERTIFICATE-----" not in found:
+        raise SettingsError("holds no certificate", where=f"--controller-ca {path}", fix="name a PEM file")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +115,22 @@ class ControllerClient:
     it could loosen what it says.
     """
 
-    def __init__(self, target: str, node: str, token: Callable[[], str]) -> None:
+    def __init__(self, target: str, node: str, token: Callable[[], str], ca: bytes | None = None) -> None:
         """
         Args:
-            target: ``unix:PATH`` of the controller.
+            target: ``unix:PATH`` of the controller, or ``HOST:PORT``.
             node: name of the node, as in its token.
             token: read before every connection, so that a renewed token is used.
+            ca: PEM of whoever may have signed the certificate of ``HOST``.
+
+        Raises:
+            SettingsError: TCP without a CA: whoever answered there would be believed, and be given the token.
         """
-        self._target, self._node, self._token = target, node, token
+        if ca is None and not target.startswith("unix:"):
+            raise SettingsError(
+                "TCP without a CA", where=f"--controller {target}", fix="use unix:PATH, or give --controller-ca"
+            )
+        self._target, self._node, self._token, self._ca = target, node, token, ca
         self._versions: dict[str, dict[str, str]] = {type_url: {} for type_url in MESSAGES}
         self._undecodable: set[tuple[str, str]] = set()
         self._partial, self._whole = _Changes(), _Changes()
@@ -143,7 +173,7 @@ class ControllerClient:
     async def _follow(self) -> None:
         backoff_s = BACKOFF_FIRST_S
         quiet = False
-        async with grpc.aio.insecure_channel(self._target, options=CHANNEL_OPTIONS) as channel:
+        async with self._channel() as channel:
             while True:
                 try:
                     await self._run_stream(channel)
@@ -160,6 +190,12 @@ class ControllerClient:
                 self.connected, quiet = False, True
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1))
                 backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+
+    def _channel(self) -> grpc.aio.Channel:
+        if self._ca is None:
+            return grpc.aio.insecure_channel(self._target, options=CHANNEL_OPTIONS)
+        credentials = grpc.ssl_channel_credentials(self._ca)
+        return grpc.aio.secure_channel(self._target, credentials, options=CHANNEL_OPTIONS)
 
     async def _run_stream(self, channel: grpc.aio.Channel) -> None:
         """Subscribe, take each response in, and answer it with an ACK or a NACK, until the stream ends."""

@@ -1,0 +1,155 @@
+"""The controller on TCP: its certificate is checked before a token is shown, and everything travels encrypted."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from test_delta_grpc import KEY, Source, run, token, until
+
+from meshbridge.errors import SettingsError
+from meshbridge.identity.model import IpFamily, TcpPorts
+from meshbridge.protos.agent_pb2 import Policy
+from meshbridge.xds import snapshot as xds
+from meshbridge.xds.client import ControllerClient, read_ca
+from meshbridge.xds.exclusions import Exclusions
+from meshbridge.xds.reports import ReportServer
+from meshbridge.xds.server import DeltaServer, TlsFiles, start_server
+
+
+class Authority:
+    """Somebody who signs certificates."""
+
+    def __init__(self, name: str) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        constraints = x509.BasicConstraints(ca=True, path_length=None)
+        self._root = self._build(self._name, self._key).add_extension(constraints, critical=True)
+        self.certificate = _pem(self._root.sign(self._key, hashes.SHA256()))
+
+    def server(self, directory: Path, address: str = "127.0.0.1") -> TlsFiles:
+        """A key and a certificate for an address."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        names = x509.SubjectAlternativeName([x509.IPAddress(ip_address(address))])
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "controller")])
+        built = self._build(name, key).add_extension(names, critical=False)
+        files = TlsFiles(directory / "tls.crt", directory / "tls.key")
+        files.certificate.write_bytes(_pem(built.sign(self._key, hashes.SHA256())))
+        files.key.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        return files
+
+    def _build(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        now = datetime.now(UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(minutes=1))
+            .not_valid_after(now + timedelta(hours=1))
+        )
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.told: list[Exclusions] = []
+
+    def report(self, _node: str, exclusions: Exclusions) -> None:
+        self.told.append(exclusions)
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_an_agent_follows_and_reports_over_tls(tmp_path: Path) -> None:
+    async def body() -> None:
+        source, sink, ours, address = Source(), Sink(), Authority("ours"), free_address()
+        source.put(1, {xds.POLICY: {"a": Policy(name="a")}})
+        servers = DeltaServer(KEY, source), ReportServer(KEY, sink)
+        server = await start_server(servers[0], address, ours.server(tmp_path), servers[1])
+        try:
+            (tmp_path / "ca").write_bytes(ours.certificate)
+            client = ControllerClient(address, "node-a", token, read_ca(tmp_path / "ca"))
+            client.report({"uid": (TcpPorts(IpFamily.IPV4, 8080, 8080),)})
+            updates = client.updates()
+            assert set((await anext(updates)).changed[xds.POLICY]) == {"a"}
+            source.put(2, {xds.POLICY: {"b": Policy(name="b")}})
+            assert (await anext(updates)).removed[xds.POLICY] == {"a"}
+            await until(lambda: bool(sink.told))
+            await updates.aclose()
+        finally:
+            await server.stop(0)
+
+    run(body)
+
+
+@pytest.mark.parametrize("wrong", ["signed by another", "for another address", "no TLS at all"])
+def test_no_token_is_shown_to_whoever_is_not_the_controller(tmp_path: Path, wrong: str) -> None:
+    async def body() -> None:
+        source, ours, address = Source(), Authority("ours"), free_address()
+        source.put(1, {xds.POLICY: {"a": Policy(name="a")}})
+        signer = Authority("another") if wrong == "signed by another" else ours
+        if wrong == "no TLS at all":
+            server = grpc.aio.server()
+            server.add_insecure_port(address)
+            await server.start()
+        else:
+            files = signer.server(tmp_path, "192.0.2.1" if wrong == "for another address" else "127.0.0.1")
+            server = await start_server(DeltaServer(KEY, source), address, files)
+        try:
+            client = ControllerClient(address, "node-a", token, ours.certificate)
+            updates = client.updates()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await anext(updates)
+            assert not client.connected
+            assert not source.callers
+        finally:
+            await server.stop(0)
+
+    run(body)
+
+
+def test_plaintext_reaches_nothing(tmp_path: Path) -> None:
+    async def body() -> None:
+        source, address = Source(), free_address()
+        server = await start_server(DeltaServer(KEY, source), address, Authority("ours").server(tmp_path))
+        try:
+            async with grpc.aio.insecure_channel(address) as channel:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(channel.channel_ready(), 0.5)
+        finally:
+            await server.stop(0)
+
+    run(body)
+
+
+def test_tcp_needs_a_ca(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="TCP without a CA"):
+        ControllerClient("10.0.0.1:15010", "node-a", token)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_ca(tmp_path / "missing")
+    (tmp_path / "key").write_text("-----BEGIN PRIVATE KEY-----")
+    with pytest.raises(SettingsError, match="holds no certificate"):
+        read_ca(tmp_path / "key")
