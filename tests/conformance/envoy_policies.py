@@ -102,7 +102,7 @@ class PolicyGenerator:
         rng = self.rng
         action = rng.choice(["ALLOW", "ALLOW", "ALLOW", "DENY", "AUDIT"])
         spec: dict[str, Any] = {"action": action, "selector": selector}
-        spec["rules"] = [self.rule(server) for _ in range(rng.randint(1, 4) if action == "ALLOW" else 1)]
+        spec["rules"] = [self.rule(server) for _ in range(rng.randint(1, 2) if action == "ALLOW" else 1)]
         if action == "ALLOW" and rng.random() < 0.05:
             del spec["rules"]
         policy = _policy("AuthorizationPolicy", name, namespace, spec)

@@ -44,6 +44,7 @@ class Server:
     number: int
     namespace: str
     labels: dict[str, str] = field(hash=False)
+    ipv6: bool = False
 
     @property
     def name(self) -> str:
@@ -54,13 +55,8 @@ class Server:
         return f"{self.namespace}/{self.name}"
 
     @property
-    def family(self) -> int:
-        """0 is IPv4; every third pod has an IPv6 address."""
-        return int(self.number % 3 == 2)
-
-    @property
     def address(self) -> str:
-        return (f"10.2.0.{self.number + 1}", f"fd00:2::{self.number + 1:x}")[self.family]
+        return f"fd00:2::{self.number + 1:x}" if self.ipv6 else f"10.2.0.{self.number + 1}"
 
 
 @dataclass(frozen=True)
@@ -112,6 +108,7 @@ class World:
     seed: int
     names: MeshNames
     size: int = 30
+    ipv6: bool = True
 
     @cached_property
     def servers(self) -> tuple[Server, ...]:
@@ -119,7 +116,7 @@ class World:
         found = []
         for number in range(self.size):
             labels = {"app": f"s{number}", "tier": rng.choice("abcdef"), "jwt": rng.choice(["yes", "yes", "no"])}
-            found.append(Server(number, NAMESPACES[number % 2], labels))
+            found.append(Server(number, NAMESPACES[number % 2], labels, self.ipv6 and number % 3 == 2))
         return tuple(found)
 
     @cached_property
@@ -139,10 +136,13 @@ class World:
 
     def cluster(self, policies: list[dict[str, Any]] | None = None) -> Cluster:
         """The mesh as ``meshbridge evaluate`` sees it."""
-        objects = [*self._namespaces(), *self._services(), *self._pods(), self._config()]
-        objects += self.policies if policies is None else policies
-        documents = [document(each) for each in objects]
+        documents = [document(each) for each in (*self.objects, *(self.policies if policies is None else policies))]
         return Cluster(documents, self.mesh)
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        """All but the policies."""
+        return [*self._namespaces(), *self._services(), *self._pods(), self._config()]
 
     @property
     def mesh(self) -> MeshSettings:
@@ -189,7 +189,7 @@ class World:
 
     def _connection(self, rng: random.Random, server: Server, port: int) -> dict[str, Any]:
         client = rng.choice(CLIENTS)
-        source = client.addresses[server.family]
+        source = client.addresses[server.ipv6]
         principal = rng.choice([None, *self.principals])
         return {
             "dst": server.key, "dst_ip": server.address, "port": port,
@@ -244,7 +244,10 @@ def _claims(rng: random.Random, issuer: str) -> dict[str, Any]:
 
 
 def _pod(namespace: str, name: str, labels: dict[str, str], addresses: tuple[str, ...]) -> dict[str, Any]:
-    containers = [{"name": "app"}, {"name": "istio-proxy", "args": ["proxy", "sidecar"]}]
+    containers = [
+        {"name": "app", "image": "app"},
+        {"name": "istio-proxy", "image": "proxyv2", "args": ["proxy", "sidecar"]},
+    ]
     return {
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": name, "namespace": namespace, "labels": labels, "uid": f"uid-{namespace}-{name}"},
