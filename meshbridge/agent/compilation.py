@@ -347,6 +347,8 @@ def _concerns(changed: PolicySet, workload: Workload) -> bool:
 
 
 def _picks(rule: NetworkRule, peer: Peer) -> bool:
+    if rule.default_deny and Entity.HOST in peer.entities:
+        return True  # where it isolates, the own node is let in besides
     if isinstance(rule.peers, Anything):
         # Only names of ports are looked up on each peer.
         return not isinstance(rule.ports, Anything) and any(port.name for port in rule.ports)

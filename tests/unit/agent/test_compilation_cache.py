@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from meshbridge.agent.compilation import Compilation
 from meshbridge.agent.view import LocalPod
 from meshbridge.datapath.policysets import RuleIds
-from meshbridge.identity.model import ContainerPort, Peer, ProxyClass, Workload
+from meshbridge.identity.model import ContainerPort, Entity, Peer, ProxyClass, Workload
 from meshbridge.identity.numbering import number_peers
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.model import Direction, Document
@@ -131,6 +131,16 @@ def test_a_new_peer_that_no_policy_picks_compiles_nothing() -> None:
     assert kept.update(PLAIN, policies, with_db, PolicySet()) == 0
     with_web = {**with_db, 901: Peer("shop", {"app": "web", "tier": "x"})}
     assert kept.update(PLAIN, policies, with_web, PolicySet()) == 1
+
+
+def test_the_own_node_as_another_class_is_let_in_where_no_policy_picks_it() -> None:
+    """A CIDR or a node label in some other pod's policy makes one of the node's own addresses."""
+    kept, policies, identities = compilation()
+    known = {**identities, 900: Peer(labels={"zone": "a"}, entities=frozenset({Entity.HOST}))}
+    kept.update(PLAIN, policies, known, PolicySet())
+    scratch = Compilation(kept.rules)
+    scratch.update(PLAIN, policies, known)
+    assert kept.compiled == scratch.compiled
 
 
 def test_a_changed_policy_compiles_whom_it_selects() -> None:
