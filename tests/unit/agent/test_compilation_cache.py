@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policygen import cluster_policy
 
 from meshbridge.agent.compilation import Compilation
 from meshbridge.agent.view import LocalPod
@@ -47,6 +49,11 @@ def mesh(name: str, to: str, principal: str, port: str) -> Document:
     return Document("AuthorizationPolicy", version, "shop", name, _data(version, "AuthorizationPolicy", name, spec))
 
 
+def tiered(name: str, seed: int) -> Document:
+    data = cluster_policy(random.Random(seed), name)
+    return Document(data["kind"], data["apiVersion"], "", data["metadata"]["name"], data)
+
+
 def _data(version: str, kind: str, name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": version, "kind": kind, "metadata": {"name": name, "namespace": "shop"}, "spec": spec}
 
@@ -57,16 +64,26 @@ PORTS = st.sampled_from(("80", "http"))
 DOCUMENTS = st.one_of(
     st.builds(network, NAMES, APP, st.sampled_from((*LABELS, {})), PORTS, st.sampled_from(("ingress", "egress"))),
     st.builds(mesh, NAMES, APP, st.sampled_from(("shop", "pay")), st.just("80")),
+    st.builds(tiered, NAMES, st.integers(0, 2**31 - 1)),
 )
 HOLDERS = st.dictionaries(
     st.integers(1, 9).map(lambda n: ip_address(f"10.1.0.{n}")),
-    st.builds(
-        Peer,
-        st.sampled_from(("shop", "pay")),
-        st.sampled_from(LABELS),
-        service_account=st.just("default"),
-        proxy=st.sampled_from((ProxyClass.NONE, ProxyClass.SIDECAR)),
-        ports=st.sampled_from((frozenset(), frozenset({ContainerPort("http", 8081)}))),
+    st.one_of(
+        st.builds(
+            Peer,
+            st.sampled_from(("shop", "pay")),
+            st.sampled_from(LABELS),
+            service_account=st.just("default"),
+            proxy=st.sampled_from((ProxyClass.NONE, ProxyClass.SIDECAR)),
+            ports=st.sampled_from((frozenset(), frozenset({ContainerPort("http", 8081)}))),
+        ),
+        st.builds(
+            Peer,
+            labels=st.sampled_from(({}, {"zone": "a"})),
+            entities=st.sampled_from(
+                [frozenset({each}) for each in (Entity.HOST, Entity.REMOTE_NODE, Entity.UNMANAGED)]
+            ),
+        ),
     ),
     max_size=4,
 )
