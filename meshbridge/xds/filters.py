@@ -59,7 +59,7 @@ from envoy_data_plane.envoy.extensions.filters.network.tcp_proxy.v3 import TcpPr
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 from envoy_data_plane.google.protobuf import Any, Empty
 
-from meshbridge.policy.mesh import JwtRule
+from meshbridge.policy.mesh import DEFAULT_MESH, JwtRule, PathNormalization
 from meshbridge.xds.jwks import usable_jwks
 from meshbridge.xds.names import (
     CLUSTER_AUTHZ,
@@ -75,25 +75,43 @@ AUTHZ_TIMEOUT = timedelta(milliseconds=500)
 EARLY_DATA_BYTES = 64 * 1024
 
 REASON_HEADER = "x-meshbridge-reason"
+_ESCAPED_SLASHES = HttpConnectionManagerPathWithEscapedSlashesAction
 _UNDECIDED = "meshbridge: the authorization server of this node gave no answer; the request is refused\n"
 
 
-def http_filters(jwt_rules: tuple[JwtRule, ...], *, peer_verified: bool, stat_prefix: str) -> list[Filter]:
+def http_filters(
+    jwt_rules: tuple[JwtRule, ...],
+    *,
+    peer_verified: bool,
+    stat_prefix: str,
+    paths: PathNormalization = DEFAULT_MESH.path_normalization,
+) -> list[Filter]:
     """Judge every HTTP request: tokens first, then our decision on what they said."""
     filters = [*jwt_authn(jwt_rules), _http_ext_authz()]
-    return http_manager(filters, peer_verified=peer_verified, stat_prefix=stat_prefix)
+    return http_manager(filters, peer_verified=peer_verified, stat_prefix=stat_prefix, paths=paths)
 
 
-def http_manager(filters: Sequence[HttpFilter], *, peer_verified: bool, stat_prefix: str) -> list[Filter]:
-    """Put every HTTP request through the filters and forward it to the pod."""
+def http_manager(
+    filters: Sequence[HttpFilter],
+    *,
+    peer_verified: bool,
+    stat_prefix: str,
+    paths: PathNormalization = DEFAULT_MESH.path_normalization,
+) -> list[Filter]:
+    """Put every HTTP request through the filters and forward it to the pod.
+
+    The path is normalized first, as the mesh's ``paths`` say, so that what is judged is what is forwarded.
+    """
     details = HttpConnectionManagerForwardClientCertDetails
     manager = HttpConnectionManager(
         stat_prefix=stat_prefix,
         route_config=_all_to_the_pod(),
         http_filters=[*filters, router()],
-        # Istio's path normalization BASE: what is judged is what is forwarded.
-        normalize_path=True,
-        path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.KEEP_UNCHANGED,
+        normalize_path=paths is not PathNormalization.NONE,
+        merge_slashes=paths in (PathNormalization.MERGE_SLASHES, PathNormalization.DECODE_AND_MERGE_SLASHES),
+        path_with_escaped_slashes_action=_ESCAPED_SLASHES.UNESCAPE_AND_FORWARD
+        if paths is PathNormalization.DECODE_AND_MERGE_SLASHES
+        else _ESCAPED_SLASHES.KEEP_UNCHANGED,
         # The route's timeouts are off; a stream idle for long is the application's business.
         stream_idle_timeout=timedelta(0),
         use_remote_address=False,

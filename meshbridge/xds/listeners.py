@@ -142,7 +142,10 @@ def _inbound_chains(sidecar: Sidecar, port: int | None) -> Iterator[FilterChain]
         kind = f"{'http' if row.http else 'tcp'}_{'mtls' if row.terminates_tls else 'plaintext'}"
         stat_prefix = f"{LISTENER_INBOUND}_{kind}"
         if row.http:
-            filters = http_filters(sidecar.jwt_rules, peer_verified=row.terminates_tls, stat_prefix=stat_prefix)
+            filters = http_filters(
+                sidecar.jwt_rules, peer_verified=row.terminates_tls, stat_prefix=stat_prefix,
+                paths=sidecar.path_normalization,
+            )  # fmt: skip
             tls_alpn: tuple[str, ...] = _ALPN_HTTP[:2]
         else:
             filters = tcp_filters(client_first=client_first, stat_prefix=stat_prefix)

@@ -35,6 +35,7 @@ def build_sidecar(
         protocols=protocols,
         server_first_ports=server_first,
         jwt_rules=tuple(rule for policy in selecting.request_authentication for rule in policy.rules),
+        path_normalization=policies.mesh.path_normalization,
         destinations=destinations,
         restricted=_restricted(selecting),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from meshbridge.identity.model import DEFAULT_TRUST_DOMAIN, IpAddress, Workload
 from meshbridge.policy.capture import AppProtocol
-from meshbridge.policy.mesh import EffectiveMtls, JwtRule
+from meshbridge.policy.mesh import DEFAULT_MESH, EffectiveMtls, JwtRule, PathNormalization
 
 OUTBOUND_PORT = 15001
 INBOUND_PORT = 15006
@@ -50,5 +50,6 @@ class Sidecar:
     protocols: Mapping[int, AppProtocol] = field(default_factory=dict, hash=False)
     server_first_ports: frozenset[int] = frozenset()
     jwt_rules: tuple[JwtRule, ...] = ()
+    path_normalization: PathNormalization = DEFAULT_MESH.path_normalization
     destinations: tuple[MtlsDestination, ...] = ()
     restricted: bool = False

@@ -11,7 +11,7 @@ import yaml
 
 from meshbridge.identity.model import ContainerPort, ProxyClass, Workload
 from meshbridge.policy.capture import AppProtocol
-from meshbridge.policy.mesh import MtlsMode
+from meshbridge.policy.mesh import MeshSettings, MtlsMode, PathNormalization
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse.cluster import Service, ServicePort
 from meshbridge.policy.policyset import PolicySet
@@ -107,6 +107,12 @@ RESTRICTING = {
     "an AUDIT policy": ("spec: {action: AUDIT, rules: [{}]}", False),
     "a policy of another workload": ("spec: {selector: {matchLabels: {app: x}}}", False),
 }
+
+
+def test_the_meshs_path_normalization_reaches_the_sidecar() -> None:
+    mesh = MeshSettings(path_normalization=PathNormalization.MERGE_SLASHES)
+    sidecar = build_sidecar(SERVER, PolicySet.of([], mesh), [], ())
+    assert sidecar.path_normalization is PathNormalization.MERGE_SLASHES
 
 
 @pytest.mark.parametrize(("spec", "restricted"), RESTRICTING.values(), ids=RESTRICTING.keys())
