@@ -65,6 +65,7 @@ class Cluster:
             if isinstance(found, Workload) and found.key not in self._workloads
         }
         self._injected: dict[str, Workload] = {}
+        self._predicted: dict[tuple[object, ...], bool] = {}
         self._given: dict[tuple[int, ProxyClass], Workload] = {}
         self._labelled: dict[LabelledPod, Workload] = {}
         self._captures: dict[int, tuple[Workload, Capture]] = {}
@@ -165,8 +166,19 @@ class Cluster:
             written = self._workloads.get(key) or self._templates.get(key)
             if written is None:
                 return None
-            found = self._injected[key] = _injected(written)
+            found = self._injected[key] = self._as_it_will_run(written)
         return found
+
+    def _as_it_will_run(self, workload: Workload) -> Workload:
+        """The pod, or a template of pods; with a sidecar where the injector will give it one."""
+        if workload.proxy is not ProxyClass.NONE or workload.host_network:
+            return workload
+        asked = _injection_key(workload)
+        predicted = self._predicted.get(asked)
+        if predicted is None:
+            shown = workload if workload.addresses else replace(workload, addresses=_EXAMPLES[:1])
+            predicted = self._predicted[asked] = capture_state(shown).truth is Truth.PREDICTED
+        return replace(workload, proxy=ProxyClass.SIDECAR) if predicted else workload
 
     def _with_proxy(self, workload: Workload, proxy: ProxyClass) -> Workload:
         found = self._given.get((id(workload), proxy))
@@ -214,13 +226,10 @@ class Cluster:
         return dict(declared_protocols(workload, self.services)[0])
 
 
-def _injected(workload: Workload) -> Workload:
-    """The pod as it will run: a template of pods that are to be injected has a sidecar."""
-    if workload.proxy is not ProxyClass.NONE or workload.host_network:
-        return workload
-    shown = workload if workload.addresses else replace(workload, addresses=_EXAMPLES[:1])
-    predicted = capture_state(shown).truth is Truth.PREDICTED
-    return replace(workload, proxy=ProxyClass.SIDECAR) if predicted else workload
+def _injection_key(workload: Workload) -> tuple[object, ...]:
+    """What injection depends on; a Deployment's pods are equal in it."""
+    meant = (item for several in (workload.labels, workload.annotations) for item in several.items())
+    return (workload.namespace, workload.init_args, tuple(sorted(item for item in meant if "istio.io/" in item[0])))
 
 
 def _with_proxy(workload: Workload, proxy: ProxyClass) -> Workload:
