@@ -208,14 +208,15 @@ def _step_lines(page: _Page, number: int, step: Step, *, reached: bool, everythi
         yield from _listed(page, step.origins, everything=everything)
     for near in step.open if everything else step.open[:3]:
         yield from _open_lines(page, near, judged=step.verdict is Verdict.NEEDS_L7)
-    for place, near in enumerate(step.near if everything else step.near[:1]):
+    found = step.near or ()
+    for place, near in enumerate(found if everything else found[:1]):
         yield from _near_lines(page, "nearest" if place == 0 else "near", near)
     if step.without not in (None, Verdict.DENY):
         rules = "that rule" if len(step.origins) == 1 else "those rules"
         yield from page.block("without", f"{rules} it would be {step.without.name}")
-    elif step.verdict is Verdict.DENY and not step.near:
+    elif step.verdict is Verdict.DENY and step.near == ():
         yield from page.block("nearest", "none: no single rule would change it by matching")
-    if not everything and (more := max(len(step.near) - 1, 0) + max(len(step.open) - 3, 0)):
+    if not everything and (more := max(len(found) - 1, 0) + max(len(step.open) - 3, 0)):
         yield from page.block("", f"{more} more with --all", indent=2)
 
 

@@ -35,7 +35,7 @@ from meshbridge.policy.precedence import DropReason
 
 _TCP: Final = PROTOCOLS["TCP"]
 _ICMPV6: Final = 58
-_UNSPECIFIED: Final = IPv4Address("0.0.0.0")
+UNSPECIFIED: Final = IPv4Address("0.0.0.0")
 _MAX_ORIGINS: Final = 16
 _OF_SOURCE_ADDRESS: Final = frozenset({Attribute.IP_BLOCKS, Attribute.REMOTE_IP_BLOCKS})
 _UNRESTRICTED: Final = MeshVerdict(Verdict.ALLOW)
@@ -318,7 +318,7 @@ class Evaluator:
         if judge is None:
             judge = self._judges[id(receiver)] = RequestJudge.of(receiver, self._cluster.policies)
         request = Request(
-            source=leg.sender.address or _UNSPECIFIED, port=leg.port, method=http.method or "", path=http.path or "",
+            source=leg.sender.address or UNSPECIFIED, port=leg.port, method=http.method or "", path=http.path or "",
             host=http.host or "", headers=dict(http.headers), peer=self._numbers.peers[leg.source],
         )  # fmt: skip
         refusing = judge.http_rules_refuse(request)

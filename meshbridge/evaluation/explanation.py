@@ -14,11 +14,12 @@ from meshbridge.bypass.halves import ClientTls, Delivered, Delivery, Side, deliv
 from meshbridge.evaluation.clients import Registry
 from meshbridge.evaluation.cluster import Cluster, Party
 from meshbridge.evaluation.deliveries import sendings
-from meshbridge.evaluation.evaluator import Evaluator, Leg, Trace
+from meshbridge.evaluation.evaluator import UNSPECIFIED, Evaluator, Leg, Trace
 from meshbridge.evaluation.explanation_mesh import MeshFlow, mesh_verdict_without, near_mesh, undecided
-from meshbridge.evaluation.explanation_network import Near, NetworkFlow, near_network, verdict_without
+from meshbridge.evaluation.explanation_network import Near, NetworkFlow, near_http, near_network, verdict_without
 from meshbridge.evaluation.question import Question
-from meshbridge.identity.model import Entity, IpAddress, Peer, ProxyClass, Workload
+from meshbridge.identity.model import Entity, IpAddress, ProxyClass, Workload
+from meshbridge.policy.attributes import Request
 from meshbridge.policy.baseline import Principal
 from meshbridge.policy.capture import AppProtocol, PortClass
 from meshbridge.policy.evaluate import LayerDecision
@@ -55,8 +56,8 @@ class Step:
     """What one of them does. ``verdict`` None: it decides nothing; then ``outcome`` says what it does in a word.
 
     ``origins`` go on with ``text``: the rules that gave the verdict, or that isolate. ``near`` are rules that would
-    change it, nearest first. ``open`` are rules it depends on, where nobody can tell whether they match. ``without`` is
-    what a DENY would be if the rules that deny were not there.
+    change it, nearest first; None where nobody looked for any. ``open`` are rules it depends on, where nobody can tell
+    whether they match. ``without`` is what a DENY would be if the rules that deny were not there.
     """
 
     stage: Stage
@@ -64,7 +65,7 @@ class Step:
     verdict: Verdict | None = None
     outcome: str = ""
     origins: tuple[Origin, ...] = ()
-    near: tuple[Near, ...] = ()
+    near: tuple[Near, ...] | None = None
     open: tuple[Near, ...] = ()
     without: Verdict | None = None
 
@@ -107,7 +108,7 @@ def explain_flow(cluster: Cluster, question: Question) -> Explanation:
     evaluator = Evaluator(cluster)
     prepared = evaluator.prepare(question)
     trace = evaluator.trace(prepared)
-    explainer = _Explainer(cluster, evaluator, trace)
+    explainer = _Explainer(cluster, evaluator, trace, prepared.legs)
     asked = cluster.destination(question)
     steps, delivered = explainer.steps(), explainer.delivery()
     stopping = (step.stage for step in steps if step.verdict is Verdict.DENY)
@@ -132,8 +133,8 @@ def explain_flow(cluster: Cluster, question: Question) -> Explanation:
 
 
 class _Explainer:
-    def __init__(self, cluster: Cluster, evaluator: Evaluator, trace: Trace) -> None:
-        self._cluster, self._evaluator, self._trace = cluster, evaluator, trace
+    def __init__(self, cluster: Cluster, evaluator: Evaluator, trace: Trace, legs: tuple[Leg, ...]) -> None:
+        self._cluster, self._evaluator, self._trace, self._legs = cluster, evaluator, trace, legs
         self._leg: Leg = trace.leg
         self._sender, self._receiver = trace.leg.sender.endpoint, trace.leg.receiver.endpoint
         self._is_tcp = trace.leg.question.protocol == _TCP
@@ -185,14 +186,22 @@ class _Explainer:
             return NetworkFlow(direction, subject.peer(), peer, question.protocol, leg.port, ports, localhost)
         peer = self._evaluator.peer(leg.destination)
         if peer.service and self._receiver is not None:
-            behind = self._behind(self._receiver)
-            return NetworkFlow(direction, subject.peer(), behind, question.protocol, leg.port, ports)
+            return self._behind(subject)
         return NetworkFlow(direction, subject.peer(), peer, question.protocol, question.port, ports)
 
-    def _behind(self, pod: Workload) -> Peer:
-        """The pod behind a Service, which egress policies mean where they allow the Service's address."""
-        networks = self._cluster.policies.referenced_networks()
-        return pod.peer(frozenset(n for n in networks if any(address in n for address in pod.addresses)))
+    def _behind(self, subject: Workload) -> NetworkFlow:
+        """To a pod behind the Service, which egress policies mean by its address: one that they deny, if there is."""
+        policies, question = self._cluster.policies, self._leg.question
+        networks, found = policies.referenced_networks(), []
+        for leg in (self._leg, *self._legs):
+            pod = leg.receiver.endpoint
+            if pod is not None:
+                peer = pod.peer(frozenset(n for n in networks if any(address in n for address in pod.addresses)))
+                found.append(
+                    NetworkFlow(Direction.EGRESS, subject.peer(), peer, question.protocol, leg.port, pod.ports)
+                )
+        denied = (flow for flow in found if verdict_without(policies.network, (), flow) is Verdict.DENY)
+        return next(denied, found[0])
 
     # The redirects
 
@@ -299,16 +308,28 @@ class _Explainer:
         if early.verdict is Verdict.NEEDS_L7:
             yield Step(Stage.EARLY, "nothing denies it for certain, so Envoy is asked", early.verdict)
         else:
-            yield _step(Stage.EARLY, early, near if early.verdict is Verdict.DENY else [])
+            yield _step(Stage.EARLY, early, near if early.verdict is Verdict.DENY else None)
         if trace.http is not None:
-            asking = trace.ingress.network.origins if trace.ingress is not None else ()
-            yield _step(Stage.HTTP_RULES, replace(trace.http, origins=trace.http.origins or asking))
+            yield self._http_rules(receiver, trace.http)
         said = LayerDecision(Layer.MESH, trace.mesh.verdict, trace.mesh.origins, trace.mesh.deny_reason, Judge.ENVOY)
         open_ = undecided(asked) if said.verdict is Verdict.NEEDS_L7 else []
         step = replace(_step(Stage.ENVOY, said, near), open=tuple(open_[:MAX_NEAR]))
         if said.deny_reason == DropReason.MESH_POLICY_DENY:
             step = replace(step, without=mesh_verdict_without(said.origins, asked))
         yield step
+
+    def _http_rules(self, receiver: Workload, layer: LayerDecision) -> Step:
+        assert self._trace.ingress is not None
+        said = replace(layer, origins=layer.origins or self._trace.ingress.network.origins)
+        http = self._leg.question.http
+        if layer.verdict is not Verdict.DENY or http is None:
+            return _step(Stage.HTTP_RULES, said)
+        request = Request(
+            source=self._leg.sender.address or UNSPECIFIED, port=self._leg.port, method=http.method or "",
+            path=http.path or "", host=http.host or "", headers=dict(http.headers),
+        )  # fmt: skip
+        flow = self._network_flow(Direction.INGRESS, receiver)
+        return _step(Stage.HTTP_RULES, said, near_http(self._cluster.policies.network, flow, request))
 
     def _mesh_flow(self, receiver: Workload) -> MeshFlow:
         guarded, facts, protocol = self._evaluator.guarded(self._leg, receiver)
@@ -339,4 +360,5 @@ class _Explainer:
 
 
 def _step(stage: Stage, layer: LayerDecision, near: list[Near] | None = None) -> Step:
-    return Step(stage, phrase(layer), layer.verdict, origins=layer.origins, near=tuple((near or [])[:MAX_NEAR]))
+    shown = None if near is None else tuple(near[:MAX_NEAR])
+    return Step(stage, phrase(layer), layer.verdict, origins=layer.origins, near=shown)

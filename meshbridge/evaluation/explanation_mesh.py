@@ -88,10 +88,16 @@ def undecided(flow: MeshFlow) -> list[Near]:
     if mode is MtlsMode.STRICT and origin is not None and flow.facts.question.principal is UNDECIDED:
         found.append(Near(origin, FALSE, (), depends=(f"{Attribute.PRINCIPALS.value} none",)))
     for policy in flow.guard.policies:
-        for rule in policy.rules if policy.action in (Action.ALLOW, Action.DENY) and not policy.dry_run else ():
+        effect = flow.guard.effect_of(policy, flow.form)
+        if effect is None:
+            continue
+        asked = (f"the answer of provider {policy.provider}",) if effect is Action.CUSTOM else ()
+        for rule in policy.rules:
             failing, depends = _conditions(policy, rule, flow)
-            if not failing and depends:
-                found.append(Near(rule.origin, TRUE if policy.action is Action.ALLOW else FALSE, (), depends=depends))
+            if not failing and (depends or asked):
+                found.append(
+                    Near(rule.origin, TRUE if effect is Action.ALLOW else FALSE, (), depends=(*depends, *asked))
+                )
     return found
 
 

@@ -8,9 +8,11 @@ from enum import StrEnum
 from typing import Final
 
 from meshbridge.identity.model import ContainerPort, Entity, Peer
+from meshbridge.policy.attributes import Request
 from meshbridge.policy.coverage import UNKNOWN_LABELS, denies_by_labels
+from meshbridge.policy.httpmatch import http_rule_matches
 from meshbridge.policy.mesh import Condition
-from meshbridge.policy.model import Anything, Direction, NetworkRule, Origin, PortMatch, Verdict
+from meshbridge.policy.model import Anything, Direction, HttpMatch, NetworkRule, Origin, PortMatch, Verdict
 from meshbridge.policy.parse.ports import LAST_PORT, PROTOCOLS
 from meshbridge.policy.selectors import (
     IS_POD,
@@ -120,6 +122,32 @@ def near_network(rules: Iterable[NetworkRule], flow: NetworkFlow) -> list[Near]:
                 if held is None or near.distance < held.distance:
                     found[rule.origin] = near
     return sorted(found.values(), key=lambda near: near.distance)
+
+
+def near_http(rules: Iterable[NetworkRule], flow: NetworkFlow, request: Request) -> list[Near]:
+    """The HTTP rules that cover a flow and do not match its request, nearest first."""
+    found: dict[Origin, Near] = {}
+    for rule in rules:
+        if rule.http and rule.direction is flow.direction and mismatches_of(rule, flow) == ():
+            for match in rule.http:
+                near = Near(rule.origin, Verdict.ALLOW, tuple(_http_mismatches(match, request)))
+                held = found.get(rule.origin)
+                if near.mismatches and (held is None or near.distance < held.distance):
+                    found[rule.origin] = near
+    return sorted(found.values(), key=lambda near: near.distance)
+
+
+def _http_mismatches(match: HttpMatch, request: Request) -> Iterator[Mismatch]:
+    """The fields of ``rules.http``, each asked alone."""
+    for name in ("method", "path", "host"):
+        wanted, sent = getattr(match, name), getattr(request, name)
+        if not http_rule_matches(HttpMatch(**{name: wanted}), request):
+            yield Mismatch(Side.REQUEST, f"{name} {wanted}", f"has {sent}")
+    for name, value in match.headers:
+        if not http_rule_matches(HttpMatch(headers=((name, value),)), request):
+            sent = request.header(name)
+            wanted = f"header {name}" if value is None else f"header {name}: {value}"
+            yield Mismatch(Side.REQUEST, wanted, f"has {name}: {sent}" if sent is not None else "has no such header")
 
 
 def verdict_without(rules: Iterable[NetworkRule], origins: Iterable[Origin], flow: NetworkFlow) -> Verdict:

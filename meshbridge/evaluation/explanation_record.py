@@ -46,7 +46,7 @@ def _step(step: Step) -> dict[str, Any]:
         "outcome": step.outcome,
         "text": step.text,
         "rules": [_origin(origin) for origin in step.origins],
-        "near": [_near(near) for near in step.near],
+        "near": [_near(near) for near in step.near or ()],
         "without": None if step.without is None else step.without.name,
         "depends_on": [_near(near) for near in step.open],
     }

@@ -199,6 +199,43 @@ def test_a_deny_says_what_would_be_without_it(manifests: Path) -> None:
     assert f"no-get spec.rules[0] ({manifests}/deny.yaml:10) without that rule it would be ALLOW" in text
 
 
+def test_an_http_rule_of_a_network_policy_says_which_field_is_another(manifests: Path) -> None:
+    (manifests / "l7.yaml").unlink()
+    http = '[{method: GET, path: "/v1/.*"}, {method: PUT, path: /x, headers: [x-a]}]'
+    ports = f'{{ports: [{{port: "8080", protocol: TCP}}], rules: {{http: {http}}}}}'
+    (manifests / "l4.yaml").write_text(L4.replace('{ports: [{port: "8080"}, {port: "9090"}]}', ports))
+    done = run(manifests, "finance/client", "finance/ledger:8080", "--method", "GET", "--path", "/v2", "--host", "h")
+    assert done.exit_code == 1
+    assert "DENY 7. HTTP rules in ext_authz: denied by CiliumNetworkPolicy finance/ledger-l4" in flat(done)
+    assert "would allow it, but it wants path /v1/.*: the request has /v2" in flat(done)
+    assert done.stdout.splitlines()[-1] == "DENY       stopped by HTTP rules in ext_authz"
+
+
+def test_of_a_service_whose_backends_differ_the_one_that_is_denied_is_explained(manifests: Path) -> None:
+    (manifests / "out.yaml").write_text("""
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: out, namespace: finance}
+spec:
+  podSelector: {matchLabels: {app: client}}
+  policyTypes: [Egress]
+  egress: [{to: [{podSelector: {matchLabels: {old: "yes"}}}]}]
+""")
+    done = run(manifests, "finance/client", "10.96.0.1:80")
+    assert done.exit_code == 1
+    assert "DENY 1. egress policy: not every backend of the Service may be reached:" in flat(done)
+    assert f"NetworkPolicy finance/out spec.egress[0] ({manifests}/out.yaml:8) would allow it, but " \
+        "it wants old=yes: the destination has no old" in flat(done)  # fmt: skip
+
+
+def test_a_provider_that_is_asked_leaves_a_flow_open(manifests: Path) -> None:
+    custom = L7.replace("  rules:", "  action: CUSTOM\n  provider: {name: other}\n  rules:").partition("  - from")[0]
+    (manifests / "l7.yaml").write_text(f"{custom}  - to: [{{operation: {{methods: [GET]}}}}]\n")
+    done = run(manifests, "finance/client", "finance/ledger:8080", *SAID, "--principal", OWN)
+    assert done.exit_code == 3
+    assert "denies it given the answer of provider other" in flat(done)
+
+
 def test_a_refused_policy_that_concerns_the_flow_is_shown_with_its_reason(manifests: Path) -> None:
     (manifests / "odd.yaml").write_text(REFUSED)
     text = flat(run(manifests, "finance/client", "finance/ledger:8080"))

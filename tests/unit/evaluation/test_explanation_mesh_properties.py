@@ -64,7 +64,7 @@ def checked(seed: int) -> Iterator[str]:
         evaluator = Evaluator(cluster)
         step = next((s for s in explain_flow(cluster, question).steps if s.stage is Stage.ENVOY), None)
         before = matching(evaluator, question)
-        for near in step.near if step is not None else ():
+        for near in (step.near or ()) if step is not None else ():
             if near.depends or near.isolates or near.origin.kind != "AuthorizationPolicy":
                 continue
             for other in changed(question, near):

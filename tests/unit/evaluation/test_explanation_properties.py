@@ -102,9 +102,9 @@ def test_an_explanation_agrees_with_the_evaluator_and_with_its_own_steps(
         denying = [step.stage for step in explanation.steps if step.verdict is Verdict.DENY]
         assert explanation.decided_by == (denying[0] if denying else None)
         for step in explanation.steps:
-            assert all(near.verdict is not step.verdict for near in step.near)
-            assert list(step.near) == sorted(step.near, key=lambda near: near.distance)
-            assert all(near.mismatches for near in step.near)
+            assert all(near.verdict is not step.verdict for near in step.near or ())
+            assert list(step.near or ()) == sorted(step.near or (), key=lambda near: near.distance)
+            assert all(near.mismatches for near in step.near or ())
 
 
 def verdict_of_steps(explanation: Explanation) -> Verdict:
