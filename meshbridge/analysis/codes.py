@@ -148,10 +148,10 @@ _CODES: Final = (
         "Correct kind and name, or create the target.",
     ),
     Code(
-        "MB0114", "KeysNotFetched", _ERROR,
-        "A RequestAuthentication refers to keys by `jwksUri`, which is not fetched.",
+        "MB0114", "KeysNotFound", _ERROR,
+        "A RequestAuthentication says nowhere where the keys of an issuer are.",
         "No token of that issuer can be verified, so every request that carries one is refused.",
-        "Write the key set under `jwks`.",
+        "Write the key set under `jwks`, or its address under `jwksUri`.",
     ),
     Code(
         "MB0115", "DryRunDenies", _ERROR,

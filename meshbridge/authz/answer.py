@@ -29,7 +29,7 @@ class Answer:
     """``text`` is a sentence for whoever is refused.
 
     ``policy`` is ``namespace/name`` of the policy that decided, "" when none did; ``rule`` is for the log, with the
-    file and line it was written in.
+    file and line it was written in. ``sets`` and ``removes`` are headers of a request that is forwarded.
     """
 
     allowed: bool
@@ -38,6 +38,8 @@ class Answer:
     policy: str = ""
     rule: str = ""
     status: int = FORBIDDEN
+    sets: tuple[tuple[str, str], ...] = ()
+    removes: tuple[str, ...] = ()
 
 
 def refuse(reason: Reason, text: str, *, status: int = FORBIDDEN) -> Answer:

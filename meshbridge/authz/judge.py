@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import structlog
@@ -14,9 +14,11 @@ import structlog
 from meshbridge.authz import metrics
 from meshbridge.authz.answer import UNAUTHORIZED, UNAVAILABLE, Answer, Reason, refuse
 from meshbridge.authz.binding import Binding, compare
+from meshbridge.authz.keysets import KeySets
+from meshbridge.authz.outputs import outputs_of
 from meshbridge.authz.request import Check, HttpRequest, UnusableCheckError, decode_check, forwarded_for
 from meshbridge.authz.response import encode_answer
-from meshbridge.authz.tokens import BadToken, TokenVerifier
+from meshbridge.authz.tokens import BadToken, TokenVerifier, Verified
 from meshbridge.authz.view import CurrentView, NodeView
 from meshbridge.identity.model import IpAddress, Peer, Workload
 from meshbridge.policy.l7 import Request, RequestDecision
@@ -79,9 +81,9 @@ class _Trail:
 class Judge:
     """Answers Checks from the newest view. Whatever goes wrong is a refusal, a log line and a count."""
 
-    def __init__(self, current: CurrentView) -> None:
+    def __init__(self, current: CurrentView, key_sets: KeySets | None = None) -> None:
         self._current = current
-        self._tokens = TokenVerifier()
+        self._tokens = TokenVerifier(key_sets)
         self._rereads = _Rereads()
 
     def check(self, data: bytes) -> bytes:
@@ -118,7 +120,12 @@ class Judge:
             return _refuse_identity(check, view)
         judge = view.judge_of(workload)
         token = self._token(check, judge.jwt_rules)
-        return _answer_of(judge.decide(_request_of(check, token, view.source_at(check.source))))
+        claims = token.claims if isinstance(token, Verified) else token
+        answer = _answer_of(judge.decide(_request_of(check, claims, view.source_at(check.source))))
+        if not answer.allowed or not check.owns_tokens:
+            return answer
+        sets, removes = outputs_of(judge.jwt_rules, token if isinstance(token, Verified) else None)
+        return replace(answer, sets=sets, removes=removes)
 
     def _destination(self, view: NodeView, address: IpAddress) -> tuple[NodeView, Workload | None]:
         """The pod at ``address``; one that has just been created may be in the next revision."""
@@ -136,11 +143,11 @@ class Judge:
             binding = compare(check.principal, view.peer_at(check.source), view.policies.mesh)
         return view, binding
 
-    def _token(self, check: Check, rules: Sequence[JwtRule]) -> Claims | BadToken | None:
+    def _token(self, check: Check, rules: Sequence[JwtRule]) -> Claims | Verified | BadToken | None:
         """What jwt_authn has verified, else what we verify ourselves."""
         if check.claims is not None or check.http is None or not rules:
             return check.claims
-        return self._tokens.claims_of(rules, check.http.headers, check.http.path)
+        return self._tokens.token_of(rules, check.http.headers, check.http.path)
 
 
 def _request_of(check: Check, token: Claims | BadToken | None, peer: Peer) -> Request:

@@ -13,4 +13,5 @@ LATENCY = Histogram(
     buckets=(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
 )
 REVISION = Gauge("meshbridge_authz_revision", "The controller's revision that decisions are made by.")
+KEY_SETS = Counter("meshbridge_authz_key_sets", "Fetches of key sets that policies name by address.", ["result"])
 READY = Gauge("meshbridge_authz_ready", "1 from the first revision until the server drains.")

@@ -19,6 +19,8 @@ from meshbridge.identity.model import IpAddress
 
 JWT_METADATA_NAMESPACE: Final = "envoy.filters.http.jwt_authn"
 JWT_PAYLOAD_KEY: Final = "payload"
+OWNS_TOKENS: Final = "meshbridge.tokens"
+OWNED: Final = "authz"
 
 MAX_CHECK_BYTES: Final = 1 << 20
 MAX_HEADERS: Final = 1_000
@@ -46,7 +48,8 @@ class Check:
     """One question of an Envoy.
 
     ``principal`` is the verified certificate's first name, "" on plaintext. ``claims`` are those of a token that
-    jwt_authn has verified, None when it has told nothing. ``http`` is None on a TCP filter chain.
+    jwt_authn has verified, None when it has told nothing. ``http`` is None on a TCP filter chain. ``owns_tokens``: no
+    jwt_authn stands behind us, so what it would do to the request's headers is ours to do.
     """
 
     source: IpAddress
@@ -56,6 +59,7 @@ class Check:
     sni: str = ""
     http: HttpRequest | None = None
     claims: Mapping[str, Any] | None = field(default=None, hash=False)
+    owns_tokens: bool = False
 
 
 def decode_check(data: bytes) -> Check:
@@ -93,6 +97,7 @@ def _read(attributes: AttributeContext) -> Check:
         sni=attributes.tls_session.sni,
         http=_http(attributes.request.http) if attributes.request.HasField("http") else None,
         claims=_claims(attributes.metadata_context.filter_metadata),
+        owns_tokens=attributes.context_extensions.get(OWNS_TOKENS, "") == OWNED,
     )
 
 

@@ -23,6 +23,11 @@ def encode_answer(answer: Answer) -> bytes:
     if answer.allowed:
         response.status.code = OK
         headers = response.ok_response.response_headers_to_add
+        response.ok_response.headers.extend(
+            HeaderValueOption(header=HeaderValue(key=name, value=value), append_action=_OVERWRITE)
+            for name, value in answer.sets
+        )
+        response.ok_response.headers_to_remove.extend(answer.removes)
     else:
         response.status.code = PERMISSION_DENIED
         response.denied_response.status.code = answer.status

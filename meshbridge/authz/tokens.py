@@ -10,13 +10,14 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 import jwt
 
+from meshbridge.authz.keysets import KeySets
 from meshbridge.policy.mesh import Claims, JwtLocation, JwtRule
 
 MAX_TOKEN_BYTES: Final = 16 * 1024
@@ -45,6 +46,16 @@ class BadToken:
 
 
 @dataclass(frozen=True, slots=True)
+class Verified:
+    """A valid token: its claims, the rule it is valid for, and where it stood."""
+
+    claims: Claims
+    rule: JwtRule
+    location: JwtLocation
+    payload: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Cached:
     claims: Claims
     expires_s: float
@@ -61,29 +72,38 @@ class _Key:
 
 @dataclass(slots=True)
 class TokenVerifier:
-    """Verifies tokens against inline key sets, and remembers the good ones until they expire.
+    """Verifies tokens against key sets, and remembers the good ones until they expire or the keys change.
 
-    ``now_s`` is the wall clock. Tokens themselves are not kept, only their digests. Threads may share it.
+    ``now_s`` is the wall clock. Tokens themselves are not kept, only their digests. Threads may share it. ``key_sets``
+    None: nothing is fetched.
     """
 
-    _cache: OrderedDict[tuple[bytes, JwtRule], _Cached] = field(default_factory=OrderedDict)
+    key_sets: KeySets | None = None
+    _cache: OrderedDict[tuple[bytes, JwtRule, str], _Cached] = field(default_factory=OrderedDict)
     _keys: dict[str, tuple[_Key, ...]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def claims_of(
         self, rules: Sequence[JwtRule], headers: Mapping[str, str], path: str, now_s: float | None = None
     ) -> Claims | BadToken | None:
-        """The claims of a valid token, why the token there is is not valid, or None when there is none.
+        """The claims of a valid token, why the token there is is not valid, or None when there is none."""
+        found = self.token_of(rules, headers, path, now_s)
+        return found.claims if isinstance(found, Verified) else found
+
+    def token_of(
+        self, rules: Sequence[JwtRule], headers: Mapping[str, str], path: str, now_s: float | None = None
+    ) -> Verified | BadToken | None:
+        """A valid token, why the token there is is not valid, or None when there is none.
 
         Of several tokens one that is valid for its rule is enough.
         """
         now_s = time.time() if now_s is None else now_s
         failure: BadToken | None = None
         for rule in rules:
-            for token in _tokens(rule.locations or DEFAULT_LOCATIONS, headers, path):
+            for location, token in _tokens(rule.locations or DEFAULT_LOCATIONS, headers, path):
                 found = self._verified(rule, token, now_s)
                 if not isinstance(found, BadToken):
-                    return found
+                    return Verified(found, rule, location, token.split(".")[1])
                 failure = found
         return failure
 
@@ -91,13 +111,14 @@ class TokenVerifier:
         encoded = token.encode("utf-8", "replace")
         if len(encoded) > MAX_TOKEN_BYTES:
             return BadToken(f"the token is longer than {MAX_TOKEN_BYTES} bytes")
-        entry = (hashlib.sha256(encoded).digest(), rule)
+        jwks = self._jwks(rule)
+        entry = (hashlib.sha256(encoded).digest(), rule, jwks)
         with self._lock:
             cached = self._cache.get(entry)
             if cached is not None and now_s < cached.expires_s:
                 self._cache.move_to_end(entry)
                 return cached.claims
-        claims = self._verify(rule, token, now_s)
+        claims = self._verify(rule, jwks, token, now_s)
         if isinstance(claims, BadToken):
             return claims
         with self._lock:
@@ -106,20 +127,33 @@ class TokenVerifier:
                 self._cache.popitem(last=False)
         return claims
 
-    def _verify(self, rule: JwtRule, token: str, now_s: float) -> Claims | BadToken:
-        keys = self._key_set(rule.jwks)
+    def _jwks(self, rule: JwtRule) -> str:
+        source = rule.key_source
+        return self.key_sets.text(source) if source is not None and self.key_sets is not None else rule.jwks
+
+    def _no_keys(self, rule: JwtRule) -> BadToken:
+        source = rule.key_source
+        why = ""
+        if source is not None:
+            why = f": {self.key_sets.problem(source)}" if self.key_sets is not None else ": nothing is fetched here"
+        return BadToken(f"no usable key is known for issuer {rule.issuer!r}{why}")
+
+    def _verify(self, rule: JwtRule, jwks: str, token: str, now_s: float) -> Claims | BadToken:
+        keys = self._key_set(jwks)
         if not keys:
-            return BadToken(f"no usable key is known for issuer {rule.issuer!r}")
+            return self._no_keys(rule)
         try:
             key_id = jwt.get_unverified_header(token).get("kid")
             fitting = [key for key in keys if key_id is None or key.key_id in (None, key_id)]
+            if not fitting and (source := rule.key_source) is not None and self.key_sets is not None:
+                self.key_sets.missed(source)
             claims = _first_valid(token, fitting)
         # Whatever a hostile token makes the libraries raise, it is not valid.
         except Exception as error:
             return BadToken(f"the token is not valid: {type(error).__name__}")
         if claims is None:
             return BadToken("the token is signed with no key of its issuer")
-        return _check_claims(claims, rule, now_s) or claims
+        return _check_claims(claims, rule, now_s) or _normalized(claims, rule)
 
     def _key_set(self, jwks: str) -> tuple[_Key, ...]:
         with self._lock:
@@ -167,8 +201,14 @@ def _first_valid(token: str, keys: Sequence[_Key]) -> Claims | None:
     return None
 
 
+def _normalized(claims: Claims, rule: JwtRule) -> Claims:
+    """Claims that are lists of words in one text as lists, as jwt_authn leaves them for policies."""
+    texts = {name: value for name in rule.space_delimited if isinstance(value := claims.get(name), str)}
+    return {**claims, **{name: value.split(" ") for name, value in texts.items()}} if texts else claims
+
+
 def _check_claims(claims: Claims, rule: JwtRule, now_s: float) -> BadToken | None:
-    if claims.get("iss") != rule.issuer:
+    if rule.issuer and claims.get("iss") != rule.issuer:
         return BadToken("the token is of another issuer")
     for name in ("exp", "nbf"):
         if name in claims and not _is_time(claims[name]):
@@ -193,16 +233,20 @@ def _audiences(value: object) -> set[str]:
     return {item for item in value if isinstance(item, str)} if isinstance(value, list) else set()
 
 
-def _tokens(locations: Sequence[JwtLocation], headers: Mapping[str, str], path: str) -> Iterator[str]:
+def _tokens(
+    locations: Sequence[JwtLocation], headers: Mapping[str, str], path: str
+) -> Iterator[tuple[JwtLocation, str]]:
     for location in locations:
+        found: Iterable[str] = ()
         if location.header:
             value = headers.get(location.header.lower())
             if value is not None and value.startswith(location.prefix):
-                yield value[len(location.prefix) :].strip()
+                found = [value[len(location.prefix) :].strip()]
         elif location.parameter:
-            yield from _query(path).get(location.parameter, ())
+            found = _query(path).get(location.parameter, ())
         elif location.cookie:
-            yield from _cookies(headers.get("cookie", ""), location.cookie)
+            found = _cookies(headers.get("cookie", ""), location.cookie)
+        yield from ((location, token) for token in found)
 
 
 def _query(path: str) -> Mapping[str, list[str]]:

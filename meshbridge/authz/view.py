@@ -11,6 +11,7 @@ from typing import Final
 from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
 from meshbridge.identity.networks import NetworkIndex
 from meshbridge.policy.l7 import RequestJudge
+from meshbridge.policy.mesh import KeySource
 from meshbridge.policy.policyset import PolicySet
 
 
@@ -44,6 +45,12 @@ class NodeView:
     @cached_property
     def _networks(self) -> NetworkIndex:
         return NetworkIndex(self.policies.referenced_networks())
+
+    @cached_property
+    def key_sources(self) -> tuple[KeySource, ...]:
+        """The key sets that policies of this node name by address."""
+        rules = (rule for policy in self.policies.request_authentication for rule in policy.rules)
+        return tuple(dict.fromkeys(source for rule in rules if (source := rule.key_source) is not None))
 
     @cached_property
     def _judges(self) -> dict[tuple[str, str], RequestJudge]:

@@ -17,6 +17,7 @@ from meshbridge import log as logs
 from meshbridge.authz import metrics
 from meshbridge.authz.assemble import ViewBuilder
 from meshbridge.authz.judge import Judge
+from meshbridge.authz.keysets import KeySets
 from meshbridge.authz.server import PROXY_UID, AuthzServer
 from meshbridge.authz.view import CurrentView
 from meshbridge.errors import SettingsError
@@ -68,18 +69,26 @@ def command(
     if metrics_address:
         _serve_metrics(metrics_address)
     current = CurrentView()
-    server = AuthzServer(listen or f"unix:/run/meshbridge/{node}/authz.sock", Judge(current).check, listen_owner)
+    key_sets = KeySets(lambda: view.key_sources if (view := current.get()) is not None else ())
+    judge = Judge(current, key_sets)
+    server = AuthzServer(listen or f"unix:/run/meshbridge/{node}/authz.sock", judge.check, listen_owner)
     client = ControllerClient(controller, node, lambda: token_file.read_text().strip(), read_ca(controller_ca))
-    asyncio.run(_serve(client, current, server, node))
+    key_sets.start()
+    try:
+        asyncio.run(_serve(client, current, server, node, key_sets))
+    finally:
+        key_sets.stop()
 
 
-async def _serve(client: ControllerClient, current: CurrentView, server: AuthzServer, node: str) -> None:
+async def _serve(
+    client: ControllerClient, current: CurrentView, server: AuthzServer, node: str, key_sets: KeySets
+) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     server.start()
     log.info("authz.started")
-    follower = asyncio.create_task(_follow(client, current, server.set_ready, node), name="follow-controller")
+    follower = asyncio.create_task(_follow(client, current, server.set_ready, node, key_sets), name="follow-controller")
     stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
     done, _ = await asyncio.wait({follower, stopped}, return_when=asyncio.FIRST_COMPLETED)
     log.info("authz.draining")
@@ -91,7 +100,9 @@ async def _serve(client: ControllerClient, current: CurrentView, server: AuthzSe
         follower.result()
 
 
-async def _follow(client: ControllerClient, current: CurrentView, ready: Callable[[], None], node: str) -> None:
+async def _follow(
+    client: ControllerClient, current: CurrentView, ready: Callable[[], None], node: str, key_sets: KeySets
+) -> None:
     """Make every whole revision the current view. One that says something unknown is withheld, as it might tighten."""
     state = _State(ViewBuilder(node=node))
     async for update in client.updates():
@@ -102,6 +113,7 @@ async def _follow(client: ControllerClient, current: CurrentView, ready: Callabl
             continue
         view = await asyncio.to_thread(state.builder.view, update.revision)
         current.set(view)
+        key_sets.wake()
         metrics.REVISION.set(update.revision)
         ready()
         log.info("revision.applied", revision=update.revision, pods=len(view.workloads), addresses=len(view.holders))

@@ -225,10 +225,21 @@ class JwtLocation:
 
 
 @dataclass(frozen=True, slots=True)
-class JwtRule:
-    """Tokens of one issuer. ``jwks`` is the key set as JSON text; with ``jwks_uri`` somebody else has to fetch it.
+class KeySource:
+    """Where a key set is fetched: at ``uri``, or where the discovery document at ``uri`` says."""
 
-    No ``locations`` means ``authorization: Bearer`` and the query parameter ``access_token``.
+    uri: str
+    discovers: bool
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class JwtRule:
+    """Tokens of one issuer, or of any where it is empty. ``jwks`` is the key set as JSON text.
+
+    Without ``jwks`` it is fetched from ``jwks_uri``, or else from where the issuer says. No ``locations`` means
+    ``authorization: Bearer`` and the query parameter ``access_token``. ``space_delimited`` are claims whose words
+    policies ask for, besides scope and permission.
     """
 
     issuer: str
@@ -240,6 +251,19 @@ class JwtRule:
     output_payload_to_header: str = ""
     output_claims_to_headers: tuple[tuple[str, str], ...] = ()
     forward_original_token: bool = False
+    timeout_s: float = 5.0
+    space_delimited: tuple[str, ...] = ()
+
+    @property
+    def key_source(self) -> KeySource | None:
+        """Where its keys are fetched; None: they stand in the rule, or nothing says where they are."""
+        if self.jwks:
+            return None
+        if self.jwks_uri:
+            return KeySource(self.jwks_uri, False, self.timeout_s)
+        if not self.issuer.startswith(("https://", "http://")):
+            return None
+        return KeySource(f"{self.issuer.removesuffix('/')}/.well-known/openid-configuration", True, self.timeout_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from envoy_data_plane.envoy.config.route.v3 import (
     RouteMatch,
     VirtualHost,
 )
+from envoy_data_plane.envoy.extensions.filters.http.ext_authz.v3 import CheckSettings, ExtAuthzPerRoute
 from envoy_data_plane.envoy.extensions.filters.http.ext_authz.v3 import ExtAuthz as HttpExtAuthz
 from envoy_data_plane.envoy.extensions.filters.http.jwt_authn.v3 import (
     JwtAuthentication,
@@ -66,6 +67,8 @@ from meshbridge.xds.names import (
     CLUSTER_INBOUND,
     JWT_METADATA_NAMESPACE,
     JWT_PAYLOAD_KEY,
+    OWNED,
+    OWNS_TOKENS,
 )
 
 # A hung judge must not hold requests; Envoy's own default would be 200 ms, Istio's is 600 s.
@@ -76,6 +79,7 @@ EARLY_DATA_BYTES = 64 * 1024
 
 REASON_HEADER = "x-meshbridge-reason"
 _ESCAPED_SLASHES = HttpConnectionManagerPathWithEscapedSlashesAction
+_EXT_AUTHZ = "envoy.filters.http.ext_authz"
 _UNDECIDED = "meshbridge: the authorization server of this node gave no answer; the request is refused\n"
 
 
@@ -87,8 +91,13 @@ def http_filters(
     paths: PathNormalization = DEFAULT_MESH.path_normalization,
 ) -> list[Filter]:
     """Judge every HTTP request: tokens first, then our decision on what they said."""
-    filters = [*jwt_authn(jwt_rules), _http_ext_authz()]
-    return http_manager(filters, peer_verified=peer_verified, stat_prefix=stat_prefix, paths=paths)
+    # Keys that have to be fetched are ext_authz's to know, and so are then all tokens: jwt_authn refuses what it does
+    # not know.
+    owns_tokens = any(not rule.jwks for rule in jwt_rules)
+    filters = [_http_ext_authz()] if owns_tokens else [*jwt_authn(jwt_rules), _http_ext_authz()]
+    return http_manager(
+        filters, peer_verified=peer_verified, stat_prefix=stat_prefix, paths=paths, owns_tokens=owns_tokens
+    )
 
 
 def http_manager(
@@ -97,15 +106,17 @@ def http_manager(
     peer_verified: bool,
     stat_prefix: str,
     paths: PathNormalization = DEFAULT_MESH.path_normalization,
+    owns_tokens: bool = False,
 ) -> list[Filter]:
     """Put every HTTP request through the filters and forward it to the pod.
 
-    The path is normalized first, as the mesh's ``paths`` say, so that what is judged is what is forwarded.
+    The path is normalized first, as the mesh's ``paths`` say, so that what is judged is what is forwarded. With
+    ``owns_tokens`` ext_authz is told that it alone looks at tokens.
     """
     details = HttpConnectionManagerForwardClientCertDetails
     manager = HttpConnectionManager(
         stat_prefix=stat_prefix,
-        route_config=_all_to_the_pod(),
+        route_config=_all_to_the_pod(owns_tokens=owns_tokens),
         http_filters=[*filters, router()],
         normalize_path=paths is not PathNormalization.NONE,
         merge_slashes=paths in (PathNormalization.MERGE_SLASHES, PathNormalization.DECODE_AND_MERGE_SLASHES),
@@ -181,7 +192,9 @@ def _provider(rule: JwtRule) -> JwtProvider:
         ],
         payload_in_metadata=JWT_PAYLOAD_KEY,
         # As Istio: OAuth writes these claims as one text with spaces, and policies ask for one of the words.
-        normalize_payload_in_metadata=JwtProviderNormalizePayload(space_delimited_claims=["permission", "scope"]),
+        normalize_payload_in_metadata=JwtProviderNormalizePayload(
+            space_delimited_claims=sorted({*rule.space_delimited, "permission", "scope"})
+        ),
     )
 
 
@@ -216,7 +229,7 @@ def _http_ext_authz() -> HttpFilter:
         include_tls_session=True,
         stat_prefix="meshbridge",
     )
-    return HttpFilter(name="envoy.filters.http.ext_authz", typed_config=Any.pack(config))
+    return HttpFilter(name=_EXT_AUTHZ, typed_config=Any.pack(config))
 
 
 def _authz_service() -> GrpcService:
@@ -228,11 +241,13 @@ def router() -> HttpFilter:
     return HttpFilter(name="envoy.filters.http.router", typed_config=Any.pack(Router()))
 
 
-def _all_to_the_pod() -> RouteConfiguration:
+def _all_to_the_pod(*, owns_tokens: bool) -> RouteConfiguration:
+    told = ExtAuthzPerRoute(check_settings=CheckSettings(context_extensions={OWNS_TOKENS: OWNED}))
     route = Route(
         name="default",
         match=RouteMatch(prefix="/"),
         route=RouteAction(cluster=CLUSTER_INBOUND, timeout=timedelta(0)),
+        typed_per_filter_config={_EXT_AUTHZ: Any.pack(told)} if owns_tokens else {},
     )
     host = VirtualHost(name="inbound", domains=["*"], routes=[route])
     return RouteConfiguration(name="inbound", virtual_hosts=[host], validate_clusters=False)

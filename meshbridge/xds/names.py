@@ -23,6 +23,10 @@ SECRET_ROOT_CA: Final = "ROOTCA"
 JWT_METADATA_NAMESPACE: Final = "envoy.filters.http.jwt_authn"
 JWT_PAYLOAD_KEY: Final = "payload"
 
+# By which ext_authz is told that no jwt_authn looks at tokens.
+OWNS_TOKENS: Final = "meshbridge.tokens"
+OWNED: Final = "authz"
+
 # What a client sidecar offers; Istio's names, so that PERMISSIVE terminates the mesh's own TLS and no other.
 ALPN_MESH_TCP: Final = ("istio", "istio-peer-exchange")
 ALPN_MESH_HTTP: Final = ("istio-http/1.0", "istio-http/1.1", "istio-h2")

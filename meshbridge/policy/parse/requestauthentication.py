@@ -1,9 +1,15 @@
-"""RequestAuthentication: whose tokens a workload takes, and where it finds them. Verifying them is ``authz``'s work."""
+"""RequestAuthentication: whose tokens a workload takes, and where it finds them. Verifying them is ``authz``'s work.
+
+Spec: istio, security.istio.io/v1 JWTRule; validateJwtRule. Of jwks and jwksUri the former counts; with neither the keys
+are where the issuer says.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from typing import Final
+from urllib.parse import urlsplit
 
 from meshbridge.policy.mesh import JwtLocation, JwtRule, RequestAuthentication
 from meshbridge.policy.model import Document, Notice, Severity
@@ -13,8 +19,13 @@ from meshbridge.policy.parse.reader import Invalid, Reader, shown
 from meshbridge.policy.parse.targets import target_refs
 from meshbridge.policy.selectors import Selector
 
-_NOT_FETCHED = "jwksUri is not fetched, so every token of issuer {!r} is refused; write the key set under jwks"
+_NO_KEYS = "nothing says where the keys of issuer {!r} are, so every token of it is refused; write jwks or jwksUri"
+KEYS_NOT_FOUND: Final = "MB0114"
 _MAX_JWKS = 256 * 1024
+_TIMEOUT_S, _MAX_TIMEOUT_S = 5.0, 60
+_PART = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m)")
+_DURATION = re.compile(rf"({_PART.pattern})+")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0}
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
@@ -32,9 +43,9 @@ def parse_request_authentication(document: Document) -> Parsed:
     origin = origin_of(document, "")
     policy = RequestAuthentication(document.namespace, document.name, rules, origin, selector, targets)
     notices = contradiction_notices(document, [("spec.selector", selector)]) + tuple(
-        Notice(document, _NOT_FETCHED.format(rule.issuer), rule.origin.rule, Severity.ERROR, "MB0114")
+        Notice(document, _NO_KEYS.format(rule.issuer), rule.origin.rule, Severity.ERROR, KEYS_NOT_FOUND)
         for rule in rules
-        if rule.jwks_uri
+        if not rule.jwks and rule.key_source is None
     )
     return Parsed(document, request_authentication=(policy,), notices=notices)
 
@@ -51,22 +62,42 @@ def _rule(at: Reader, document: Document) -> JwtRule:
         "outputPayloadToHeader",
         "outputClaimToHeaders",
         "forwardOriginalToken",
+        "timeout",
+        "spaceDelimitedClaims",
     )
-    if "issuer" not in fields or not fields["issuer"].text():
-        at.refuse("has no issuer", "write issuer")
-    if ("jwks" in fields) == ("jwksUri" in fields):
-        at.refuse("needs one of jwks and jwksUri", "write the key set under jwks, or its address under jwksUri")
+    issuer = fields["issuer"].text() if "issuer" in fields else ""
+    if not issuer and "jwksUri" not in fields:
+        at.refuse("has no issuer", "write issuer, or jwksUri if tokens of any issuer are meant")
     return JwtRule(
-        issuer=fields["issuer"].text(),
+        issuer=issuer,
         origin=origin_of(document, at.path),
         jwks=_jwks(fields["jwks"]) if "jwks" in fields else "",
         jwks_uri=_uri(fields["jwksUri"]) if "jwksUri" in fields else "",
-        audiences=fields["audiences"].texts() if "audiences" in fields else (),
+        audiences=_names(fields.get("audiences")),
         locations=_locations(fields),
         output_payload_to_header=_header(fields["outputPayloadToHeader"]) if "outputPayloadToHeader" in fields else "",
         output_claims_to_headers=_claim_headers(fields.get("outputClaimToHeaders")),
         forward_original_token="forwardOriginalToken" in fields and fields["forwardOriginalToken"].boolean(),
+        timeout_s=_seconds(fields["timeout"]) if "timeout" in fields else _TIMEOUT_S,
+        space_delimited=_names(fields.get("spaceDelimitedClaims")),
     )
+
+
+def _names(at: Reader | None) -> tuple[str, ...]:
+    for item in at.items() if at else ():
+        if not item.text():
+            item.refuse("is empty", "write a value, or delete the element")
+    return at.texts() if at else ()
+
+
+def _seconds(at: Reader) -> float:
+    """A duration as protobuf's JSON has it, or as Go writes it."""
+    text = at.text()
+    parts = _DURATION.fullmatch(text)
+    seconds = sum(float(amount) * _UNITS[unit] for amount, unit in _PART.findall(text)) if parts else 0.0
+    if not 0.001 <= seconds <= _MAX_TIMEOUT_S:
+        at.refuse(f"{shown(text)} is no time to wait", f"write a duration of 1ms to {_MAX_TIMEOUT_S}s, e.g. 5s")
+    return seconds
 
 
 def _jwks(at: Reader) -> str:
@@ -88,7 +119,12 @@ def _jwks(at: Reader) -> str:
 
 def _uri(at: Reader) -> str:
     text = at.text()
-    if not text.startswith(("https://", "http://")):
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("https", "http") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not text.isascii() or not text.isprintable() or " " in text:
         at.refuse(f"{shown(text)} is no http address", "write https://…")
     return text
 
@@ -102,10 +138,8 @@ def _locations(fields: dict[str, Reader]) -> tuple[JwtLocation, ...]:
         found.append(
             JwtLocation(header=_header(parts["name"]), prefix=parts["prefix"].text() if "prefix" in parts else "")
         )
-    for parameter in fields["fromParams"].texts() if "fromParams" in fields else ():
-        found.append(JwtLocation(parameter=parameter))
-    for cookie in fields["fromCookies"].texts() if "fromCookies" in fields else ():
-        found.append(JwtLocation(cookie=cookie))
+    found += [JwtLocation(parameter=parameter) for parameter in _names(fields.get("fromParams"))]
+    found += [JwtLocation(cookie=cookie) for cookie in _names(fields.get("fromCookies"))]
     return tuple(found)
 
 

@@ -233,11 +233,11 @@ def test_a_bad_token_is_refused_and_none_is_not() -> None:
     assert decide_request(WEB, policies(""), replace(BASE, token_error="expired")).allowed
 
 
-def test_it_is_told_that_tokens_with_keys_elsewhere_are_refused() -> None:
-    (notice,) = policies(JWT).notices
+def test_it_is_told_where_nothing_says_where_keys_are() -> None:
+    (notice,) = policies(JWT.replace('jwksUri: "https://issuer/keys", ', "").replace("https://issuer", "me")).notices
     assert "spec.jwtRules[0]" in str(notice)
-    assert "jwksUri is not fetched" in str(notice)
-    assert "'https://issuer'" in str(notice)
+    assert "nothing says where the keys of issuer 'me' are" in str(notice)
+    assert not policies(JWT).notices
 
 
 def test_jwt_rules_are_read_as_written() -> None:
