@@ -243,8 +243,8 @@ class Controller:
         node = client.caller.node
         items = self.cluster.policies_on(node)
         distinctions = Distinctions(exclusions=self.cluster.needs_all_mesh_policies(node))
-        for item in items:
-            distinctions |= item.distinctions
+        for one in {id(item.distinctions): item.distinctions for item in items}.values():
+            distinctions |= one
         before, client.distinctions = client.distinctions, distinctions
         self.cluster.addresses.view(distinctions, like=before)
         endpoints: dict[str, Resource] = {}

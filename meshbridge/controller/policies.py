@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from meshbridge.controller.addresses import Distinctions
 from meshbridge.controller.messages import policy_message, resource
@@ -56,10 +57,16 @@ def read_policy(document: Document, mesh: MeshSettings, number: int = 1) -> Poli
         name=f"{group}/{kind}/{namespace}/{name}{suffix}",
         parsed=parsed,
         alone=alone,
-        distinctions=Distinctions(alone.referenced_labels(), alone.referenced_port_names()),
+        distinctions=_shared(Distinctions(alone.referenced_labels(), alone.referenced_port_names())),
         anchors=alone.anchors(),
         resource=resource(policy_message(document)),
     )
+
+
+@lru_cache(maxsize=4096)
+def _shared(distinctions: Distinctions) -> Distinctions:
+    """One object for equal ones: thousands of policies look at the same few labels, and a change unites a node's."""
+    return distinctions
 
 
 def problems_of(parsed: Parsed) -> tuple[Problem, ...]:
