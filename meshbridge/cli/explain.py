@@ -30,6 +30,10 @@ WIDTH: Final = 100
 
 _COLOURS: Final = {"ALLOW": "green", "DENY": "red", "NEEDS_L7": "yellow", "bypassed": "yellow", "broken": "red"}
 _COLUMN: Final = 11
+_OPTION_FOR: Final = {
+    "src": "--from", "dst": "--to", "port": "--to", "remote_ip": "--remote-ip", "claims": "--claim",
+    "http.headers": "--header", "peer_principal": "--principal",
+}  # fmt: skip
 _OPTION_OF: Final = {
     "source.ip": "--from", "remote.ip": "--remote-ip", "source.": "--principal", "methods": "--method",
     "paths": "--path", "hosts": "--host", "request.headers": "--header", "request.auth": "--claim or --token",
@@ -85,6 +89,7 @@ def command(ctx: click.Context, /, documents: DocumentSource, everything: bool, 
     except MeshBridgeError as error:
         if (ctx.obj or {}).get("debug"):
             raise
+        error.where = _OPTION_FOR.get(error.where, error.where)
         click.echo(f"Error: {printable(str(error))}", err=True)
         sys.exit(NOT_EXPLAINED)
     if output == "json":

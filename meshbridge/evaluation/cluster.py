@@ -142,10 +142,10 @@ class Cluster:
             return Party(text, held, node=name, entities=frozenset({Entity.REMOTE_NODE}))
         workload = self._pod(text)
         if workload is None:
-            raise QuestionError(
-                f"no pod {text[:120]!r} in the files", where=where,
-                fix='write "ns/pod" of a Pod or of what makes pods, an address, "node/NAME" or "entity:world"',
-            )  # fmt: skip
+            fix = 'write "ns/pod" of a Pod or of what makes pods, an address, "node/NAME" or "entity:world"'
+            if alike := sorted(key for key in self._workloads if slash and key.startswith(text))[:3]:
+                fix = f"there is {', '.join(alike)}"
+            raise QuestionError(f"no pod {text[:120]!r} is known", where=where, fix=fix)
         return Party(text, address or next(iter(workload.addresses), None), workload, workload.node)
 
     def _at(self, address: IpAddress) -> Party:

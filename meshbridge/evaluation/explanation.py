@@ -147,7 +147,7 @@ class _Explainer:
     def _steps(self) -> Iterator[Step]:
         trace = self._trace
         if self._sender is None or trace.egress is None:
-            yield Step(Stage.EGRESS, "the source is no pod, so no policy of a pod is asked", outcome="none")
+            yield Step(Stage.EGRESS, "the source is no pod of its own address: nothing to ask", outcome="none")
         else:
             yield self._network(Stage.EGRESS, trace.egress.network, Direction.EGRESS, self._sender)
             if self._is_tcp:
@@ -160,7 +160,7 @@ class _Explainer:
         elif (mtls := self.delivery()) is not None:
             yield self._mtls(mtls)
         if self._receiver is None or trace.ingress is None:
-            yield Step(Stage.INGRESS, "the destination is no pod, so no policy of a pod is asked", outcome="none")
+            yield Step(Stage.INGRESS, "the destination is no pod of its own address: nothing to ask", outcome="none")
             return
         yield self._network(Stage.INGRESS, trace.ingress.network, Direction.INGRESS, self._receiver)
         if self._is_tcp:
@@ -297,9 +297,12 @@ class _Explainer:
         policies = self._cluster.policies.authorization
         if trace.port_class is PortClass.EXCLUDED:
             unseen = self._without_envoy(asked)
-            near = near_mesh(policies, unseen)
             passing = early.verdict is Verdict.ALLOW
-            step = _step(Stage.EARLY, early, [n for n in near if (n.verdict is Verdict.ALLOW) is not passing])
+            if (unseen.verdict().verdict is Verdict.ALLOW) is not passing:  # the kubelet's probes pass whatever is said
+                yield _step(Stage.EARLY, early)
+                return
+            near = [n for n in near_mesh(policies, unseen) if (n.verdict is Verdict.ALLOW) is not passing]
+            step = _step(Stage.EARLY, early, near)
             yield step if passing else replace(step, open=tuple(undecided(unseen)[:MAX_NEAR]))
             return
         if trace.port_class is not PortClass.CAPTURED:

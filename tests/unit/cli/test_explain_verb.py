@@ -276,8 +276,9 @@ def test_names_from_outside_cannot_forge_lines(manifests: Path) -> None:
 
 BAD: dict[str, tuple[str, str, list[str], str]] = {
     "no port": ("finance/client", "finance/ledger", [], "--to: 'finance/ledger' names no port"),
-    "a port out of range": ("finance/client", "finance/ledger:65536", [], "port: 65536 is no port"),
-    "no such pod": ("finance/nobody", "finance/ledger:80", [], "no pod 'finance/nobody'"),
+    "a port out of range": ("finance/client", "finance/ledger:65536", [], "--to: 65536 is no port"),
+    "no such pod": ("finance/nobody", "finance/ledger:80", [], "--from: no pod 'finance/nobody'"),
+    "only the beginning of a pod's name": ("finance/cli", "finance/ledger:80", [], "is known; there is finance/client"),
     "a header without a value": ("finance/client", "finance/ledger:80", ["--header", "x"], "--header: 'x' has no '='"),
 }
 
