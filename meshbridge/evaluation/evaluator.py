@@ -15,7 +15,7 @@ from meshbridge.evaluation.ambient import ztunnel_guard
 from meshbridge.evaluation.clients import Registry
 from meshbridge.evaluation.cluster import Cluster, Party
 from meshbridge.evaluation.deliveries import undelivered
-from meshbridge.evaluation.mesh import Facts, mesh_verdict_on
+from meshbridge.evaluation.mesh import Facts, mesh_verdict_on, normalized_http
 from meshbridge.evaluation.numbers import Numbers
 from meshbridge.evaluation.question import Question
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, Peer, ProxyClass, Workload
@@ -317,6 +317,7 @@ class Evaluator:
         judge = self._judges.get(id(receiver))
         if judge is None:
             judge = self._judges[id(receiver)] = RequestJudge.of(receiver, self._cluster.policies)
+        http = normalized_http(http, self._cluster.policies.mesh) or http
         request = Request(
             source=leg.sender.address or UNSPECIFIED, port=leg.port, method=http.method or "", path=http.path or "",
             host=http.host or "", headers=dict(http.headers), peer=self._numbers.peers[leg.source],

@@ -33,10 +33,12 @@ from meshbridge.policy.mesh import (
     AuthorizationPolicy,
     Condition,
     JwtRule,
+    MeshSettings,
     MtlsMode,
     network_of,
 )
 from meshbridge.policy.model import Verdict
+from meshbridge.policy.paths import normalized
 from meshbridge.policy.precedence import DropReason
 from meshbridge.policy.strings import matches_identity, matches_text
 
@@ -88,7 +90,12 @@ def mesh_verdict_on(
         return MeshVerdict(FALSE, tuple(sorted({rule.origin for rule in jwt_rules})), DropReason.MESH_POLICY_DENY)
     if guard.mtls.at(facts.port)[0] is MtlsMode.DISABLE:
         question = replace(question, principal=None)
-        facts = replace(facts, question=question)
+    if question.http is not None and protocol is AppProtocol.HTTP:
+        http = normalized_http(question.http, guard.mesh)
+        if http is None:
+            return MeshVerdict(FALSE, (), DropReason.MESH_POLICY_DENY)
+        question = replace(question, http=http)
+    facts = replace(facts, question=question)
     principal = question.principal
     presents = UNKNOWN if isinstance(principal, Principal) else _certain(principal is not None)
 
@@ -96,6 +103,14 @@ def mesh_verdict_on(
         return verdict_of(guard, facts.port, form, presents, partial(known or condition_on, facts, form, guard))
 
     return verdict_of_forms(verdict, protocol)
+
+
+def normalized_http(http: HttpFields, mesh: MeshSettings) -> HttpFields | None:
+    """The request as policies see it; None: Envoy refuses its path before anybody is asked."""
+    if http.path is None:
+        return http
+    path = normalized(http.path, mesh.path_normalization)
+    return None if path is None else replace(http, path=path)
 
 
 def condition_on(

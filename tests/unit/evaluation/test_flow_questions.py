@@ -109,6 +109,7 @@ kind: PeerAuthentication
 metadata: {name: default, namespace: shop}
 spec: {mtls: {mode: STRICT}}
 """
+PATH = authorization("{to: [{operation: {paths: [/api]}}]}")
 DENY_GET = authorization("{to: [{operation: {methods: [GET]}}]}", "DENY")
 HTTP = {"method": "GET", "path": "/", "host": "api"}
 MESH: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -130,6 +131,9 @@ MESH: dict[str, tuple[str, dict[str, Any], str]] = {
     "a sniffed port is certain where both forms agree": (authorization("{}"), {"app_protocol": "auto"}, "ALLOW"),
     "a sniffed port is open where they do not": (DENY_GET, {"app_protocol": "auto"}, "NEEDS_L7"),
     "a Service names the protocol": (DENY_GET, {}, "NEEDS_L7"),
+    "a path that Envoy makes the one asked for": (PATH, {"http": {**HTTP, "path": "/x/../%61pi?q"}}, "ALLOW"),
+    "slashes that Envoy leaves": (PATH, {"http": {**HTTP, "path": "//api"}}, "DENY"),
+    "a path that Envoy refuses": (authorization("{}"), {"http": {**HTTP, "path": "/%00"}}, "DENY"),
     "the claim asked for": (CLAIM, {"http": HTTP, "claims": {"role": "admin"}}, "ALLOW"),
     "another claim": (CLAIM, {"http": HTTP, "claims": {"role": "user"}}, "DENY"),
     "a request that tells of no token has none": (CLAIM, {"http": HTTP}, "DENY"),
