@@ -15,6 +15,8 @@ from meshbridge.bypass.guarantees import Fate, GuaranteeKind
 from meshbridge.bypass.halves import Delivered
 from meshbridge.bypass.inventory import Inventory
 from meshbridge.bypass.report import Report, half_bypasses, report
+from meshbridge.bypass.state import CaptureState
+from meshbridge.identity.model import IpFamily
 from meshbridge.policy.capture import PortClass
 from meshbridge.policy.model import Direction, Severity
 
@@ -96,8 +98,13 @@ def _report(scene: Scene) -> Report:
     kinds = tuple(pods.pod for pods in scene.pods)
     states = {pod.key: capture_state(pod) for pod in kinds}
     everybody = Inventory(kinds, scene.services, scene.policies, states)
-    bypassing = tuple(pod for pod in kinds if any(s.port_class is PortClass.EXCLUDED for s in states[pod.key].intended))
+    bypassing = tuple(pod for pod in kinds if _bypasses(states[pod.key], scene.families_of(pod)))
     if not bypassing:
         return Report()
-    rows = report(replace(everybody, workloads=bypassing)).rows
+    rows = report(replace(everybody, workloads=bypassing, policies=replace(scene.policies, network=()))).rows
     return Report(rows, halves=tuple(half_bypasses(everybody)))
+
+
+def _bypasses(state: CaptureState, families: frozenset[IpFamily]) -> bool:
+    """Whether something that the mesh would guard goes past the sidecar, in a family that the pod has."""
+    return any(span.port_class is PortClass.EXCLUDED and span.family in families for span in state.intended)

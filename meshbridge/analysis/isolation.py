@@ -40,18 +40,20 @@ def _isolating(rules: Iterable[NetworkRule], direction: Direction) -> dict[Polic
 def default_deny(scene: Scene) -> Iterator[Finding]:
     """Policies that isolate pods, with the pods and what stops working for them.
 
-    Each policy is judged against all others: what another one closes anyway is not laid at its door.
+    What another policy closes anyway is not laid at the door of any: where two isolate, neither does it alone.
     """
     for direction in Direction:
         taken: dict[Policy, dict[str, bool]] = {}
         origins: dict[Policy, Origin] = {}
         for pods in scene.pods:
-            for policy, origin in _isolating(pods.selected.network, direction).items():
+            isolating = _isolating(pods.selected.network, direction)
+            for policy, origin in isolating.items() if len(isolating) == 1 else ():
                 if policy in scene.deny_only[direction]:
                     continue
-                origins.setdefault(policy, origin)
-                lost = _lost(scene, pods, policy, direction)
+                others = tuple(rule for rule in pods.selected.network if _policy(rule.origin) != policy)
+                lost = _lost(scene, pods, scene.reach(pods, direction, others), direction)
                 if lost is not None:
+                    origins.setdefault(policy, origin)
                     taken.setdefault(policy, {})[lost[0]] = lost[1]
         for policy, texts in taken.items():
             opens = any(_policy(r.origin) == policy and r.peers != () for r in scene.policies.network)
@@ -62,10 +64,9 @@ def default_deny(scene: Scene) -> Iterator[Finding]:
             yield finding("MB0301", origins[policy], text + more, severity=severity)
 
 
-def _lost(scene: Scene, pods: Pods, policy: Policy, direction: Direction) -> tuple[str, bool] | None:
-    """What the policy takes from the pods, in words, and whether a port is closed to all that are known."""
-    others = tuple(rule for rule in pods.selected.network if _policy(rule.origin) != policy)
-    before, after = scene.reach(pods, direction, others), scene.reach(pods, direction)
+def _lost(scene: Scene, pods: Pods, before: Reach, direction: Direction) -> tuple[str, bool] | None:
+    """What is gone since ``before``, in words, and whether a port is closed to all that are known."""
+    after = scene.reach(pods, direction)
     if direction is Direction.EGRESS:
         gone = _unreachable(scene, pods, before, after)
         return (f"{pods} no longer reaches {listed(gone)}", False) if gone else None

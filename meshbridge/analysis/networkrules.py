@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Final
 
 from meshbridge.analysis.finding import Finding, finding, listed
 from meshbridge.analysis.scene import Pods, Scene, without_effect
+from meshbridge.identity.model import Peer
 from meshbridge.policy.model import Anything, Direction, Document, NetworkRule, Origin, PortMatch, Tier, Verdict
 from meshbridge.policy.parse.ports import ICMP, ICMPV6, LAST_PORT, PROTOCOLS
 
 _OTHER_PROTOCOL: Final = 47
 """GRE, for rules that speak of every protocol."""
+
+_TRIED: Final = 64
+"""Flows that are tried before the maps are compiled without a rule."""
 
 Probe = tuple[int, int, int]
 """A peer's number, a protocol, a port."""
@@ -73,6 +78,8 @@ def _decided_by_others(scene: Scene, rules: list[NetworkRule], selected: list[Po
         reach = scene.reach(pods, direction)
         if not reach.isolates:
             return None  # nothing has to be allowed
+        if _decides_alone(scene, rules, pods, direction):
+            return None
         others = tuple(without_effect(r) if r.origin == origin else r for r in pods.selected.network)
         without = scene.reach(pods, direction, others)
         for number, protocol, port in _probes(scene, rules, pods, direction):
@@ -88,6 +95,23 @@ def _decided_by_others(scene: Scene, rules: list[NetworkRule], selected: list[Po
         return finding("MB0503", origin, text, related=allowing) if allowing else None
     text = f"part of what it allows is denied by {listed(denying)}, the rest is allowed by {listed(allowing)} too"
     return finding("MB0503", origin, text, related=[*denying, *allowing])
+
+
+def _decides_alone(scene: Scene, rules: list[NetworkRule], pods: Pods, direction: Direction) -> bool:
+    """Whether some flow the rules match is matched by no other rule: without them, default deny has it."""
+    others = [r for r in pods.selected.network if r.direction is direction and r.origin != rules[0].origin]
+    for number, protocol, port in islice(_probes(scene, rules, pods, direction), _TRIED):
+        peer = scene.identities[number]
+        if not any(_may_match(rule, peer, protocol, port) for rule in others):
+            return True
+    return False
+
+
+def _may_match(rule: NetworkRule, peer: Peer, protocol: int, port: int) -> bool:
+    ports = isinstance(rule.ports, Anything) or any(
+        match.name or (match.protocol in (0, protocol) and match.first <= port <= match.last) for match in rule.ports
+    )
+    return ports and (isinstance(rule.peers, Anything) or any(selector.matches(peer) for selector in rule.peers))
 
 
 def _probes(scene: Scene, rules: list[NetworkRule], pods: Pods, direction: Direction) -> Iterator[Probe]:

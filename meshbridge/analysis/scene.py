@@ -190,6 +190,10 @@ class Scene:
     def capture(self, pods: Pods) -> Capture:
         return self.cluster.capture(pods.pod)
 
+    def families_of(self, workload: Workload) -> frozenset[IpFamily]:
+        """The families of its addresses; IPv4 where it has none yet."""
+        return frozenset(map(IpFamily.of, workload.addresses)) or frozenset({IpFamily.IPV4})
+
     def family_of(self, workload: Workload) -> IpFamily:
         """The family of its first address; IPv4 where it has none yet."""
         return next((IpFamily.of(address) for address in workload.addresses), IpFamily.IPV4)

@@ -10,6 +10,7 @@ import ast
 import json
 import os
 from contextlib import chdir
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,17 @@ Severity: {code.severity.value.capitalize()}
 
 ## A near miss
 
-This is not reported:
+With this change it is not reported:
 
-```yaml
-{example(code, "near-miss")}
+```diff
+{difference(code)}
 ```
 """
+
+
+def difference(code: Code) -> str:
+    texts = [example(code, name).splitlines() for name in ("triggers", "near-miss")]
+    return "\n".join(list(unified_diff(*texts, n=2, lineterm=""))[2:])
 
 
 def where(found: dict[str, Any]) -> str:
