@@ -430,9 +430,10 @@ def spoil(rng: random.Random, policy: dict[str, Any]) -> None:
 def random_policies(
     rng: random.Random, *, network: int = 4, mesh: int = 0, l4_only: bool = False
 ) -> list[dict[str, Any]]:
-    """Up to so many objects of each family, a few of the network's spoilt."""
-    found = []
-    for index in range(rng.randint(0, network)):
+    """Up to so many objects of each family, a few of the network's spoilt; or what ``random_tiers`` makes."""
+    tiers = network > 0 and maybe(rng, 0.2)
+    found = random_tiers(rng) if tiers else []
+    for index in range(0 if tiers else rng.randint(0, network)):
         kinds = (network_policy, network_policy, cilium_policy, cilium_policy, cluster_policy)
         policy = rng.choice(kinds)(rng, f"n{index}")
         if policy["metadata"]["name"] == "default" and any(e["metadata"]["name"] == "default" for e in found):
