@@ -120,7 +120,7 @@ def _objection(workload: Workload, inventory: Inventory, ports: Mapping[Directio
         if row.ruling.unaccepted:
             kinds = ", ".join(dict.fromkeys(guarantee.kind.value for guarantee in row.ruling.unaccepted))
             return f"it would lose {kinds}, which nobody accepted"
-    for half in half_bypasses(then):
+    for half in half_bypasses(then, possible=True):
         if half.delivery.outcome is Delivered.BROKEN and (half.server == workload.key or workload.key in half.clients):
             inbound = half.server == workload.key and half.port in ports.get(Direction.INGRESS, ())
             if inbound or (workload.key in half.clients and ports.get(Direction.EGRESS)):

@@ -24,7 +24,7 @@ from meshbridge.policy.capture import ISTIO_PORTS, AppProtocol, Capture, PortCla
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.evaluate import evaluate
 from meshbridge.policy.lowering import guard_of, own_principal
-from meshbridge.policy.mesh import Attribute
+from meshbridge.policy.mesh import Action, Attribute
 from meshbridge.policy.model import Direction, EndpointPolicy, Verdict
 from meshbridge.policy.policyset import PolicySet
 
@@ -228,17 +228,24 @@ def _refusing_destinations(workload: Workload, span: Span, inventory: Inventory)
     return tuple(found)
 
 
-def half_bypasses(inventory: Inventory) -> list[HalfBypass]:
+def half_bypasses(inventory: Inventory, *, possible: bool = False) -> list[HalfBypass]:
     """Every server port where a client's side and the server's do not agree, with the clients that will meet it.
 
-    Clients that a policy keeps away from the port anyway are left out.
+    Clients are those of which something says that they use the port: a Service in front of it, a policy that lets them
+    in where others are kept out, or an exclusion of their own that names it.
+
+    Args:
+        possible: Take every client that no policy keeps away.
     """
     found = []
     admits = _Admission(inventory)
     bypassing = {
-        key
-        for key, state in inventory.states.items()
-        if any(state.outbound_bypasses(family, intended=inventory.predicted) for family in IpFamily)
+        workload.key
+        for workload in inventory.workloads
+        if any(
+            inventory.states[workload.key].outbound_bypasses(family, intended=inventory.predicted)
+            for family in _families(workload)
+        )
     }
     for server in inventory.workloads:
         if server.proxy is not ProxyClass.SIDECAR or server.host_network:
@@ -259,7 +266,14 @@ def half_bypasses(inventory: Inventory) -> list[HalfBypass]:
                         continue  # both sides see everything
                     sends = client_captures(inventory, client, vips, dialled)
                     outcome = delivery(Side(True, sends), Side(True, captured), mode)
-                    if outcome.half and admits.may_connect(client, server, guard, port):
+                    if not outcome.half or not admits.may_connect(client, server, guard, port):
+                        continue
+                    if (
+                        possible
+                        or via
+                        or admits.lets_in_only_some(server, guard)
+                        or _names_port(inventory, client, port)
+                    ):
                         meets.setdefault(outcome, []).append(client.key)
                 found += [
                     HalfBypass(server.key, port, via, tuple(clients), outcome) for outcome, clients in meets.items()
@@ -285,13 +299,33 @@ class _Admission:
         ends = ((server, client, Direction.INGRESS), (client, server, Direction.EGRESS))
         return any(all(self._network(*end, family, port) for end in ends) for family in IpFamily)
 
+    def lets_in_only_some(self, server: Workload, guard: Guard) -> bool:
+        """Whether policies keep anybody away from the port, so that who may connect is meant to."""
+        if any(p.action is Action.ALLOW and not p.dry_run for p in guard.policies):
+            return True
+        policy = self._policy(server)
+        return any(policy.map(Direction.INGRESS, f).network_default.verdict is Verdict.DENY for f in IpFamily)
+
     def _network(self, endpoint: Workload, peer: Workload, direction: Direction, family: IpFamily, port: int) -> bool:
+        decision = evaluate(self._policy(endpoint).map(direction, family), self._numbers[peer.key], _TCP, port)
+        return decision.network.verdict is not Verdict.DENY
+
+    def _policy(self, endpoint: Workload) -> EndpointPolicy:
         policy = self._compiled.get(endpoint.key)
         if policy is None:
             policy = self._compiler.endpoint(endpoint, self._inventory.policies, Capture.none())
             self._compiled[endpoint.key] = policy
-        decision = evaluate(policy.map(direction, family), self._numbers[peer.key], _TCP, port)
-        return decision.network.verdict is not Verdict.DENY
+        return policy
+
+
+def _names_port(inventory: Inventory, client: Workload, port: int) -> bool:
+    """Whether a client excludes a port by name, not together with thousands of others."""
+    spans = (
+        span
+        for family in IpFamily
+        for span in inventory.states[client.key].outbound_bypasses(family, intended=inventory.predicted)
+    )
+    return any(port in span.box.port and len(span.box.port) <= MAX_SINGLE_PORTS for span in spans)
 
 
 def _families(workload: Workload) -> list[IpFamily]:
@@ -316,7 +350,8 @@ def client_captures(inventory: Inventory, client: Workload, addresses: Sequence[
         family: [s for s in state.outbound_bypasses(family, intended=inventory.predicted) if port in s.box.port]
         for family in IpFamily
     }
-    for address in addresses:
+    reachable = [address for address in addresses if IpFamily.of(address) in _families(client)]
+    for address in reachable:
         if any(int(address) in span.box.destination for span in bypassed[IpFamily.of(address)]):
             return False
-    return bool(addresses) or not union(span.box.destination for span in bypassed[IpFamily.IPV4])
+    return bool(reachable) or not union(span.box.destination for span in bypassed[IpFamily.IPV4])

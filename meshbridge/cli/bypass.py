@@ -22,6 +22,7 @@ from meshbridge.cli.observe import print_lines
 from meshbridge.observe.client import find_agents
 from meshbridge.observe.tables import aligned
 from meshbridge.observe.text import printable
+from meshbridge.policy.model import Document
 
 SOMETHING_BREAKS = 3
 NOT_ACCEPTED = 4
@@ -113,10 +114,20 @@ def show(pod: str, files: tuple[Path, ...], output: str, node: str | None, socke
 
 @command.command(name="plan")
 @_files
+@click.option(
+    "--with",
+    "context",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    metavar="FILE|DIR",
+    help="Manifests of what is in force already: judged together, told of only where it meets the pods of -f.",
+)
 @_output
 @_node
 @_socket
-def plan(files: tuple[Path, ...], output: str, node: str | None, socket: Path | None) -> None:
+def plan(
+    files: tuple[Path, ...], context: tuple[Path, ...], output: str, node: str | None, socket: Path | None
+) -> None:
     """Say what will happen before it does: what bypasses lose, what of it nobody accepted, what breaks.
 
     What is lost has to be accepted by a BypassPolicy among the objects. The injector's sidecar is taken as given, and
@@ -125,13 +136,14 @@ def plan(files: tuple[Path, ...], output: str, node: str | None, socket: Path | 
     \b
     Examples:
       meshbridge bypass plan -f deployment.yaml -f bypass-policy.yaml
+      meshbridge bypass plan -f deployment.yaml --with manifests/
       meshbridge bypass plan -f manifests/ -o json | jq '.bypasses[].ruling'
     \b
     Exit codes: 0 nothing breaks and what is lost is accepted, 3 something breaks (a connection, a port that stops
     working, a pod that never starts), 4 something is lost that nobody accepted, 1 no agent answers or a manifest
     cannot be read.
     """
-    record = _record(files, node, socket)
+    record = _record(files, node, socket, context)
     rows = [row for row in record["bypasses"] if row["class"] == "excluded"]
     if output == "json":
         print_lines([json.dumps(record, indent=2)])
@@ -181,16 +193,32 @@ def _automatic_lines(record: dict[str, Any]) -> list[str]:
     return [*([""] if lines else []), *lines]
 
 
-def _record(files: Sequence[Path], node: str | None, socket: Path | None) -> dict[str, Any]:
-    if files:
-        found = inventory(read_manifests(files), now=datetime.now(UTC))
-        automatic = [
-            automatic_record(workload.key, automatic_exclusions(workload, found))
-            for workload in found.workloads
-            if is_automatic(workload) and not workload.addresses
-        ]
-        return {**report_record(report(with_automatic(found))), "automatic": automatic}
-    return merged_records(json.loads(agent.bypasses()) for agent in answering(find_agents(socket, node)))
+def _record(
+    files: Sequence[Path], node: str | None, socket: Path | None, context: Sequence[Path] = ()
+) -> dict[str, Any]:
+    if not files:
+        return merged_records(json.loads(agent.bypasses()) for agent in answering(find_agents(socket, node)))
+    given = read_manifests(files)
+    keys = {document.key for document in given}
+    found = inventory([*given, *(d for d in read_manifests(context) if d.key not in keys)], now=datetime.now(UTC))
+    automatic = [
+        automatic_record(workload.key, automatic_exclusions(workload, found))
+        for workload in found.workloads
+        if is_automatic(workload) and not workload.addresses
+    ]
+    record = {**report_record(report(with_automatic(found))), "automatic": automatic}
+    return _selected(record, _concerned(given, record)) if context else record
+
+
+def _concerned(given: Iterable[Document], record: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether a pod is among the given objects, or isolated by a policy among them."""
+    named = {(document.kind, document.namespace, document.name) for document in given}
+    pods = {f"{namespace}/{name}" for _, namespace, name in named}
+    for isolation in record["isolations"]:
+        origin = isolation["origin"]
+        if (origin["kind"], origin["namespace"], origin["name"]) in named:
+            pods.add(isolation["pod"])
+    return pods.__contains__
 
 
 def _selected(record: dict[str, Any], wanted: Callable[[str], bool]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from meshbridge.demo import lifecycle, pods, records
+from meshbridge.demo import admission, lifecycle, pods, records
 from meshbridge.demo.errors import DemoError
 from meshbridge.demo.layout import LOGS
 from meshbridge.demo.walk import runner
@@ -82,8 +82,10 @@ def exec_(pod: str, argv: tuple[str, ...]) -> None:
 @command.command(name="apply")
 @click.option("-f", "--filename", type=_FILE, required=True)
 def apply(filename: Path) -> None:
-    """Put the objects of a file in force, replacing those of the same name."""
+    """Put the objects of a file in force, replacing those of the same name; a pod that a BypassPolicy denies is not."""
     lifecycle.require_up()
+    for warning in admission.admit(lifecycle.STORE, filename):
+        click.echo(f"Warning: {warning}", err=True)
     keys = lifecycle.STORE.apply(filename)
     for kind, namespace, name in keys:
         click.echo(f"{kind} {f'{namespace}/' if namespace else ''}{name} applied")

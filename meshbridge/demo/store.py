@@ -17,12 +17,13 @@ from typing import Any
 import yaml
 
 from meshbridge.demo.errors import DemoError
+from meshbridge.kube.objects import CLUSTER_SCOPED
 
 # Kind, namespace, name: what makes it the same object.
 Key = tuple[str, str, str]
 
 _SEPARATOR = re.compile(r"^---(?=\s|$)[^\n]*\n?", re.MULTILINE)
-_CLUSTER_SCOPED = frozenset({"Namespace", "Node", "CiliumClusterwideNetworkPolicy"})
+_CLUSTER_SCOPED = frozenset(kind for _, kind in CLUSTER_SCOPED)
 _YAML = frozenset({".yaml", ".yml"})
 
 
@@ -64,7 +65,7 @@ class Store:
     def version(self) -> tuple[tuple[str, int, int, int], ...]:
         """A value that changes when any file does, for the price of looking at the directory."""
         found = []
-        for path in self._files():
+        for path in self.files():
             with suppress(FileNotFoundError):  # removed since it was listed
                 state = path.stat()
                 found.append((path.name, state.st_ino, state.st_size, state.st_mtime_ns))
@@ -72,7 +73,7 @@ class Store:
 
     def objects(self) -> list[Mapping[str, Any]]:
         """Every readable object; files that cannot be read are the controller's to name."""
-        return [part.data for path in self._files() for part in _readable(path)]
+        return [part.data for path in self.files() for part in _readable(path)]
 
     def apply(self, source: Path) -> list[Key]:
         """Put a copy of ``source`` in force and return the keys of its objects; an object lives in one file only.
@@ -107,7 +108,7 @@ class Store:
 
     def _cut(self, keys: set[Key], keep: Path | None = None) -> set[Key]:
         removed = set()
-        for path in self._files():
+        for path in self.files():
             held = _readable(path)
             stay = [part for part in held if part.key not in keys]
             if path == keep or len(stay) == len(held):
@@ -119,7 +120,8 @@ class Store:
                 path.unlink()
         return removed
 
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """The files in force, by name."""
         return sorted(path for path in self.directory.glob("*") if path.suffix in _YAML and path.name[0] != ".")
 
 

@@ -10,16 +10,31 @@ from types import ModuleType
 
 from meshbridge.demo import lifecycle
 from meshbridge.demo.layout import LOGS
-from meshbridge.demo.walk import step_a, step_b, step_c, step_d, step_e, step_f, step_g, step_h, step_i, step_j, step_k
+from meshbridge.demo.walk import (
+    step_a,
+    step_b,
+    step_c,
+    step_d,
+    step_e,
+    step_f,
+    step_g,
+    step_h,
+    step_i,
+    step_j,
+    step_k,
+    step_l,
+)
 from meshbridge.demo.walk.context import Walk
 from meshbridge.demo.walk.report import Report
 from meshbridge.errors import MeshBridgeError
 
 _LOG_LINES = 60
 
-# A step is a module with LETTER, TITLE, ABOUT and run(walk). It leaves the mesh as it found it, but for g to k: those
+# A step is a module with LETTER, TITLE, ABOUT and run(walk). It leaves the mesh as it found it, but for g to l: those
 # share Prometheus and what it scrapes (`scraping.py`), each brings what it lacks, and all of it stays to the end.
-STEPS: Sequence[ModuleType] = (step_a, step_b, step_c, step_d, step_e, step_f, step_g, step_h, step_i, step_j, step_k)
+STEPS: Sequence[ModuleType] = (
+    step_a, step_b, step_c, step_d, step_e, step_f, step_g, step_h, step_i, step_j, step_k, step_l,
+)  # fmt: skip
 
 
 def run(report: Report, keep: bool, report_file: Path | None) -> int:

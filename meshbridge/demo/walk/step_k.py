@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-
 from meshbridge.demo import lifecycle
-from meshbridge.demo.layout import NETNS
 from meshbridge.demo.waiting import poll
 from meshbridge.demo.walk import scraping
 from meshbridge.demo.walk.context import Walk, rules_text
+from meshbridge.demo.walk.rules import extra_rule
 from meshbridge.demo.walk.scraping import CONTRADICTORY, METRICS_PATH, METRICS_PORT, NEIGHBOUR, OCTAL
 from meshbridge.demo.walk.sources import Round, Source, call_all, wait_event
 from meshbridge.observe.flow import Flow, FlowKind
@@ -63,12 +61,7 @@ def _rules_change(walk: Walk) -> None:
     record = walk.pod(CONTRADICTORY)
     rule = ["PREROUTING", "-p", "tcp", "--dport", str(METRICS_PORT), "-j", "RETURN"]
     walk.report.say(f"in {CONTRADICTORY}'s namespace: iptables -t nat -I {' '.join(rule)}")
-    tools = [
-        ["nsenter", f"--net={NETNS / record.netns}", tool, "-w", "-t", "nat"] for tool in ("iptables", "ip6tables")
-    ]
-    for tool in tools:
-        subprocess.run([*tool, "-I", *rule], check=True, capture_output=True)
-    try:
+    with extra_rule(record, *rule):
         excluded = poll(
             lambda: _knock(walk, STRANGER, CONTRADICTORY, METRICS_PORT, FlowKind.DROP, wait=False)[1], _RULES_READ_S
         )
@@ -89,9 +82,6 @@ def _rules_change(walk: Walk) -> None:
             f"{SCRAPER.name}'s request over both families, counters of the application and of Envoy",
         )
         _named(walk, CONTRADICTORY, "rules-missing", "8080", "the rules against the specification")
-    finally:
-        for tool in tools:
-            subprocess.run([*tool, "-D", *rule], check=True, capture_output=True)
     back = poll(
         lambda: _round(walk, STRANGER, CONTRADICTORY, METRICS_PORT).calls[0].outcome.status == 403, _RULES_READ_S
     )

@@ -27,6 +27,13 @@ metadata: {name: default, namespace: finance}
 spec: {mtls: {mode: STRICT}}
 ---
 """
+OPEN = """
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: open, namespace: finance}
+spec: {selector: {matchLabels: {app: ledger}}, rules: [{from: [{source: {namespaces: [finance]}}]}]}
+---
+"""
 SERVICE = """
 apiVersion: v1
 kind: Service
@@ -67,7 +74,7 @@ def applied(*texts: str) -> dict[str, Any]:
 
 
 def test_a_server_that_does_not_see_its_ports_gets_one_rule_for_its_service_and_one_for_its_address() -> None:
-    objects = applied(NAMESPACE, LEDGER, CLIENT, SERVICE, STRICT)
+    objects = applied(NAMESPACE, LEDGER, CLIENT, SERVICE, STRICT, OPEN)
     rule, authentication = objects["DestinationRule"], objects["PeerAuthentication"]
     assert rule["spec"]["host"] == "ledger.finance.svc.cluster.local"
     assert [item["port"]["number"] for item in rule["spec"]["trafficPolicy"]["portLevelSettings"]] == [80, 9090]
@@ -79,7 +86,7 @@ def test_a_server_that_does_not_see_its_ports_gets_one_rule_for_its_service_and_
 
 
 def test_with_the_fixes_applied_nothing_is_left_to_fix() -> None:
-    texts = (NAMESPACE, LEDGER, CLIENT, STRICT)
+    texts = (NAMESPACE, LEDGER, CLIENT, STRICT, OPEN)
     documents = "---\n".join(yaml.safe_dump(item) for item in applied(*texts).values())
     assert found(*texts)
     assert found(*texts, documents) == []
@@ -106,7 +113,7 @@ metadata: {name: mine, namespace: finance}
 spec: {selector: {matchLabels: {app: ledger}}, mtls: {mode: STRICT}}
 ---
 """
-    (eight, nine) = found(NAMESPACE, LEDGER, CLIENT, own)
+    (eight, nine) = found(NAMESPACE, LEDGER, CLIENT, own, OPEN)
     assert eight.apply is nine.apply is None
     assert "add to PeerAuthentication finance/mine: portLevelMtls: {8080: {mode: DISABLE}}" in eight.todo
 
@@ -139,7 +146,11 @@ def test_what_makes_a_bypass_unnecessary(text: str, ports: list[int]) -> None:
 
 
 def test_the_command_prints_objects_that_apply_and_says_what_is_left(tmp_path: Path) -> None:
-    (tmp_path / "all.yaml").write_text(NAMESPACE + LEDGER + CLIENT + SERVICE + STRICT)
+    (tmp_path / "all.yaml").write_text(NAMESPACE + LEDGER + CLIENT + SERVICE + STRICT + OPEN)
     result = CliRunner().invoke(command, ["fix", "-f", str(tmp_path)])
     assert result.exit_code == 0
     assert {item["kind"] for item in yaml.safe_load_all(result.output)} == {"DestinationRule", "PeerAuthentication"}
+
+
+def test_clients_of_which_nothing_says_that_they_use_the_port_are_left_alone() -> None:
+    assert found(NAMESPACE, LEDGER, CLIENT, STRICT) == []
