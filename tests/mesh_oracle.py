@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -41,8 +41,11 @@ def admits(
     policies: list[dict[str, Any]], namespace: str, labels: dict[str, str], port: int, caller: Caller, content: Content
 ) -> bool:
     """Whether Envoy of the selected workload lets the request reach the application."""
-    if mode(policies, namespace, labels, port) == "STRICT" and caller.principal is None:
+    demanded = mode(policies, namespace, labels, port)
+    if demanded == "STRICT" and caller.principal is None:
         return False
+    if demanded == "DISABLE":
+        caller = replace(caller, principal=None)  # no chain takes TLS off, so no certificate is ever read
     selected = [p for p in policies if p["kind"] == "AuthorizationPolicy" and selects(p, namespace, labels)]
     selected = [p for p in selected if p["metadata"].get("annotations", {}).get("istio.io/dry-run") != "true"]
     for action in ("CUSTOM", "DENY"):
