@@ -10,7 +10,7 @@
 #ifndef MESHBRIDGE_ABI_H
 #define MESHBRIDGE_ABI_H
 
-#define ABI_VERSION 3
+#define ABI_VERSION 4
 
 enum ip_family {
 	FAMILY_IPV4 = 0,
@@ -176,17 +176,25 @@ struct policy_value {
 	__u8 pad;
 };
 
-/* map policy: array of these, a cache line each; the buckets of a set lie together. An entry is in the bucket its key has
- * by the upper half of its hash, or, where that one says so, in the one it has by the lower half:
+/* map policy: array of cache lines. Those of a set lie together: buckets of keys first, then the values, each once.
+ * An entry is in the bucket its key has by the upper half of its hash, or, where that one says so, in the one it has by
+ * the lower half:
  *   h = (key ^ seed) * POLICY_HASH_FIRST;  h = (h ^ h >> 32) * POLICY_HASH_SECOND;  half * buckets >> 32
  * A lookup probes, for the peer's identity and for IDENTITY_ANY, every prefix length the set uses with it. */
 #define POLICY_HASH_FIRST 0x5851f42d4c957f2d
 #define POLICY_HASH_SECOND 0x369dea0f31a53f85
-#define POLICY_BUCKET_ENTRIES 3
+#define POLICY_BUCKET_KEYS 6
 struct policy_bucket {
-	__u64 keys[3]; /* 0: no entry */
-	struct policy_value values[3];
-	__u32 more; /* 1: some key of this bucket is in its other one */
+	__u64 keys[6];   /* 0: no entry */
+	__u16 values[6]; /* which of the set's values each has */
+	__u16 more;      /* 1: some key of this bucket is in its other one */
+	__u8 pad[2];
+};
+
+#define POLICY_LINE_VALUES 4
+struct policy_values {
+	struct policy_value values[4];
+	__u8 pad[16];
 };
 
 /* map policy_sets: hash, key = set id. What holds for a whole set. Nothing of a set changes while the set is here. */
@@ -207,8 +215,10 @@ struct policy_layer_default {
 struct policy_set_value {
 	struct policy_layer_default layers[2]; /* index = enum policy_layer */
 	__u64 seed;
-	__u32 first_bucket;
+	__u32 first_line;
 	__u32 buckets;
+	__u32 lines; /* those of buckets and of values */
+	__u8 pad[4];
 };
 
 /* map conntrack: array of maps, index = endpoint_value.flow_table, 0 stays empty; inner: LRU hash, so that one endpoint

@@ -12,7 +12,7 @@ BPF_F_TABLE("hash", struct endpoint_address_key, struct endpoint_address_value, 
             BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", struct ipcache_key, struct ipcache_value, ipcache, 262144, BPF_F_NO_PREALLOC);
 BPF_LPM_TRIE(ipcache_cidr, struct ipcache_cidr_key, struct ipcache_value, 65536);
-BPF_TABLE("array", u32, struct policy_bucket, policy, 262144); /* half a million entries */
+BPF_TABLE("array", u32, struct policy_bucket, policy, 262144); /* a million entries */
 BPF_F_TABLE("hash", struct policy_set_key, struct policy_set_value, policy_sets, 65536, BPF_F_NO_PREALLOC);
 
 /* The inner map is a template: every endpoint incarnation has one of its own. An array, so that finding it is no call. */

@@ -280,28 +280,40 @@ static __always_inline const struct policy_value *find_entry(const struct policy
                                                              struct layer_verdict *verdict)
 {
 	__u64 hash = (key ^ set->seed) * POLICY_HASH_FIRST;
+	struct policy_values *line;
+	__u32 number, index;
 
 	hash = (hash ^ hash >> 32) * POLICY_HASH_SECOND;
 #pragma unroll
 	for (int other = 0; other <= 1; other++) {
 		__u64 half = other ? (__u32)hash : hash >> 32;
-		__u32 index = set->first_bucket + (__u32)(half * set->buckets >> 32);
-		struct policy_bucket *bucket = policy.lookup(&index);
+		struct policy_bucket *bucket;
 
+		index = set->first_line + (__u32)(half * set->buckets >> 32);
+		bucket = policy.lookup(&index);
 		if (!bucket) {
 			verdict->unreadable = 1;
 			return NULL;
 		}
-		if (bucket->keys[0] == key)
-			return &bucket->values[0];
-		if (bucket->keys[1] == key)
-			return &bucket->values[1];
-		if (bucket->keys[2] == key)
-			return &bucket->values[2];
+#pragma unroll
+		for (int slot = 0; slot < POLICY_BUCKET_KEYS; slot++) {
+			if (bucket->keys[slot] == key) {
+				number = bucket->values[slot];
+				goto found;
+			}
+		}
 		if (!bucket->more)
 			return NULL;
 	}
 	return NULL;
+found:
+	index = set->first_line + set->buckets + number / POLICY_LINE_VALUES;
+	line = (struct policy_values *)policy.lookup(&index);
+	if (!line) {
+		verdict->unreadable = 1;
+		return NULL;
+	}
+	return &line->values[number % POLICY_LINE_VALUES];
 }
 
 /* judge_layer - the entry of highest precedence decides; on a tie the longer prefix, then the specific identity.

@@ -43,7 +43,9 @@ POLICY_HASH_FIRST: int
 
 POLICY_HASH_SECOND: int
 
-POLICY_BUCKET_ENTRIES: int
+POLICY_BUCKET_KEYS: int
+
+POLICY_LINE_VALUES: int
 
 EVENT_WINDOW_NS: int
 
@@ -203,11 +205,22 @@ class PolicyValue(AbiStruct):
 
 class PolicyBucket(AbiStruct):
     keys: ctypes.Array[ctypes.c_ulong]
-    values: ctypes.Array[PolicyValue]
+    values: ctypes.Array[ctypes.c_ushort]
     more: int
+    pad: ctypes.Array[ctypes.c_ubyte]
     def __init__(
-        self, *, keys: ctypes.Array[ctypes.c_ulong] = ..., values: ctypes.Array[PolicyValue] = ..., more: int = ...
+        self,
+        *,
+        keys: ctypes.Array[ctypes.c_ulong] = ...,
+        values: ctypes.Array[ctypes.c_ushort] = ...,
+        more: int = ...,
+        pad: ctypes.Array[ctypes.c_ubyte] = ...,
     ) -> None: ...
+
+class PolicyValues(AbiStruct):
+    values: ctypes.Array[PolicyValue]
+    pad: ctypes.Array[ctypes.c_ubyte]
+    def __init__(self, *, values: ctypes.Array[PolicyValue] = ..., pad: ctypes.Array[ctypes.c_ubyte] = ...) -> None: ...
 
 class PolicySetKey(AbiStruct):
     set_id: int
@@ -236,15 +249,19 @@ class PolicyLayerDefault(AbiStruct):
 class PolicySetValue(AbiStruct):
     layers: ctypes.Array[PolicyLayerDefault]
     seed: int
-    first_bucket: int
+    first_line: int
     buckets: int
+    lines: int
+    pad: ctypes.Array[ctypes.c_ubyte]
     def __init__(
         self,
         *,
         layers: ctypes.Array[PolicyLayerDefault] = ...,
         seed: int = ...,
-        first_bucket: int = ...,
+        first_line: int = ...,
         buckets: int = ...,
+        lines: int = ...,
+        pad: ctypes.Array[ctypes.c_ubyte] = ...,
     ) -> None: ...
 
 class ConntrackKey(AbiStruct):

@@ -15,7 +15,7 @@ struct layer_verdict {
 	__u8 audit;       /* 1: would not pass, but is only reported */
 	__u8 matched;     /* 1: an entry decided, not the default */
 	__u8 flags;       /* enum policy_flags */
-	__u8 unreadable;  /* 1: the set names buckets that do not exist */
+	__u8 unreadable;  /* 1: the set names lines that do not exist */
 	__u8 pad;
 };
 

@@ -37,7 +37,7 @@ class MapSizes:
     """Capacities of maps when they are created; None keeps what bpf/maps.h says. A pinned map keeps its own.
 
     ``conntrack_per_endpoint`` is the quota of flows of one pod, ``events`` the bytes of the ring (a power of two),
-    ``policy`` counts buckets of some two entries each.
+    ``policy`` counts cache lines of some four entries each.
     """
 
     endpoints: int | None = None

@@ -1,13 +1,12 @@
-"""Whole policy sets in the kernel: their entries in buckets of one array, and a header that says where (bpf/abi.h).
+"""Whole policy sets in the kernel: their entries in cache lines of one array, and a header that says where (bpf/abi.h).
 
-The buckets of a set are written into a range that no header names, then its header; when the header is gone, the range
+The lines of a set are written into a range that no header names, then its header; when the header is gone, the range
 is free again. So whoever is killed in between leaves nothing behind that counts.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
@@ -18,40 +17,52 @@ from meshbridge.datapath.maps import Maps
 from meshbridge.datapath.policysets import DEFAULTS_BYTES, ENTRY_BYTES, KEY, SET_ID
 from meshbridge.datapath.rawtables import Item, KernelTable
 
-_SLOTS: Final = int(abi.POLICY_BUCKET_ENTRIES)
+_SLOTS: Final = int(abi.POLICY_BUCKET_KEYS)
+_BUCKET: Final = struct.Struct(f"={_SLOTS}Q{_SLOTS}HH2x")
 _VALUE_BYTES: Final = ENTRY_BYTES - KEY.size
-_BUCKET: Final = struct.Struct(f"={_SLOTS}Q{_SLOTS * _VALUE_BYTES}sI")
-_PLACE: Final = struct.Struct("=QII")
-_ENTRIES_PER_BUCKET: Final = 2  # on average; one entry in seven is in its second bucket then
+_VALUES_BYTES: Final = abi.POLICY_LINE_VALUES * _VALUE_BYTES
+_VALUES: Final = struct.Struct(f"={_VALUES_BYTES}s16x")
+_MOST_VALUES: Final = 1 << 16
+_PLACE: Final = struct.Struct("=QIII4x")
+_KEYS_PER_BUCKET: Final = 4  # on average; one entry in twenty is in its second bucket then
 _SEED: Final = 0x9E3779B97F4A7C15
 _MASK: Final = (1 << 64) - 1
 _MOVES: Final = 256
 
 
 class Place(NamedTuple):
-    """Where a set's buckets are, and what its keys are hashed with; the end of ``struct policy_set_value``."""
+    """Where a set's lines are, and what its keys are hashed with; the end of ``struct policy_set_value``."""
 
     seed: int
     first: int
     buckets: int
+    lines: int
+
+
+class Arranged(NamedTuple):
+    """A set's entries as lines of the map: ``buckets`` of keys, then values."""
+
+    seed: int
+    buckets: int
+    lines: list[bytes]
 
 
 class PolicyTable:
     """Table POLICY_SETS: set number → the set's content (PackedSet). One process writes.
 
-    A set is not changed in its place: a new one under its number gets other buckets, then the number changes over.
+    A set is not changed in its place: a new one under its number gets other lines, then the number changes over.
     """
 
     def __init__(self, maps: Maps) -> None:
-        self._buckets, self._headers = KernelTable(maps.policy), KernelTable(maps.policy_sets)
+        self._lines, self._headers = KernelTable(maps.policy), KernelTable(maps.policy_sets)
         self._capacity = syscall.map_info(maps.policy.fd).max_entries
         self._places: dict[bytes, Place] | None = None  # from the first write on
 
     def read(self) -> Iterator[Item]:
         for key, header in self._headers.read():
             place = Place(*_PLACE.unpack_from(header, DEFAULTS_BYTES))
-            buckets = self._buckets.read_range(place.first, place.buckets)
-            yield key, header[:DEFAULTS_BYTES] + b"".join(sorted(_entries(buckets)))
+            lines = list(self._lines.read_range(place.first, place.lines))
+            yield key, header[:DEFAULTS_BYTES] + b"".join(sorted(_entries(lines, place.buckets)))
 
     def put(self, items: Sequence[Item]) -> None:
         """Write whole sets; nothing of any of them is in force unless there is room for all.
@@ -61,16 +72,16 @@ class PolicyTable:
         """
         known = self._known()
         free = gaps(known.values(), self._capacity)
-        buckets: list[Item] = []
+        lines: list[Item] = []
         headers: list[Item] = []
         places: dict[bytes, Place] = {}
         for key, content in items:
-            seed, packed = arrange(content[DEFAULTS_BYTES:])
-            place = places[key] = Place(seed, take(free, len(packed)), len(packed))
-            buckets += ((SET_ID.pack(number), bucket) for number, bucket in enumerate(packed, place.first))
+            seed, buckets, arranged = arrange(content[DEFAULTS_BYTES:])
+            place = places[key] = Place(seed, take(free, len(arranged)), buckets, len(arranged))
+            lines += ((SET_ID.pack(number), line) for number, line in enumerate(arranged, place.first))
             headers.append((key, content[:DEFAULTS_BYTES] + _PLACE.pack(*place)))
         self._places = None  # read back, should a write fail
-        self._buckets.put(buckets)
+        self._lines.put(lines)
         self._headers.put(headers)
         self._places = known | places
 
@@ -88,29 +99,35 @@ class PolicyTable:
         return self._places
 
 
-def arrange(entries: bytes) -> tuple[int, list[bytes]]:
-    """The seed and the buckets of packed entries (key and value; no key twice)."""
+def arrange(entries: bytes) -> Arranged:
+    """The lines of packed entries (key and value; no key twice).
+
+    Raises:
+        BpfFullError: More different values than a bucket can number.
+    """
     starts = range(0, len(entries), ENTRY_BYTES)
     keys = [KEY.unpack_from(entries, start)[0] for start in starts]
-    values = [entries[start + KEY.size : start + ENTRY_BYTES] for start in starts]
+    numbers: dict[bytes, int] = {}
+    values = [numbers.setdefault(entries[start + KEY.size : start + ENTRY_BYTES], len(numbers)) for start in starts]
+    if len(numbers) > _MOST_VALUES:
+        raise syscall.error(errno.E2BIG, f"{len(numbers)} different values in one policy set", "map policy")
     buckets, attempt = None, 0
     while buckets is None:
         # Keys that crowd together by one seed do not by another, and more buckets make it easier each time.
         seed = attempt * _SEED & _MASK
-        count = -(-len(keys) * (4 + attempt) // (4 * _ENTRIES_PER_BUCKET))
+        count = -(-len(keys) * (4 + attempt) // (4 * _KEYS_PER_BUCKET))
         homes = [_homes(key ^ seed, count) for key in keys]
         buckets = _fill(homes, count)
         attempt += 1
     crowded = {homes[entry][0] for number, held in enumerate(buckets) for entry in held if homes[entry][0] != number}
-    return seed, [
-        _BUCKET.pack(
-            *(keys[entry] for entry in held),
-            *itertools.repeat(0, _SLOTS - len(held)),
-            b"".join(values[entry] for entry in held),
-            number in crowded,
-        )
-        for number, held in enumerate(buckets)
-    ]
+    lines = []
+    for number, held in enumerate(buckets):
+        rest = (0,) * (_SLOTS - len(held))
+        row = (*(keys[entry] for entry in held), *rest, *(values[entry] for entry in held), *rest)
+        lines.append(_BUCKET.pack(*row, number in crowded))
+    packed = b"".join(numbers)
+    lines += (_VALUES.pack(packed[start : start + _VALUES_BYTES]) for start in range(0, len(packed), _VALUES_BYTES))
+    return Arranged(seed, count, lines)
 
 
 def _homes(key: int, count: int) -> tuple[int, int]:
@@ -149,27 +166,28 @@ def _make_room(buckets: list[list[int]], homes: Sequence[tuple[int, int]], entry
     return False
 
 
-def _entries(buckets: Iterable[bytes]) -> Iterator[bytes]:
-    for bucket in buckets:
-        *keys, values, _ = _BUCKET.unpack(bucket)
-        for slot, key in enumerate(keys):
+def _entries(lines: Sequence[bytes], buckets: int) -> Iterator[bytes]:
+    values = b"".join(_VALUES.unpack(line)[0] for line in lines[buckets:])
+    for line in lines[:buckets]:
+        fields = _BUCKET.unpack(line)
+        for key, number in zip(fields[:_SLOTS], fields[_SLOTS:], strict=False):
             if key:
-                yield KEY.pack(key) + values[slot * _VALUE_BYTES : (slot + 1) * _VALUE_BYTES]
+                yield KEY.pack(key) + values[number * _VALUE_BYTES : (number + 1) * _VALUE_BYTES]
 
 
 def gaps(places: Iterable[Place], capacity: int) -> list[tuple[int, int]]:
     """What no place covers, as (start, end)."""
     found, at = [], 0
     for place in sorted(places, key=lambda place: place.first):
-        if place.buckets:
+        if place.lines:
             if place.first > at:
                 found.append((at, place.first))
-            at = place.first + place.buckets
+            at = place.first + place.lines
     return [*found, (at, capacity)]
 
 
 def take(free: list[tuple[int, int]], count: int) -> int:
-    """The start of so many buckets in a row, which are free no more.
+    """The start of so many lines in a row, which are free no more.
 
     Raises:
         BpfFullError: There are not so many.
@@ -178,4 +196,4 @@ def take(free: list[tuple[int, int]], count: int) -> int:
         if end - start >= count:
             free[position] = (start + count, end)
             return start
-    raise syscall.error(errno.ENOSPC, f"no room for {count} buckets", "map policy")
+    raise syscall.error(errno.ENOSPC, f"no room for {count} lines", "map policy")

@@ -99,11 +99,11 @@ def test_each_of_thousands_of_entries_is_found_and_what_has_none_is_not(kernel: 
         assert outcome.event.network_rule_id == (port if outcome.passed else 0)
 
 
-def test_a_set_that_names_buckets_which_do_not_exist_lets_nobody_in(kernel: Harness, pod: Pod) -> None:
+def test_a_set_that_names_lines_which_do_not_exist_lets_nobody_in(kernel: Harness, pod: Pod) -> None:
     kernel.policy_set(ALLOW, only((0, TCP, 80, 16)))
     assert pod.receive(tcp(PEER4, POD4, 1, 80)).passed
     for key, content in kernel.maps.policy_sets.snapshot().items():
-        content.first_bucket = 0xFFFFFFF0
+        content.first_line = 0xFFFFFFF0
         content.layers[0].verdict = PolicyVerdict.POLICY_ALLOW
         kernel.maps.policy_sets.put(key, content)
     assert pod.receive(tcp(PEER4, POD4, 2, 80)).reason is DropReason.DROP_ENDPOINT_NOT_READY

@@ -17,13 +17,13 @@ from meshbridge.datapath.syscall import BpfFullError
 from meshbridge.policy.model import Layer, Origin, PolicyEntry, PolicyKey, PolicyMap, Verdict
 
 pytestmark = pytest.mark.root
-BUCKETS = 32
+LINES = 24
 
 
 @pytest.fixture
 def enforcer() -> Iterator[Enforcer]:
     pin_dir = Path(f"/sys/fs/bpf/meshbridge-tests/mbagt-full-{os.getpid()}")
-    opened = Enforcer(pin_dir, None, MapSizes(policy=BUCKETS, events=1 << 16))
+    opened = Enforcer(pin_dir, None, MapSizes(policy=LINES, events=1 << 16))
     try:
         yield opened
     finally:
