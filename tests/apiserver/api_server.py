@@ -9,7 +9,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ CRDS = {
     "security.istio.io/v1": {"AuthorizationPolicy": True, "PeerAuthentication": True, "RequestAuthentication": True},
     "policy.networking.k8s.io/v1alpha1": {"AdminNetworkPolicy": False},
 }
-"""What the tests install: whether each kind is namespaced."""
+"""What tests install where they say nothing else: whether each kind is namespaced."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_api_server(directory: Path) -> Iterator[ApiServer]:
-    """An API server that keeps its things in ``directory``, ready and with the kinds of CRDS."""
+def running_api_server(directory: Path, kinds_of: Mapping[str, Mapping[str, bool]] = CRDS) -> Iterator[ApiServer]:
+    """An API server that keeps its things in ``directory``, ready and with these kinds."""
     built = subprocess.check_output([REPO / "scripts/third-party", "--path", "kubernetes"], text=True).strip()
     etcd_url, peer_url = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
     port = free_port()
@@ -175,7 +175,7 @@ def running_api_server(directory: Path) -> Iterator[ApiServer]:
                 running.append(subprocess.Popen(["nice", *command], stdout=log, stderr=log))
         server = ApiServer(f"https://127.0.0.1:{port}", directory)
         wait_for(lambda: _is_ready(server, running), f"the API server is ready, see {directory}", STARTED_S)
-        for api_version, kinds in CRDS.items():
+        for api_version, kinds in kinds_of.items():
             for kind, namespaced in kinds.items():
                 server.install(api_version, kind, namespaced=namespaced)
         yield server

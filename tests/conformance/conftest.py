@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(REPO / "tests/envoy"))
+sys.path[:0] = [str(REPO / "tests/envoy"), str(REPO / "tests/apiserver")]
 
 DEFAULT_SEED = 1
 

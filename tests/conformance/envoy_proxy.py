@@ -34,7 +34,7 @@ from envoy_data_plane.envoy.extensions.filters.network.echo.v3 import Echo
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import HttpConnectionManager
 from envoy_data_plane.google.protobuf import Any as AnyMessage
 from envoy_policies import token
-from envoy_world import CLIENTS, MeshNames, Point, Server
+from envoy_world import CLIENTS, MeshOptions, Point, Server
 from meshnet import CLONE_NEWNET, ENVOY, AdsServer, Authority, _libc, run
 
 from meshbridge.identity.model import ProxyClass, Workload
@@ -63,9 +63,9 @@ def echo() -> Filter:
     return Filter(name="envoy.filters.network.echo", typed_config=AnyMessage.pack(Echo()))
 
 
-def listener(server: Server, port: int, chains: Chains, names: MeshNames) -> Listener:
+def listener(server: Server, port: int, chains: Chains, options: MeshOptions) -> Listener:
     """A port of a server."""
-    tls = downstream_tls(names.trust_domains, ())
+    tls = downstream_tls(options.trust_domains, ())
     found = []
     if chains.tls is not None:
         match = FilterChainMatch(transport_protocol="tls")
@@ -101,7 +101,7 @@ class Proxy:
     """A running Envoy; ``ask`` tells what it does with points."""
 
     ads: AdsServer
-    names: MeshNames
+    options: MeshOptions
     netns: str
     directory: Path
     authority: Authority
@@ -112,7 +112,7 @@ class Proxy:
 
     def serve(self, chains: Mapping[tuple[Server, int], Chains]) -> None:
         """Listen with these and nothing else; returns when all of them are in force."""
-        listeners = [_upstream(), *(listener(server, port, c, self.names) for (server, port), c in chains.items())]
+        listeners = [_upstream(), *(listener(server, port, c, self.options) for (server, port), c in chains.items())]
         served = {each.name: bytes(each) for each in listeners}
         if served == self.served:
             return
@@ -230,7 +230,7 @@ def _request(connection: socket.socket, point: Point) -> tuple[bool, bool]:
 
 
 @contextlib.contextmanager
-def envoy_proxy(names: MeshNames, servers: Iterable[Server]) -> Iterator[Proxy]:
+def envoy_proxy(options: MeshOptions, servers: Iterable[Server]) -> Iterator[Proxy]:
     """Run an Envoy in a namespace that has the addresses of servers and clients; both are gone afterwards."""
     netns = f"mbconf-{os.getpid()}"
     addresses = [server.address for server in servers] + [address for each in CLIENTS for address in each.addresses]
@@ -241,13 +241,13 @@ def envoy_proxy(names: MeshNames, servers: Iterable[Server]) -> Iterator[Proxy]:
         batch = ["link set lo up"]
         batch += [f"addr add {a}/128 dev lo nodad" if ":" in a else f"addr add {a}/32 dev lo" for a in addresses]
         subprocess.run(["ip", "-n", netns, "-batch", "-"], input="\n".join(batch), text=True, check=True)
-        authority = Authority(names.trust_domain)
+        authority = Authority(options.trust_domain)
         pod = Workload("conformance", "envoy", "uid-envoy", "one", (), proxy=ProxyClass.SIDECAR)
         secrets = dict(authority.secrets(pod))
         ads = AdsServer(directory / "xds.sock", pod, {LISTENER: {}, CLUSTER: {}, SECRET: secrets})
         stack.callback(ads.stop)
         stack.enter_context(_envoy(netns, directory, pod, ads))
-        yield Proxy(ads, names, netns, directory, authority, secrets)
+        yield Proxy(ads, options, netns, directory, authority, secrets)
 
 
 @contextlib.contextmanager

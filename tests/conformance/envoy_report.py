@@ -50,7 +50,7 @@ def compare(
         for point, answer in zip(points, expected, strict=True)
     )
     told = ", ".join(f"{form} {verdict} {count}" for (form, verdict), count in sorted(counts.items()))
-    print(f"seed {world.seed}, {world.names}: {len(points)} points: {told}")
+    print(f"seed {world.seed}, {world.options}: {len(points)} points: {told}")
     different = [p for p, ours, envoys in zip(points, expected, seen, strict=True) if ours is not envoys]
     if different:
         pytest.fail(_told(world, different, envoy_allows), pytrace=False)
@@ -66,7 +66,7 @@ def _told(world: World, different: Sequence[Point], envoy_allows: Callable[[Poli
         policies = smallest(policies, partial(_differs, world, point, envoy_allows))
     ours = "ALLOW" if evaluated(world.cluster(policies), [point])[0] else "DENY"
     parts = (
-        f"CONFORMANCE_SEED={world.seed} with {world.names}: {len(different)} points differ. Of the first one,"
+        f"CONFORMANCE_SEED={world.seed} with {world.options}: {len(different)} points differ. Of the first one,"
         f" evaluate says {ours} and Envoy the opposite.",
         json.dumps(point.flow, indent=1),
         f"asked with headers {point.headers}, a token with {point.claims}, well signed: {point.signed}",

@@ -26,11 +26,12 @@ ROOT_NAMESPACE = "istio-system"
 
 
 @dataclass(frozen=True)
-class MeshNames:
-    """What the mesh calls itself."""
+class MeshOptions:
+    """What MeshConfig says."""
 
     trust_domain: str = "cluster.local"
     aliases: tuple[str, ...] = ()
+    paths: str = "DEFAULT"
 
     @property
     def trust_domains(self) -> tuple[str, ...]:
@@ -106,7 +107,7 @@ class World:
     """Servers, clients, and the policies of a mesh, from a seed."""
 
     seed: int
-    names: MeshNames
+    options: MeshOptions
     size: int = 30
     ipv6: bool = True
 
@@ -122,7 +123,7 @@ class World:
     @cached_property
     def policies(self) -> list[dict[str, Any]]:
         """AuthorizationPolicy, PeerAuthentication, RequestAuthentication: in namespaces, and in the root one."""
-        return PolicyGenerator(random.Random(f"policies {self.seed}"), self.names.trust_domains).policies(
+        return PolicyGenerator(random.Random(f"policies {self.seed}"), self.options.trust_domains).policies(
             [(server.namespace, server.labels) for server in self.servers], ROOT_NAMESPACE
         )
 
@@ -130,8 +131,9 @@ class World:
     def mesh_config(self) -> dict[str, Any]:
         return {
             "rootNamespace": ROOT_NAMESPACE,
-            "trustDomain": self.names.trust_domain,
-            "trustDomainAliases": list(self.names.aliases),
+            "trustDomain": self.options.trust_domain,
+            "trustDomainAliases": list(self.options.aliases),
+            "pathNormalization": {"normalization": self.options.paths},
         }
 
     def cluster(self, policies: list[dict[str, Any]] | None = None) -> Cluster:
@@ -201,7 +203,7 @@ class World:
     @property
     def principals(self) -> list[str]:
         accounts = ("ns/finance/sa/client", "ns/shop/sa/client", "ns/shop/sa/batch")
-        return [f"spiffe://{domain}/{account}" for domain in self.names.trust_domains for account in accounts]
+        return [f"spiffe://{domain}/{account}" for domain in self.options.trust_domains for account in accounts]
 
     def _request(self, rng: random.Random, server: Server, connection: dict[str, Any]) -> Point:
         method = rng.choice(["GET", "GET", "POST", "PUT", "DELETE"])
@@ -210,8 +212,7 @@ class World:
         headers: list[tuple[str, str]] = list(rng.choice(HEADERS))
         flow: dict[str, Any] = {**connection}
         if rng.random() < 0.2:
-            headers.append(("x-forwarded-for", "192.0.2.9, 198.51.100.4"))
-            flow["remote_ip"] = "198.51.100.4"
+            headers.append(("x-forwarded-for", rng.choice(FORWARDED_FOR)))
         claims = _claims(rng, rng.choice(ISSUERS)) if rng.random() < 0.75 else None
         signed = rng.random() < 0.85
         flow["token"] = "absent"
@@ -226,7 +227,12 @@ class World:
 
 PATHS = (
     "/api/v1/process", "/api/v1/process?x=/admin", "/api/v2/x/process", "/", "/a*b", "/api", "/api/", "/API/v1/process",
-    "/static/a=b;c/d.css", "/%61pi", "/api/v1/process/",
+    "/static/a=b;c/d.css", "/%61pi", "/api/v1/process/", "/x/../api", "//api", "/api/./v1/process", "/a//v1///b",
+    "/api//v1///process", "/api%2Fv1/process", "/api%5cv1\\process", "/api/%2e%2e/static/x/y", "/api/v1%2fprocess?a%2f",
+)  # fmt: skip
+FORWARDED_FOR = (
+    "198.51.100.4", "192.0.2.9, 198.51.100.4", "198.51.100.4,192.0.2.9", "198.51.100.4, nobody", " 192.0.2.200 ", "",
+    "fd00:1::7", "10.1.0.77, 2001:db8::1",
 )  # fmt: skip
 HEADERS: tuple[tuple[tuple[str, str], ...], ...] = (
     (), (), (("x-a", "1"),), (("x-a", "value"),), (("x-a", "1"), ("x-a", "value")), (("x-a", ""),), (("x-b", "no"),),

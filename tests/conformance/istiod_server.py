@@ -12,7 +12,7 @@ from pathlib import Path
 
 import grpc
 import yaml
-from apiserver_harness import free_port
+from api_server import free_port
 from envoy.config.core.v3 import base_pb2
 from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2
@@ -76,7 +76,7 @@ def inbound_listener(channel: grpc.Channel, world: World, server: Server) -> lis
         {
             "NAMESPACE": server.namespace, "NAME": server.name, "LABELS": server.labels, "CLUSTER_ID": "Kubernetes",
             "INSTANCE_IPS": server.address, "SERVICE_ACCOUNT": server.name, "ISTIO_VERSION": "1.31.0",
-            "MESH_ID": world.names.trust_domain,
+            "MESH_ID": world.options.trust_domain,
         }
     )  # fmt: skip
     requests: queue.SimpleQueue[discovery_pb2.DiscoveryRequest] = queue.SimpleQueue()

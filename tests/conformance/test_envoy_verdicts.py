@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from envoy_proxy import Chains, echo, envoy_proxy
 from envoy_report import Policies, compare, evaluated
-from envoy_world import HTTP_PORTS, TCP_PORTS, MeshNames, Point, Server, World
+from envoy_world import HTTP_PORTS, TCP_PORTS, MeshOptions, Point, Server, World
 
 from meshbridge.evaluation.cluster import Cluster
 from meshbridge.policy.lowering import guard_of
@@ -15,20 +15,23 @@ from meshbridge.xds.rbac import http_rbac, tcp_rbac
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
-POINTS_PER_PORT = 24
+POINTS_PER_PORT = 12
 MESHES = {
-    "the default trust domain": MeshNames(),
-    "a trust domain with an alias": MeshNames("prod.example", ("old.example",)),
+    "Istio's defaults": MeshOptions(),
+    "a trust domain with an alias, merged slashes": MeshOptions("prod.example", ("old.example",), "MERGE_SLASHES"),
+    "decoded slashes": MeshOptions(paths="DECODE_AND_MERGE_SLASHES"),
+    "two aliases, paths as they come": MeshOptions("prod.example", ("cluster.local", "old.example"), "NONE"),
 }
+"""12 points to each of 4 ports of 30 servers make 1,440 for each mesh."""
 
 
-@pytest.mark.parametrize("names", MESHES.values(), ids=MESHES)
-def test_evaluate_agrees_with_an_envoy_that_holds_our_rbac(names: MeshNames, seed: int) -> None:
-    world = World(seed, names)
+@pytest.mark.parametrize("options", MESHES.values(), ids=MESHES)
+def test_evaluate_agrees_with_an_envoy_that_holds_our_rbac(options: MeshOptions, seed: int) -> None:
+    world = World(seed, options)
     cluster = world.cluster()
     assert not cluster.policies.refusals
     points = list(world.points(POINTS_PER_PORT))
-    with envoy_proxy(names, world.servers) as proxy:
+    with envoy_proxy(options, world.servers) as proxy:
 
         def envoy_allows(policies: Policies, point: Point) -> bool:
             port = point.flow["port"]
@@ -50,6 +53,8 @@ def _chains(cluster: Cluster, server: Server, port: int) -> Chains:
     else:
         rules = tuple(rule for policy in selected.request_authentication for rule in policy.rules)
         judges = [*jwt_authn(rules), *http_rbac(guard.policies, guard.mesh)]
-        filters = http_manager(judges, peer_verified=False, stat_prefix="conformance")
+        filters = http_manager(
+            judges, peer_verified=False, stat_prefix="conformance", paths=guard.mesh.path_normalization
+        )
     mode, _ = guard.mtls.at(port)
     return Chains(tls=filters, plaintext=None if mode is MtlsMode.STRICT else filters)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from apiserver_harness import ADMIN, missing, path_of, running_api_server, wait_for
+from api_server import ADMIN, missing, path_of, running_api_server, wait_for
 from envoy_proxy import envoy_proxy
 from envoy_report import compare, evaluated
-from envoy_world import HTTP_PORTS, TCP_PORTS, MeshNames, World
+from envoy_world import HTTP_PORTS, TCP_PORTS, MeshOptions, World
 from istiod_server import chains_of, custom_resource_definitions, inbound_listener, istiod
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
@@ -25,10 +25,10 @@ def test_evaluate_agrees_with_an_envoy_that_holds_istiods_rbac(
     istio = third_party("istio")
     if reason := missing():
         pytest.fail(reason, pytrace=False) if os.environ.get("CI") else pytest.skip(reason)
-    world = World(seed, MeshNames("prod.example", ("old.example",)), ipv6=False)
+    world = World(seed, MeshOptions("prod.example", ("old.example",), "MERGE_SLASHES"), ipv6=False)
     points = list(world.points(POINTS_PER_PORT))
     ports = [(server, port) for server in world.servers for port in (*HTTP_PORTS, *TCP_PORTS)]
-    with running_api_server(tmp_path) as api:
+    with running_api_server(tmp_path, {}) as api:
         api.create(*custom_resource_definitions(istio / "share"))
         api.create(*world.objects)
         wait_for(
@@ -37,6 +37,6 @@ def test_evaluate_agrees_with_an_envoy_that_holds_istiods_rbac(
         api.create(*world.policies)
         with istiod(istio / "bin/pilot-discovery", api.kubeconfig(ADMIN), tmp_path) as channel:
             inbound = {server: inbound_listener(channel, world, server) for server in world.servers}
-    with envoy_proxy(world.names, world.servers) as proxy:
+    with envoy_proxy(world.options, world.servers) as proxy:
         proxy.serve({(server, port): chains_of(inbound[server], port) for server, port in ports})
         compare(world, points, evaluated(world.cluster(), points), proxy.ask(points))
