@@ -15,6 +15,7 @@ from meshbridge.policy.mesh import Condition
 from meshbridge.policy.model import Anything, Direction, HttpMatch, NetworkRule, Origin, PortMatch, Verdict
 from meshbridge.policy.parse.ports import LAST_PORT, PROTOCOLS
 from meshbridge.policy.selectors import (
+    IS_NODE,
     IS_POD,
     CidrPeers,
     ClusterPeers,
@@ -24,6 +25,7 @@ from meshbridge.policy.selectors import (
     PeerSelector,
     Requirement,
     Selector,
+    is_node,
     label_of,
 )
 from meshbridge.policy.tiers import deciding
@@ -221,10 +223,12 @@ def _peer(selector: PeerSelector, flow: NetworkFlow) -> tuple[Mismatch, ...] | N
 
 def _requirements(selector: Selector, peer: Peer, side: Side) -> Iterator[Mismatch]:
     missed = [requirement for requirement in selector.requirements if not requirement.matches(peer)]
-    if not peer.is_pod and any(r.source is not LabelSource.RESERVED for r in missed):
+    of_nodes = IS_NODE in selector.requirements
+    kind, is_of_kind = ("a node", is_node(peer)) if of_nodes else ("a pod", peer.is_pod)
+    if not is_of_kind and any(r.source is not LabelSource.RESERVED for r in missed):
         # Whoever is no pod has none of a pod's labels: one thing is wrong with it, not several.
-        wanted = " and ".join(_wanted(r) for r in missed if r != IS_POD)
-        yield Mismatch(side, f"a pod with {wanted}" if wanted else "a pod", f"is {kind_of(peer)}", selector)
+        wanted = " and ".join(_wanted(r) for r in missed if r not in (IS_POD, IS_NODE))
+        yield Mismatch(side, f"{kind} with {wanted}" if wanted else kind, f"is {kind_of(peer)}", selector)
         return
     for requirement in missed:
         value = label_of(peer, requirement.source, requirement.key)
