@@ -10,8 +10,9 @@ from typing import Any, Final
 
 from meshbridge.errors import MeshBridgeError
 from meshbridge.evaluation.cluster import Cluster
-from meshbridge.evaluation.evaluator import Answer, Evaluator, Prepared, Reason
+from meshbridge.evaluation.evaluator import Answer, Evaluator, Prepared
 from meshbridge.evaluation.question import QuestionError, parse_question
+from meshbridge.evaluation.reasons import Reason
 
 MAX_LINE_BYTES: Final = 1 << 20
 TOGETHER: Final = 100_000

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from meshbridge.bypass.halves import ClientTls
 from meshbridge.identity.model import IpAddress, Workload
+from meshbridge.policy.capture import AppProtocol
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Origin
 from meshbridge.policy.parse.cluster import Service
@@ -22,7 +23,6 @@ from meshbridge.policy.registry import (
     ServiceEntry,
     SidecarScope,
     TlsMode,
-    WorkloadEntry,
     matches_host_name,
 )
 
@@ -84,13 +84,15 @@ class Registry:
         by_labels = [scope for scope in own if scope.selector and scope.selects(client.labels)]
         return next(iter([*by_labels, *(scope for scope in own if not scope.selector), *of_mesh]), None)
 
-    def gateways_of(self, workload: Workload) -> list[Gateway]:
-        """The Gateways whose servers a pod runs, of whatever namespace."""
-        return [gateway for gateway in self._of(Gateway) if gateway.selects(workload.labels)]
-
-    def entry_at(self, address: IpAddress) -> WorkloadEntry | None:
-        """The workload outside of the cluster that has an address."""
-        return next((entry for entry in self._of(WorkloadEntry) if entry.address == address), None)
+    def served_by(self, gateway: Workload) -> dict[int, AppProtocol]:
+        """What a gateway's own ports speak, by the Gateways that pick it; their ports are those of its Service."""
+        found: dict[int, AppProtocol] = {}
+        behind = [service for service in self.services if service.selects(gateway)]
+        for number, protocol in (s for each in self._of(Gateway) if each.selects(gateway.labels) for s in each.servers):
+            served = (port for service in behind for port in service.ports if port.port == number)
+            targets = [target for port in served if (target := port.target_at(gateway.ports)) is not None]
+            found |= dict.fromkeys(targets or [number], protocol)
+        return found
 
     def _unknown(self, scope: SidecarScope | None) -> Sending:
         said = scope is not None and scope.registry_only is not None

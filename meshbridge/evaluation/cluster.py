@@ -11,6 +11,7 @@ from typing import Final
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.inventory import workloads_of
 from meshbridge.bypass.state import CaptureState, Truth, capture_of
+from meshbridge.evaluation.clients import Registry
 from meshbridge.evaluation.question import LabelledPod, Question, QuestionError, address_of
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, ProxyClass, Workload
 from meshbridge.policy.capture import AppProtocol, Capture
@@ -22,6 +23,7 @@ from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.protocols import declared_protocols
 
 JUDGES: Final = frozenset(Judge)
+DATAPLANE_MODE: Final = "istio.io/dataplane-mode"
 _ENDED: Final = frozenset({"Succeeded", "Failed"})
 _EXAMPLES: Final = (IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1"))
 
@@ -54,8 +56,8 @@ class Cluster:
         objects = [found for item in parsed for found in item.objects]
         self.policies = PolicySet.of_parsed(parsed, mesh)
         self.services = tuple(found for found in objects if isinstance(found, Service))
-        # In an order of their own: what one document says before another says never matters.
-        self.registry = tuple(sorted((r for item in parsed for r in item.registry), key=lambda r: r.origin))
+        registered = sorted((found for item in parsed for found in item.registry), key=lambda found: found.origin)
+        self.registry = Registry(tuple(registered), self.services, mesh)
         self._namespaces = {found.name: found for found in objects if isinstance(found, Namespace)}
         self._nodes = {found.name: found for found in objects if isinstance(found, Node)}
         self._workloads = {workload.key: workload for workload in workloads_of(parsed)}
@@ -170,7 +172,7 @@ class Cluster:
         return found
 
     def _as_it_will_run(self, workload: Workload) -> Workload:
-        """The pod, or a template of pods; with a sidecar where the injector will give it one."""
+        """The pod, or a template of pods; with a sidecar where the injector will give it one, else maybe in ambient."""
         if workload.proxy is not ProxyClass.NONE or workload.host_network:
             return workload
         asked = _injection_key(workload)
@@ -178,7 +180,10 @@ class Cluster:
         if predicted is None:
             shown = workload if workload.addresses else replace(workload, addresses=_EXAMPLES[:1])
             predicted = self._predicted[asked] = capture_state(shown).truth is Truth.PREDICTED
-        return replace(workload, proxy=ProxyClass.SIDECAR) if predicted else workload
+        if predicted:
+            return replace(workload, proxy=ProxyClass.SIDECAR)
+        mode = workload.labels.get(DATAPLANE_MODE, workload.namespace_labels.get(DATAPLANE_MODE))
+        return replace(workload, proxy=ProxyClass.AMBIENT) if mode == "ambient" else workload
 
     def _with_proxy(self, workload: Workload, proxy: ProxyClass) -> Workload:
         found = self._given.get((id(workload), proxy))
@@ -222,7 +227,12 @@ class Cluster:
         return capture_state(workload if workload.addresses else replace(workload, addresses=_EXAMPLES[:1]))
 
     def protocols(self, workload: Workload) -> dict[int, AppProtocol]:
-        """What Envoy takes the pod's ports for, where a Service says it."""
+        """What Envoy takes the pod's ports for, where a Service says it, or a Gateway or Sidecar in its place."""
+        if workload.proxy is ProxyClass.GATEWAY:
+            return self.registry.served_by(workload)
+        scope = self.registry.scope_of(workload)
+        if scope is not None and scope.ingress is not None:
+            return dict(scope.ingress)
         return dict(declared_protocols(workload, self.services)[0])
 
 

@@ -5,49 +5,38 @@ The kernel's share is what the agents would enforce: the same compiler, the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from typing import Final
 
-from meshbridge.evaluation.ambient import ztunnel_guard
-from meshbridge.evaluation.clients import Registry
+from meshbridge.evaluation.ambient import ztunnel_guard, ztunnel_mtls
 from meshbridge.evaluation.cluster import Cluster, Party
 from meshbridge.evaluation.deliveries import undelivered
 from meshbridge.evaluation.mesh import Facts, mesh_verdict_on, normalized_http
 from meshbridge.evaluation.numbers import Numbers
 from meshbridge.evaluation.question import Question
+from meshbridge.evaluation.reasons import Reason, reasons_of
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, Peer, ProxyClass, Workload
 from meshbridge.policy.baseline import Guard, MeshVerdict
 from meshbridge.policy.capture import AppProtocol, Capture, PortClass
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.evaluate import Decision, LayerDecision, Lookup
-from meshbridge.policy.explain import explain_layer
 from meshbridge.policy.frontends import Backend, FrontendPort, with_frontends
 from meshbridge.policy.l7 import Request, RequestJudge
 from meshbridge.policy.lowering import guard_of
-from meshbridge.policy.mesh import Attribute, JwtRule, MtlsMode
-from meshbridge.policy.model import Anything, Direction, Judge, Layer, Origin, PolicyMap, Verdict
+from meshbridge.policy.mesh import Attribute, EffectiveMtls, JwtRule, MtlsMode, scopes_of
+from meshbridge.policy.model import Anything, Direction, Judge, Layer, PolicyMap, Verdict
 from meshbridge.policy.parse.ports import PROTOCOLS
+from meshbridge.policy.paths import normalized
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.precedence import DropReason
 
 _TCP: Final = PROTOCOLS["TCP"]
 _ICMPV6: Final = 58
 UNSPECIFIED: Final = IPv4Address("0.0.0.0")
-_MAX_ORIGINS: Final = 16
 _OF_SOURCE_ADDRESS: Final = frozenset({Attribute.IP_BLOCKS, Attribute.REMOTE_IP_BLOCKS})
 _UNRESTRICTED: Final = MeshVerdict(Verdict.ALLOW)
 _SEEN: Final = {PortClass.CAPTURED: "captured", PortClass.EXCLUDED: "bypassed"}
-
-
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why, in a sentence; ``origin`` is the rule, None where no policy is the reason."""
-
-    text: str
-    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +127,6 @@ class Evaluator:
         self._guards: dict[int, Guarded] = {}
         self._equal_guards: dict[tuple[object, ...], Guarded] = {}
         self._verdicts: dict[tuple[object, ...], MeshVerdict] = {}
-        self._registry = Registry(cluster.registry, cluster.services, cluster.policies.mesh)
         self._deliveries: dict[tuple[object, ...], Reason | None] = {}
 
     def prepare(self, question: Question) -> Prepared:
@@ -213,6 +201,8 @@ class Evaluator:
             ingress = lookup.decide(leg.source, leg.question.protocol, leg.port, localhost=localhost)
             if tcp:
                 port_class = self._cluster.capture(receiver).inbound[leg.family].at(leg.port)
+                if receiver.proxy is ProxyClass.GATEWAY:
+                    port_class = PortClass.CAPTURED  # Envoy itself listens there
         decisions = [decision for decision in (egress, ingress) if decision is not None]
         network = Verdict.ALLOW
         if any(decision.network.verdict is Verdict.DENY for decision in decisions):
@@ -244,7 +234,7 @@ class Evaluator:
             ingress=_SEEN.get(port_class),
             passes_kernel=passes,
             verdict=verdict,
-            reasons=_reasons(verdict, decisions, mesh, port_class, broken),
+            reasons=reasons_of(verdict, decisions, mesh, port_class, broken),
         )
         return Trace(leg, answer, egress, ingress, port_class, http, mesh, broken)
 
@@ -268,6 +258,10 @@ class Evaluator:
     def _broken(self, leg: Leg, seen: str | None, port_class: PortClass) -> Reason | None:
         """Why the two ends' sidecars, or the lack of one, do not fit together; None where they do."""
         client, receiver = leg.sender.endpoint, leg.receiver.endpoint
+        http, how = leg.question.http, self._cluster.policies.mesh.path_normalization
+        path = http.path if http is not None and port_class is PortClass.CAPTURED else None
+        if path is not None and normalized(path, how) is None:
+            return Reason(f"Envoy answers 400 to a path that it cannot normalize ({how.value})")
         if client is None or seen is None or client.proxy is not ProxyClass.SIDECAR:
             return None
         question = leg.question
@@ -278,7 +272,7 @@ class Evaluator:
         if key not in self._deliveries:
             mode = self._guarded(receiver).guard.mtls.at(leg.port)[0] if receiver is not None else MtlsMode.PERMISSIVE
             captured = (seen == "captured", port_class is PortClass.CAPTURED)
-            found = undelivered(self._registry, question, client, leg.receiver, leg.port, captured, mode)
+            found = undelivered(self._cluster.registry, question, client, leg.receiver, leg.port, captured, mode)
             self._deliveries[key] = Reason(*found) if found is not None else None
         return self._deliveries[key]
 
@@ -291,7 +285,8 @@ class Evaluator:
         protocol = AppProtocol.TCP if receiver.proxy is ProxyClass.AMBIENT else question.app_protocol
         if protocol is None:
             protocol = guarded.protocol(leg.port)
-        return guarded, Facts(question, leg.port, leg.sender.address, destinations), protocol
+        gateway = receiver.proxy is ProxyClass.GATEWAY
+        return guarded, Facts(question, leg.port, leg.sender.address, destinations, gateway), protocol
 
     def _mesh(self, leg: Leg, receiver: Workload) -> MeshVerdict:
         guarded, facts, protocol = self.guarded(leg, receiver)
@@ -333,7 +328,10 @@ class Evaluator:
             selected = self._selecting(workload)
             guard = guard_of(workload, selected)
             if workload.proxy is ProxyClass.AMBIENT:
-                guard = ztunnel_guard(guard)
+                scopes = scopes_of(selected.peer_authentication, workload.peer(), guard.mesh)
+                guard = replace(ztunnel_guard(guard), mtls=ztunnel_mtls(scopes))
+            elif workload.proxy is ProxyClass.GATEWAY:
+                guard = replace(guard, mtls=EffectiveMtls())  # its servers say what TLS they take
             found = self._guards[id(workload)] = self._shared(
                 Guarded(
                     guard,
@@ -390,40 +388,3 @@ def _family(question: Question, sender: Party, receiver: Party) -> IpFamily:
         receiver.address, sender.address,
     )  # fmt: skip
     return next((IpFamily.of(address) for address in said if address is not None), IpFamily.IPV4)
-
-
-def _reasons(
-    verdict: Verdict, decisions: Sequence[Decision], mesh: MeshVerdict, port_class: PortClass, broken: Reason | None
-) -> tuple[Reason, ...]:
-    """Of a DENY and a NEEDS_L7 who says so, of an ALLOW all who let it pass."""
-    layers = [layer for decision in decisions for layer in (decision.network, decision.mesh)]
-    found: list[Reason] = []
-    for layer in layers:
-        relevant = layer.verdict is verdict or (verdict is Verdict.ALLOW and layer.verdict is not Verdict.DENY)
-        if (relevant and layer.layer is Layer.NETWORK) or (relevant and layer.verdict is Verdict.DENY):
-            found += _from_layer(layer)
-    if port_class is PortClass.CAPTURED and mesh.verdict is verdict:
-        said = LayerDecision(Layer.MESH, mesh.verdict, mesh.origins, mesh.deny_reason, Judge.ENVOY)
-        known = {reason.origin for reason in found if reason.origin is not None}
-        found += [reason for reason in _from_layer(said) if reason.origin is None or reason.origin not in known]
-    if broken is not None:
-        found.append(broken)
-    return tuple(found) or (Reason("no policy restricts it"),)
-
-
-def _from_layer(layer: LayerDecision) -> tuple[Reason, ...]:
-    return _explained(
-        layer.layer, layer.verdict, layer.deny_reason, layer.judge, layer.localhost, layer.origins[:_MAX_ORIGINS]
-    )
-
-
-@lru_cache(maxsize=8192)
-def _explained(
-    layer: Layer, verdict: Verdict, deny_reason: int, judge: Judge | None, localhost: bool, origins: tuple[Origin, ...]
-) -> tuple[Reason, ...]:
-    def text(of: tuple[Origin, ...]) -> str:
-        return explain_layer(LayerDecision(layer, verdict, of, deny_reason, judge, localhost=localhost))
-
-    if not origins:
-        return (Reason(text(())),) if localhost or verdict is not Verdict.ALLOW else ()
-    return tuple(Reason(text((origin,)), origin) for origin in origins)

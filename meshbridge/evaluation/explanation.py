@@ -11,7 +11,6 @@ from enum import StrEnum
 from typing import Final
 
 from meshbridge.bypass.halves import ClientTls, Delivered, Delivery, Side, delivery
-from meshbridge.evaluation.clients import Registry
 from meshbridge.evaluation.cluster import Cluster, Party
 from meshbridge.evaluation.deliveries import sendings
 from meshbridge.evaluation.evaluator import UNSPECIFIED, Evaluator, Leg, Trace
@@ -256,8 +255,7 @@ class _Explainer:
         """What the source's sidecar may send, by the ways it knows the destination."""
         if self._sender is None or not client.through_envoy:
             return [ClientTls.AUTO]
-        registry = Registry(self._cluster.registry, self._cluster.services, self._cluster.policies.mesh)
-        ways = sendings(registry, self._leg.question, self._sender, self._leg.receiver, self._leg.port)
+        ways = sendings(self._cluster.registry, self._leg.question, self._sender, self._leg.receiver, self._leg.port)
         return [way.tls for way in ways if way.tls is not None] or [ClientTls.AUTO]
 
     @staticmethod

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from meshbridge.identity.model import DEFAULT_CLUSTER, DEFAULT_TRUST_DOMAIN, IpNetwork, Peer, ProxyClass
 from meshbridge.policy.model import Origin
-from meshbridge.policy.selectors import EVERYBODY, Selector, in_namespace
+from meshbridge.policy.selectors import EVERYBODY, Selector
 
 GATEWAY_LABEL = "gateway.networking.k8s.io/gateway-name"
 OUR_PROVIDER: Final = "meshbridge"
@@ -309,36 +309,42 @@ def _is_target(
     return target.kind == "Gateway" and target.name == gateway and policy.namespace == peer.namespace
 
 
+Scopes = tuple[PeerAuthentication | None, PeerAuthentication | None, PeerAuthentication | None]
+"""The one that counts of the mesh, of a namespace and of a workload."""
+
+
+def scopes_of(policies: tuple[PeerAuthentication, ...], peer: Peer, mesh: MeshSettings) -> Scopes:
+    """Of each scope the oldest, of those of one age the first by name; selectors in the root namespace are ignored.
+
+    Spec: ISTIO.md §b.
+    """
+    own = peer.namespace if peer.namespace != mesh.root_namespace else None
+    scopes: list[PeerAuthentication | None] = [None, None, None]
+    for policy in sorted(policies, key=lambda p: (p.created or "9", p.namespace, p.name), reverse=True):
+        if policy.selector is None and policy.namespace == mesh.root_namespace:
+            scopes[0] = policy
+        elif policy.selector is None and policy.namespace == own:
+            scopes[1] = policy
+        elif policy.selector is not None and policy.namespace == own and policy.selector.matches(peer):
+            scopes[2] = policy
+    return scopes[0], scopes[1], scopes[2]
+
+
 def effective_mtls(policies: tuple[PeerAuthentication, ...], peer: Peer, mesh: MeshSettings) -> EffectiveMtls:
-    """The mode of each port: workload over namespace over mesh; the oldest wins in a scope; UNSET inherits.
+    """The mode of each port at a sidecar: workload over namespace over mesh; UNSET inherits.
 
     Spec: ISTIO.md §b.
     """
     mode, origin = MtlsMode.PERMISSIVE, None
     ports: dict[int, tuple[MtlsMode, Origin]] = {}
-    ordered = sorted(policies, key=lambda policy: (policy.created or "9", policy.namespace, policy.name))
-    scopes = (
-        [p for p in ordered if p.selector is None and p.namespace == mesh.root_namespace],
-        [p for p in ordered if p.selector is None and p.namespace == peer.namespace != mesh.root_namespace],
-        [
-            p
-            for p in ordered
-            if p.selector is not None
-            and p.namespace == peer.namespace != mesh.root_namespace
-            and Selector.of([*p.selector.requirements, in_namespace(p.namespace)]).matches(peer)
-        ],
-    )
-    for scope in scopes:
-        if not scope:
+    for policy in scopes_of(policies, peer, mesh):
+        if policy is None:
             continue
-        oldest = scope[0]
-        if oldest.mode is not MtlsMode.UNSET:
-            mode, origin = oldest.mode, oldest.origin
-        ports = {
-            port: (port_mode, oldest.origin)
-            for port, port_mode in oldest.port_modes.items()
-            if port_mode is not MtlsMode.UNSET and oldest.selector is not None
-        }
+        if policy.mode is not MtlsMode.UNSET:
+            mode, origin = policy.mode, policy.origin
+        if policy.selector is not None:
+            written = policy.port_modes.items()
+            ports = {port: (at_port, policy.origin) for port, at_port in written if at_port is not MtlsMode.UNSET}
     return EffectiveMtls(mode, origin, ports)
 
 

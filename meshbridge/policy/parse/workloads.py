@@ -77,6 +77,7 @@ def _workload(document: Document, metadata: Reader, spec: Reader, status: Reader
     if init is not None:
         init_args = tuple(item.text() for item in (*_list(init, "command")[1:], *_list(init, "args")))
     init_containers = tuple(_text(container, "name") for container in _list(spec, "initContainers"))
+    proxy = _proxy_container(by_name[_PROXY], init_containers) if _PROXY in by_name else None
     return Workload(
         namespace=document.namespace,
         name=document.name,
@@ -89,11 +90,11 @@ def _workload(document: Document, metadata: Reader, spec: Reader, status: Reader
         ports=tuple(port for container in containers for port in _container_ports(container)),
         probe_ports=tuple(dict.fromkeys(port for container in containers for port in _probe_ports(container))),
         host_network=_child(spec, "hostNetwork").value is True,
-        proxy=_proxy(labels, annotations, _PROXY in by_name),
+        proxy=_proxy(labels, annotations, proxy),
         init_args=init_args,
         phase=_text(status, "phase") or ("Running" if document.kind != "Pod" else "Pending"),
         init_env=_environment(init) if init is not None else {},
-        proxy_container=_proxy_container(by_name[_PROXY], init_containers) if _PROXY in by_name else None,
+        proxy_container=proxy,
         init_containers=init_containers,
     )
 
@@ -128,12 +129,15 @@ def _environment(container: Reader) -> dict[str, str]:
     return {_text(item, "name"): _text(item, "value") for item in items if _child(item, "value").value is not None}
 
 
-def _proxy(labels: dict[str, str], annotations: dict[str, str], has_proxy: bool) -> ProxyClass:
+def _proxy(labels: dict[str, str], annotations: dict[str, str], proxy: ProxyContainer | None) -> ProxyClass:
     if GATEWAY_LABEL in labels:
         return ProxyClass.WAYPOINT if labels.get(_MANAGED) == "istio.io-mesh-controller" else ProxyClass.GATEWAY
-    if "grpc-agent" in annotations.get(_TEMPLATES, "").split(","):
+    templates = annotations.get(_TEMPLATES, "").split(",")
+    if "grpc-agent" in templates:
         return ProxyClass.PROXYLESS
-    if has_proxy:
+    if "gateway" in templates or (proxy is not None and proxy.kind == "router"):
+        return ProxyClass.GATEWAY
+    if proxy is not None:
         return ProxyClass.SIDECAR
     return ProxyClass.AMBIENT if annotations.get(_AMBIENT) == "enabled" else ProxyClass.NONE
 
