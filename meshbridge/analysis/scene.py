@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
@@ -22,7 +22,8 @@ from meshbridge.policy.compile import Compiler
 from meshbridge.policy.evaluate import Decision, Lookup
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Direction, Document, NetworkRule, Origin, PolicyMap, PortMatch, Verdict
-from meshbridge.policy.parse.cluster import Service
+from meshbridge.policy.parse import parse
+from meshbridge.policy.parse.cluster import Node, Service
 from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.policy.policyset import PolicySet
 
@@ -128,23 +129,54 @@ class Scene:
         """The CIDRs policies name that contain any of ``addresses``."""
         return frozenset[IpNetwork]().union(*(self._networks.containing(address) for address in addresses))
 
-    @cached_property
+    @property
     def identities(self) -> Mapping[int, Peer]:
         """Everybody whom the policies can tell apart: pods, nodes, the world in and out of their CIDRs."""
-        named = self.policies.referenced_port_names()
-        found = dict(RESERVED)
+        return self._numbering[0]
+
+    @property
+    def _by_number(self) -> Mapping[int, Pods]:
+        return self._numbering[1]
+
+    @cached_property
+    def _numbering(self) -> tuple[Mapping[int, Peer], Mapping[int, Pods]]:
+        """Who has each number, and which of them are pods: ``Pods.number`` in the family of the first address."""
+        found, by_number = dict(RESERVED), {}
+        further: list[tuple[Peer, Pods | None]] = []
         for pods in self.pods:
-            ports = frozenset(port for port in pods.pod.ports if port.name in named)
-            peer = pods.pod.peer(self.networks_of(pods.pod.addresses), self.mesh.cluster)
-            found[pods.number] = replace(peer, trust_domain=self.mesh.trust_domain, ports=ports)
-        others = [
-            Peer(entities=_WORLD[IpFamily.of(network)], networks=self._networks.covering(network))
-            for network in sorted(self._networks.networks, key=str)
-        ]
-        others += [_assumed(self.mesh.root_namespace, ISTIOD), _assumed(_DNS_NAMESPACE, DNS)]
-        for number, peer in enumerate(others, FIRST_LOCAL + len(self.pods)):
+            first, *others = self._peers(pods.pod)
+            found[pods.number], by_number[pods.number] = first, pods
+            further += [(peer, pods) for peer in others]
+        further += [(peer, None) for peer in self._outsiders()]
+        for number, (peer, holder) in enumerate(further, FIRST_LOCAL + len(self.pods)):
             found[number] = peer
-        return found
+            if holder is not None:
+                by_number[number] = holder
+        return found, by_number
+
+    def _peers(self, workload: Workload) -> list[Peer]:
+        """The pod as policies see it by each of its addresses: those of one family may be in a CIDR alone."""
+        named = self.policies.referenced_port_names()
+        ports = frozenset(port for port in workload.ports if port.name in named)
+        families = dict.fromkeys(map(IpFamily.of, workload.addresses)) or {IpFamily.IPV4: None}
+        peers = []
+        for family in families:
+            networks = self.networks_of(a for a in workload.addresses if IpFamily.of(a) is family)
+            peer = workload.peer(networks, self.mesh.cluster)
+            peers.append(replace(peer, trust_domain=self.mesh.trust_domain, ports=ports))
+        return peers
+
+    def _outsiders(self) -> Iterator[Peer]:
+        for network in sorted(self._networks.networks, key=str):
+            yield Peer(entities=_WORLD[IpFamily.of(network)], networks=self._networks.covering(network))
+        parsed = (parse(document) for document in self.documents if document.kind == "Node")
+        for node in (found for each in parsed for found in each.objects if isinstance(found, Node)):
+            for address in node.addresses:
+                networks = self._networks.containing(address)
+                for entity in (Entity.REMOTE_NODE, Entity.HOST):
+                    yield Peer(labels=node.labels, entities=frozenset({entity}), networks=networks)
+        yield _assumed(self.mesh.root_namespace, ISTIOD)
+        yield _assumed(_DNS_NAMESPACE, DNS)
 
     def servers(self, labels: Mapping[str, str]) -> tuple[frozenset[int], bool]:
         """The pods with all of these labels, and True; where none is known the one that is mostly there, and False."""
@@ -202,10 +234,6 @@ class Scene:
         """What people call these identities."""
         by_number = self._by_number
         return [str(by_number[n]) if n in by_number else _outsider(self.identities[n]) for n in sorted(numbers)]
-
-    @cached_property
-    def _by_number(self) -> Mapping[int, Pods]:
-        return {pods.number: pods for pods in self.pods}
 
     @cached_property
     def deny_only(self) -> Mapping[Direction, frozenset[tuple[str, str, str]]]:
