@@ -11,7 +11,7 @@ from typing import Final
 from meshbridge.bypass.capture import bypasses_outbound
 from meshbridge.controller.addresses import CONTESTED, AddressBook, Holder
 from meshbridge.controller.objectaddresses import gateway_addresses, readable_addresses, readable_workload
-from meshbridge.controller.policies import PolicyItem, problems_of, read_policy
+from meshbridge.controller.policies import PolicyItem, problem_of, problems_of, read_policy
 from meshbridge.controller.services import ServiceBook
 from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
 from meshbridge.kube.manifests import Key
@@ -21,7 +21,9 @@ from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse import POLICY_KINDS, parse
 from meshbridge.policy.parse.cluster import Namespace, Node, Service
+from meshbridge.policy.parse.clusternetworkpolicy import CLUSTER_POLICY_KINDS
 from meshbridge.policy.policyset import PolicySet
+from meshbridge.policy.priorities import equal_priorities
 from meshbridge.xds.exclusions import Exclusions
 
 TERMINAL_PHASES: Final = frozenset({"Succeeded", "Failed"})
@@ -103,6 +105,8 @@ class Cluster:
             yield from problems
         yield from self._contested.values()
         yield from self._same_uid.values()
+        ranked = (p.parsed for p in self.policies.values() if p.parsed.document.kind in CLUSTER_POLICY_KINDS)
+        yield from map(problem_of, equal_priorities(ranked))
         for service in self.services.values():
             for address in (*service.addresses, *service.outside_addresses):
                 holder = self.addresses.holder(address)

@@ -11,7 +11,7 @@ from meshbridge.identity.model import Peer
 from meshbridge.kube.problems import Problem, ProblemReason
 from meshbridge.policy.anchors import Anchor
 from meshbridge.policy.mesh import MeshSettings
-from meshbridge.policy.model import Document, Layer
+from meshbridge.policy.model import Document, Layer, Notice
 from meshbridge.policy.parse import Parsed, parse
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.xds.snapshot import Resource
@@ -76,7 +76,10 @@ def problems_of(parsed: Parsed) -> tuple[Problem, ...]:
         Problem(ProblemReason.REFUSED, str(refusal), source.file, source.line(refusal.path))
         for refusal in parsed.refusals
     ]
-    found += [
-        Problem(ProblemReason.NOTICE, str(notice), source.file, source.line(notice.path)) for notice in parsed.notices
-    ]
-    return tuple(found)
+    return (*found, *map(problem_of, parsed.notices))
+
+
+def problem_of(notice: Notice) -> Problem:
+    """A notice, for whoever looks at the cluster's problems."""
+    source = notice.document.source
+    return Problem(ProblemReason.NOTICE, str(notice), source.file, source.line(notice.path))

@@ -269,6 +269,20 @@ def test_a_nodes_labels_travel_as_far_as_policies_ask_for_them(world: World) -> 
     assert world.address(a, "172.16.0.2").peer.labels == {"zone": "b"}
 
 
+def test_equal_priorities_of_two_policies_are_a_problem_of_both_until_one_changes(world: World) -> None:
+    def guard(name: str, priority: int) -> Document:
+        rule = {"action": "Deny", "from": [{"namespaces": {}}]}
+        spec = {"tier": "Admin", "priority": priority, "subject": {"namespaces": {}}, "ingress": [rule]}
+        return document("ClusterNetworkPolicy", name, spec=spec)
+
+    world.put(guard("a", 1), guard("b", 1))
+    texts = sorted(problem.text for problem in world.controller.problems)
+    assert [text.partition(":")[0] for text in texts] == ["f.yaml", "f.yaml"]
+    assert "ClusterNetworkPolicy a spec.priority: has the tier and priority of ClusterNetworkPolicy b" in texts[0]
+    world.put(guard("b", 2))
+    assert not world.controller.problems
+
+
 def test_labels_of_a_namespace_reach_its_pods_whichever_came_first(world: World) -> None:
     a = world.connect(A)
     world.put(pod("web-0", "10.0.0.1"))
