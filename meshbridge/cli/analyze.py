@@ -178,7 +178,7 @@ def _text(found: Finding, coloured: bool) -> list[str]:
     """``Warning [MB0401] (Kind namespace/name file:line) text``, as istioctl has it; then the fix and who has part."""
     level = found.severity.value.capitalize()
     if coloured and found.severity in _COLOURS:
-        level = click.style(level, fg=_COLOURS[found.severity], bold=found.severity is Severity.ERROR)
+        level = click.style(level, fg=_COLOURS[found.severity], bold=found.severity is Severity.ERROR or None)
     where = printable(" ".join(filter(None, (found.resource, place(found.origin)))))
     lines = [f"{level} [{found.code}] ({where}) {printable(found.text)}", f"    fix: {printable(found.fix)}"]
     return [*lines, *(f"    see: {printable(str(other))}" for other in found.related)]
