@@ -465,7 +465,7 @@ DOCUMENTS = [
 STEPS = st.lists(st.tuples(st.sampled_from(DOCUMENTS), st.booleans()), max_size=20)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(STEPS, st.randoms())
 def test_a_chain_of_changes_ends_as_the_same_documents_from_scratch(
     tmp_path: Path, steps: list[tuple[Document, bool]], rng: random.Random
