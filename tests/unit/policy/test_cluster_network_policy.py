@@ -31,6 +31,7 @@ from meshbridge.identity.model import IpFamily, Workload
 from meshbridge.policy.capture import Capture
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.explain import explain_layer
+from meshbridge.policy.l7 import Request, decide_request
 from meshbridge.policy.model import Direction, Tier, Verdict
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.precedence import DropReason, Strength, TooManySteps, precedence
@@ -300,3 +301,24 @@ def test_tiers_decide_in_the_order_of_the_texts(seed: int) -> None:
         policy_map = policy.map(DIRECTIONS[flow.direction], IpFamily.of(flow.endpoint.address))
         passes = verdict_at(policy_map, numbering, flow) is not Verdict.DENY
         assert passes is network_allows(objects, flow), (flow, objects)
+
+
+HTTP = (
+    "{apiVersion: cilium.io/v2, kind: CiliumNetworkPolicy, metadata: {name: h, namespace: shop}, spec: "
+    "{endpointSelector: {}, ingress: [{fromEndpoints: [{}], toPorts: "
+    "[{ports: [{port: '8080', protocol: TCP}], rules: {http: [{method: GET}]}}]}]}}"
+)
+REQUESTS = {
+    "the HTTP rule alone": ([HTTP], {"GET"}),
+    "an accept in Admin is not asked": ([HTTP, tier("Admin", rule("Accept", OWN))], {"GET", "POST"}),
+    "what passes is asked": ([HTTP, tier("Admin", rule("Pass", OWN) + ", " + rule("Accept", ALL))], {"GET"}),
+    "what Baseline accepts is asked": ([HTTP, tier("Baseline", rule("Accept", ALL))], {"GET"}),
+}
+
+
+@pytest.mark.parametrize(("objects", "expected"), REQUESTS.values(), ids=REQUESTS.keys())
+def test_which_requests_pass(objects: list[str], expected: set[str]) -> None:
+    found = policies("\n---\n".join(objects))
+    request = Request(source=WEB.addresses[0], port=8080, method="", path="/", host="api", peer=WEB.peer())
+    asked = {method: decide_request(API, found, replace(request, method=method)).allowed for method in ("GET", "POST")}
+    assert {method for method, allows in asked.items() if allows} == expected
