@@ -55,7 +55,7 @@ apiserver: setup-dev ## verbs that read a cluster, against a real API server (ro
 	$(PYTEST) tests/apiserver
 
 conformance: setup-dev ## our verdicts against a real Envoy, istiod, Cilium's engine and others (root; builds them once)
-	@scripts/third-party istio kubernetes
+	@scripts/third-party istio kubernetes $(dir $(wildcard tests/conformance/*/go.mod))
 	$(PYTEST) tests/conformance
 
 bench: setup-dev ## the figures of docs/benchmarks.md, as ratios (root)
