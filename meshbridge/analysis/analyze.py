@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 from meshbridge.analysis import (
@@ -70,7 +71,13 @@ ANALYZERS: Final[Mapping[str, Analyzer]] = {
 }
 
 
-def analyze(documents: Iterable[Document], mesh: MeshSettings = DEFAULT_MESH) -> tuple[Finding, ...]:
-    """Every finding, the worst first; the order of the documents does not matter."""
-    scene = Scene(documents, mesh)
+def analyze(
+    documents: Iterable[Document], mesh: MeshSettings = DEFAULT_MESH, now: datetime | None = None
+) -> tuple[Finding, ...]:
+    """Every finding, the worst first; the order of the documents does not matter.
+
+    Args:
+        now: When it is, for what BypassPolicies accept until some time; without it they are not read.
+    """
+    scene = Scene(documents, mesh, now)
     return in_order(found for analyzer in ANALYZERS.values() for found in analyzer.findings(scene))

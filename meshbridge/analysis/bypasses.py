@@ -66,15 +66,19 @@ def settings(scene: Scene) -> Iterator[Finding]:
 
 
 def lost_guarantees(scene: Scene) -> Iterator[Finding]:
-    """Excluded ports, and what the mesh guaranteed there and nobody does any more."""
+    """Excluded ports, and what the mesh guaranteed there, nobody does any more, and no BypassPolicy accepts."""
     for row in _report(scene).rows:
         lost = [g for g in row.with_fate(Fate.LOST) if g.kind is not _REGISTRY or scene.mesh.registry_only]
-        if row.port_class is not PortClass.EXCLUDED or not lost:
+        refused = ""
+        if row.ruling is not None and row.ruling.policies:
+            lost = [guarantee for guarantee in lost if guarantee in row.ruling.unaccepted]
+            refused = "" if row.ruling.allowed else "; BypassPolicies select the pod, and none allows it"
+        if row.port_class is not PortClass.EXCLUDED or not (lost or refused):
             continue
         ports = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in row.ports.spans[:4])
         way = "" if row.direction is Direction.INGRESS else "outbound "
         kinds = listed(dict.fromkeys(guarantee.kind.value for guarantee in lost), 6)
-        text = f"{way}port {ports} bypasses the sidecar by {row.route}: lost are {kinds}"
+        text = f"{way}port {ports} bypasses the sidecar by {row.route}{f': lost are {kinds}' if kinds else ''}{refused}"
         related = [guarantee.origin for guarantee in lost if guarantee.origin is not None]
         yield finding("MB0601", scene.origin_of_pod(row.pod), text, related=related)
 
@@ -97,7 +101,7 @@ def _report(scene: Scene) -> Report:
     """The report on one of each kind of pods; what bypasses nothing only takes part as the other end."""
     kinds = tuple(pods.pod for pods in scene.pods)
     states = {pod.key: capture_state(pod) for pod in kinds}
-    everybody = Inventory(kinds, scene.services, scene.policies, states)
+    everybody = Inventory(kinds, scene.services, scene.policies, states, bypass_policies=scene.bypass_policies)
     bypassing = tuple(pod for pod in kinds if _bypasses(states[pod.key], scene.families_of(pod)))
     if not bypassing:
         return Report()

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from meshbridge.analysis.finding import Finding, finding, listed, place_of
 from meshbridge.analysis.scene import Pods, Scene
+from meshbridge.bypass.bypasspolicy import is_bypass_policy
 from meshbridge.policy.model import Document, Layer, Refusal, Severity
 from meshbridge.policy.parse import POLICY_KINDS
 
@@ -18,7 +19,7 @@ _HOLDS: Final = {
 
 def refusals(scene: Scene) -> Iterator[Finding]:
     """Every object that is refused, and what therefore holds."""
-    for refusal in scene.policies.refusals:
+    for refusal in (*scene.policies.refusals, *scene.bypass_policies.refusals):
         origin = place_of(refusal.document, refusal.path)
         at = f"{refusal.path}: " if refusal.path else ""
         text = f"{at}{refusal.reason}; {_holds(scene, refusal)}"
@@ -26,6 +27,8 @@ def refusals(scene: Scene) -> Iterator[Finding]:
 
 
 def _holds(scene: Scene, refusal: Refusal) -> str:
+    if is_bypass_policy(refusal.document):
+        return "until it is mended, it accepts nothing"
     if (refusal.document.key[0], refusal.document.kind) not in POLICY_KINDS:
         return "until it is mended, nothing of it is known"
     selected = [pods for pods in scene.pods if _may_concern(scene, refusal, pods)]

@@ -9,10 +9,12 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from typing import Final
 
 from meshbridge.analysis.finding import listed, place_of
+from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
 from meshbridge.evaluation.cluster import Cluster
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, Workload
 from meshbridge.identity.networks import NetworkIndex
@@ -26,6 +28,7 @@ from meshbridge.policy.parse import parse
 from meshbridge.policy.parse.cluster import Node, Service
 from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.policy.policyset import PolicySet
+from meshbridge.policy.selectors import label_keys
 
 HOST: Final = 1
 """The number of the pod's own node."""
@@ -70,9 +73,16 @@ class Scene:
     question about two kinds of pods.
     """
 
-    def __init__(self, documents: Iterable[Document], mesh: MeshSettings = DEFAULT_MESH) -> None:
+    def __init__(
+        self, documents: Iterable[Document], mesh: MeshSettings = DEFAULT_MESH, now: datetime | None = None
+    ) -> None:
+        """
+        Args:
+            now: When it is, for what BypassPolicies accept until some time; without it they are not read.
+        """
         self.documents = tuple(documents)
         self.mesh = mesh
+        self.bypass_policies = NO_BYPASS_POLICIES if now is None else BypassPolicies.of(self.documents, now)
         self.cluster = Cluster(self.documents, mesh)
         self.policies = self.cluster.policies
         self._compiled: dict[tuple[object, ...], tuple[tuple[NetworkRule, ...], Reach]] = {}
@@ -119,7 +129,8 @@ class Scene:
     @cached_property
     def _label_keys(self) -> frozenset[str]:
         in_services = {key for service in self.services for key in service.selector or ()}
-        return self.policies.referenced_labels().pod | in_services | _KNOWN_LABELS
+        in_rulings = label_keys(policy.subject for policy in self.bypass_policies.policies).pod
+        return self.policies.referenced_labels().pod | in_services | in_rulings | _KNOWN_LABELS
 
     @cached_property
     def _networks(self) -> NetworkIndex:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -115,7 +116,7 @@ def command(
     source = DocumentSource(kubeconfig=kubeconfig, context=context, istio_namespace=istio_namespace)
     documents, found = _read(every) if every else (source.read(), [])
     mesh, wrong = _mesh_of(documents)
-    findings = in_order(kept([*found, *wrong, *analyze(documents, mesh)], suppressions, documents))
+    findings = in_order(kept([*found, *wrong, *analyze(documents, mesh, datetime.now(UTC))], suppressions, documents))
     findings = tuple(f for f in findings if not namespaces or f.origin.namespace in ("", *namespaces))
     shown = [f for f in findings if reaches(f.severity, Severity(output_threshold))]
     where = ", ".join(map(str, every)) or "the cluster"
