@@ -213,7 +213,7 @@ def test_streams_of_a_node_end_with_its_token_and_come_back_with_the_new_one(tmp
     presented: list[str] = []
 
     def renewed() -> str:
-        lifetime = timedelta(seconds=1) - CLOCK_SKEW if len(presented) < 2 else timedelta(hours=1)
+        lifetime = timedelta(seconds=4) - CLOCK_SKEW if len(presented) < 2 else timedelta(hours=1)
         presented.append(token(lifetime=lifetime))
         return presented[-1]
 
