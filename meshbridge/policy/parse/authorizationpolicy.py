@@ -134,8 +134,10 @@ def _reach(document: Document, read: Selector) -> Selector:
     if read.requirements:
         return read
     spec = document.data.get("spec")
+    if not isinstance(spec, dict):
+        return read
     try:
-        return Selector.of(match_labels_only(Reader(spec.get("selector", {}), ""))) if isinstance(spec, dict) else read
+        return Selector.of(match_labels_only(Reader(spec.get("selector", {}), "spec.selector")))
     except Invalid:
         return Selector()
 
@@ -207,7 +209,8 @@ def _clauses(at: Reader | None, name: str, attributes: dict[str, Attribute]) -> 
                 conditions.append(
                     Condition(attribute, _values(positive, attribute, 1), _values(negative, attribute, 1))
                 )
-        if attributes is _SOURCE and "serviceAccounts" in parts and {"principals", "namespaces"} & set(parts):
+        asked = {condition.attribute for condition in conditions}
+        if Attribute.SERVICE_ACCOUNTS in asked and asked & {Attribute.PRINCIPALS, Attribute.NAMESPACES}:
             fields[name].refuse("serviceAccounts stands beside principals or namespaces", "write two sources")
         found.append(tuple(conditions))
     return tuple(found)

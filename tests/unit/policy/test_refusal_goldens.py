@@ -21,7 +21,15 @@ from meshbridge.policy.parse.reader import Reader
 
 FOLDER = Path(__file__).parent / "refusals"
 CASES = sorted(FOLDER.glob("*/*.yaml"))
-COMPLETE = ("AdminNetworkPolicy", "BaselineAdminNetworkPolicy", "ClusterNetworkPolicy", "NetworkPolicy")
+COMPLETE = (
+    "AdminNetworkPolicy",
+    "AuthorizationPolicy",
+    "BaselineAdminNetworkPolicy",
+    "ClusterNetworkPolicy",
+    "NetworkPolicy",
+    "PeerAuthentication",
+    "RequestAuthentication",
+)
 
 _MARK = "# refused:"
 
