@@ -160,8 +160,9 @@ class Enforcer:
 
     def identities_of_addresses(self) -> dict[bytes, Held]:
         """The numbers addresses have in the kernel, without those that only stood in during a transition."""
+        shared: dict[Identities, Held] = {}  # few values for many addresses
         return {
-            raw: Held(value.identity, value.forwarded_identity)
+            raw: shared.get(value) or shared.setdefault(value, Held(value.identity, value.forwarded_identity))
             for raw, value in self.observed.ipcache.exact.items()
             if max(value) < FIRST_ALIAS
         }

@@ -150,7 +150,11 @@ class Plan:
 
 def observe(tables: Mapping[TableName, Table]) -> ObservedState:
     """Read back what is in force."""
-    exact = {key: Identities(*_IDENTITIES.unpack(value)) for key, value in tables[TableName.IPCACHE].read()}
+    shared: dict[bytes, Identities] = {}  # few values for many addresses
+    exact = {
+        key: shared.get(value) or shared.setdefault(value, Identities(*_IDENTITIES.unpack(value)))
+        for key, value in tables[TableName.IPCACHE].read()
+    }
     prefixes = {
         _PREFIX.unpack(key): Identities(*_IDENTITIES.unpack(value))
         for key, value in tables[TableName.IPCACHE_CIDR].read()
