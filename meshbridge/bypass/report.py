@@ -18,12 +18,12 @@ from meshbridge.bypass.inventory import Inventory, target_port
 from meshbridge.bypass.isolation import Isolation, isolations
 from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, IntSet, networks, union
 from meshbridge.bypass.state import CaptureState, Route, Span
-from meshbridge.identity.model import IpAddress, IpFamily, ProxyClass, Workload
+from meshbridge.identity.model import IpAddress, IpFamily, Peer, ProxyClass, Workload
 from meshbridge.policy.baseline import Flow, Guard, mesh_verdict
 from meshbridge.policy.capture import ISTIO_PORTS, AppProtocol, Capture, PortClass
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.evaluate import evaluate
-from meshbridge.policy.lowering import guard_of, own_principal
+from meshbridge.policy.lowering import guard_of, guard_of_peer, own_principal
 from meshbridge.policy.mesh import Action, Attribute
 from meshbridge.policy.model import Direction, EndpointPolicy, Verdict
 from meshbridge.policy.policyset import PolicySet
@@ -176,10 +176,10 @@ def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
     refusing = _refusing_destinations(workload, span, inventory)
     known = any(other is not workload for other in inventory.workloads)
     if refusing:
-        why = "what these destinations refuse is dropped where it arrives; under any name, at the source already"
+        why = "what these destinations refuse this pod is dropped here already, and again where it arrives"
     elif inventory.others:
         why = (
-            "no pod of this node refuses this pod on these ports; pods of other nodes drop there what they refuse, and "
+            "no pod whose ports are known refuses this pod on these ports; others drop what they refuse where it arrives; "
             "what they refuse under any name is dropped here already; identity and encryption are lost"
         )
     elif known:
@@ -225,7 +225,28 @@ def _refusing_destinations(workload: Workload, span: Span, inventory: Inventory)
                 continue
             if excluded_outcome(guard, port, sender).verdict is Verdict.DENY:
                 found.append(f"{other.key}:{port}")
-    return tuple(found)
+    return (*found, *_refusing_elsewhere(sender, span, inventory))
+
+
+def _refusing_elsewhere(sender: Peer, span: Span, inventory: Inventory) -> list[str]:
+    """The same of pods of other nodes, by the ports that their nodes have seen to be excluded."""
+    here = {workload.key for workload in inventory.workloads}
+    everywhere = not _destinations(span)
+    ranges = frozenset(networks(span.box.destination, span.family))
+    found = []
+    for name, peer in sorted(inventory.others.items()):
+        if name in here or not peer.excluded or not (everywhere or peer.networks & ranges):
+            continue
+        excluded = IntSet.of(*((p.first, p.last) for p in peer.excluded if p.family is span.family)) & span.box.port
+        guard = guard_of_peer(peer, inventory.policies.selecting(peer))
+        asked = excluded if len(excluded) <= MAX_SINGLE_PORTS else excluded & IntSet.of(*_ports_of_rules(guard))
+        found += [
+            f"{name}:{port}"
+            for first, last in asked
+            for port in range(first, last + 1)
+            if excluded_outcome(guard, port, sender).verdict is Verdict.DENY
+        ]
+    return found
 
 
 def half_bypasses(inventory: Inventory, *, possible: bool = False) -> list[HalfBypass]:

@@ -200,7 +200,7 @@ class MeshCompiler:
     def _guard(self, number: int, peer: Peer, policies: PolicySet) -> Guard:
         held = self._guards.get(number)
         if held is None or held[0] is not policies:
-            held = self._guards[number] = (policies, _guard(peer, policies.selecting(peer)))
+            held = self._guards[number] = (policies, guard_of_peer(peer, policies.selecting(peer)))
         return held[1]
 
     def _compile(
@@ -235,10 +235,11 @@ class MeshCompiler:
 
 def guard_of(workload: Workload, selected: PolicySet) -> Guard:
     """What the mesh's policies among ``selected`` mean for one workload."""
-    return _guard(workload.peer(), selected)
+    return guard_of_peer(workload.peer(), selected)
 
 
-def _guard(peer: Peer, selected: PolicySet) -> Guard:
+def guard_of_peer(peer: Peer, selected: PolicySet) -> Guard:
+    """The same for a pod of which no more than this is known."""
     return Guard(
         selected.authorization,
         effective_mtls(selected.peer_authentication, peer, selected.mesh),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from agent_harness import KEY, MESHBRIDGE, NodeHarness, Pod, inside, run
-from test_agent_capture import ENVOY_PORT, eventually, redirect, with_sidecar
+from test_agent_capture import ENVOY_PORT, bypasses, eventually, redirect, with_sidecar
 
 from meshbridge.bypass import annotations as a
 from meshbridge.bypass.annotations import MeshDefaults
@@ -189,6 +189,9 @@ def test_what_an_excluded_destination_refuses_is_dropped_at_the_source(nodes: Tw
         eventually(lambda address=address: nodes.where(web, address, 9090) == SOURCE)
         assert nodes.where(scraper, address, 9090) == set(), "by its own name it is let in"
         assert nodes.where(web, address, 8080) == set(), "the destination captures it, so its Envoy judges"
+
+    rows = [r for r in bypasses(nodes.a)["bypasses"] if (r["pod"], r["direction"]) == (web.key, "egress")]
+    assert {name for row in rows for name in row["compensation"]["refused"]} == {"shop/api:9090"}
 
     # The destination's rules take the port back: its Envoy judges it again, and the source lets it go there.
     reannotated(nodes.b, api)

@@ -15,6 +15,7 @@ from meshbridge.bypass.halves import Delivered
 from meshbridge.bypass.inventory import inventory
 from meshbridge.bypass.report import Report, Row, report
 from meshbridge.cli.bypass import command
+from meshbridge.identity.model import IpFamily, TcpPorts
 from meshbridge.kube.objects import read_objects
 from meshbridge.policy.capture import PortClass
 from meshbridge.policy.model import Direction
@@ -218,7 +219,20 @@ def test_outbound_does_not_speak_for_pods_of_other_nodes() -> None:
     elsewhere = replace(known, others={"finance/ledger": known.peer(known.workloads[0])})
     outbound = row(report(elsewhere), "monitoring/prometheus", Direction.EGRESS)
     assert outbound.compensation is not None
-    assert "pods of other nodes drop there what they refuse" in outbound.compensation.summary
+    assert "others drop what they refuse where it arrives" in outbound.compensation.summary
+
+
+def test_outbound_names_pods_of_other_nodes_that_exclude_the_port_and_refuse() -> None:
+    closed = ONLY_MONITORING.replace("[monitoring]", "[finance]")
+    text = NAMESPACES + pod("finance/api", "10.0.0.1", EXCLUDED) + PROMETHEUS + closed
+    known = inventory(read_objects(text.encode(), "cluster.yaml").documents)
+    server = known.peer(next(w for w in known.workloads if w.key == "finance/api"))
+    here = replace(known, workloads=tuple(w for w in known.workloads if w.key != "finance/api"))
+    for excluded, refused in ((8080, ("finance/api:8080",)), (9999, ())):
+        seen = replace(server, excluded=(TcpPorts(IpFamily.IPV4, excluded, excluded),))
+        outbound = row(report(replace(here, others={"finance/api": seen})), "monitoring/prometheus", Direction.EGRESS)
+        assert outbound.compensation is not None
+        assert outbound.compensation.refused == refused
 
 
 def test_client_excludes_and_server_captures_breaks_under_strict() -> None:
