@@ -179,7 +179,7 @@ def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
         why = "what these destinations refuse this pod is dropped here already, and again where it arrives"
     elif inventory.others:
         why = (
-            "no pod whose ports are known refuses this pod on these ports; others drop what they refuse where it arrives; "
+            "no pod whose ports are known refuses it there; others drop what they refuse where it arrives, "
             "what they refuse under any name is dropped here already; identity and encryption are lost"
         )
     elif known:
