@@ -53,8 +53,10 @@ class ReportServer(reports_pb2_grpc.NodeReportsServicer):
         watcher = asyncio.create_task(superseded.wait(), name=f"watch for another stream of {caller}")
         try:
             await asyncio.wait({reader, watcher}, timeout=expires_s, return_when=asyncio.FIRST_COMPLETED)
+            if superseded.is_set():
+                await context.abort(grpc.StatusCode.ABORTED, "another stream of the node took this one's place")
             if not reader.done():
-                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "another stream of the node, or its token expired")
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token has expired")
             reader.result()
         except MessageError as error:
             self._sink.report(caller.node, {})
