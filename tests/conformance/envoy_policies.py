@@ -62,15 +62,22 @@ WHEN: dict[str, list[str]] = {
 SOURCE = (
     "principals", "namespaces", "serviceAccounts", "trustDomains", "ipBlocks", "remoteIpBlocks", "requestPrincipals",
 )  # fmt: skip
+ADDRESSES = ("ipBlocks", "remoteIpBlocks")
+NOT_IN_CUSTOM = ("source.namespace", "source.principal", "source.service", "source.trust", "request.auth")
 OPERATION = ("methods", "paths", "hosts", "ports")
 
 
 @dataclass
 class PolicyGenerator:
-    """Policies for servers given as (namespace, labels)."""
+    """Policies for servers given as (namespace, labels).
+
+    With ``misguided`` also what Istio's webhook would refuse and istiod makes something of: keys that it does not know,
+    and CUSTOM with a provider that does not exist.
+    """
 
     rng: random.Random
     trust_domains: tuple[str, ...]
+    misguided: bool = False
 
     def policies(self, servers: Sequence[tuple[str, dict[str, str]]], root: str) -> list[dict[str, Any]]:
         rng, found = self.rng, []
@@ -87,6 +94,9 @@ class PolicyGenerator:
                     spec["portLevelMtls"] = {"8081": {"mode": "STRICT"}, "9000": {"mode": "PERMISSIVE"}}
                 found.append(_policy("PeerAuthentication", f"m{len(found)}", namespace, spec))
         for namespace in (*{namespace: None for namespace, _ in servers}, root):
+            if rng.random() < 0.4:
+                spec = {"mtls": {"mode": rng.choice(["STRICT", "PERMISSIVE", "UNSET"])}}
+                found.append(_policy("PeerAuthentication", f"m{len(found)}", namespace, spec))
             for tier in "abcdef":
                 if rng.random() < 0.3:
                     by_tier = {"matchLabels": {"tier": tier}}
@@ -105,20 +115,27 @@ class PolicyGenerator:
         spec["rules"] = [self.rule(server) for _ in range(rng.randint(1, 2) if action == "ALLOW" else 1)]
         if action == "ALLOW" and rng.random() < 0.05:
             del spec["rules"]
+        if self.misguided and rng.random() < 0.15:
+            spec |= {"action": "CUSTOM", "provider": {"name": "nobody"}, "rules": [self.rule(server, in_custom=True)]}
         policy = _policy("AuthorizationPolicy", name, namespace, spec)
-        if action != "AUDIT" and rng.random() < 0.1:
+        if spec["action"] in ("ALLOW", "DENY") and rng.random() < 0.1:
             policy["metadata"]["annotations"] = {"istio.io/dry-run": rng.choice(["true", "T", "1", "false", "yes"])}
         return policy
 
-    def rule(self, server: str) -> dict[str, Any]:
+    def rule(self, server: str, *, in_custom: bool = False) -> dict[str, Any]:
         rng, rule = self.rng, dict[str, Any]()
         if rng.random() < 0.45:
-            rule["from"] = [{"source": self.clause(SOURCE, server)} for _ in range(rng.randint(1, 2))]
+            names = ADDRESSES if in_custom else SOURCE
+            rule["from"] = [{"source": self.clause(names, server)} for _ in range(rng.randint(1, 2))]
         if rng.random() < 0.45:
             rule["to"] = [{"operation": self.clause(OPERATION, server)} for _ in range(rng.randint(1, 2))]
         if rng.random() < 0.35:
-            keys = rng.sample(sorted(WHEN), rng.randint(1, 2))
-            rule["when"] = [{"key": key, **self.both("values", "notValues", WHEN[key], server)} for key in keys]
+            keys = rng.sample([key for key in sorted(WHEN) if not (in_custom and key.startswith(NOT_IN_CUSTOM))], 2)
+            rule["when"] = [
+                {"key": key, **self.both("values", "notValues", WHEN[key], server)} for key in keys[: rng.randint(1, 2)]
+            ]
+            if self.misguided and rng.random() < 0.1:
+                rule["when"].append({"key": "request.unknown", "values": ["x"]})
         return rule
 
     def clause(self, names: tuple[str, ...], server: str) -> dict[str, list[str]]:

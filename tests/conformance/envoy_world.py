@@ -20,7 +20,9 @@ from meshbridge.evaluation.cluster import Cluster
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document
 
-HTTP_PORTS, TCP_PORTS = (8080, 8081), (9000, 9001)
+HTTP_PORTS, TCP_PORTS = (8080, 8081, 7000), (9000, 9001, 7001)
+UNDECLARED = (7000, 7001)
+"""Ports of no Service, whose protocol Envoy has to find out."""
 NAMESPACES = ("finance", "shop")
 ROOT_NAMESPACE = "istio-system"
 
@@ -87,7 +89,6 @@ class Point:
 
     server: Server
     flow: dict[str, Any] = field(hash=False)
-    headers: tuple[tuple[str, str], ...] = ()
     claims: dict[str, Any] | None = field(default=None, hash=False)
     signed: bool = True
 
@@ -110,6 +111,7 @@ class World:
     options: MeshOptions
     size: int = 30
     ipv6: bool = True
+    misguided: bool = False
 
     @cached_property
     def servers(self) -> tuple[Server, ...]:
@@ -123,9 +125,9 @@ class World:
     @cached_property
     def policies(self) -> list[dict[str, Any]]:
         """AuthorizationPolicy, PeerAuthentication, RequestAuthentication: in namespaces, and in the root one."""
-        return PolicyGenerator(random.Random(f"policies {self.seed}"), self.options.trust_domains).policies(
-            [(server.namespace, server.labels) for server in self.servers], ROOT_NAMESPACE
-        )
+        rng = random.Random(f"policies {self.seed}")
+        generator = PolicyGenerator(rng, self.options.trust_domains, self.misguided)
+        return generator.policies([(server.namespace, server.labels) for server in self.servers], ROOT_NAMESPACE)
 
     @property
     def mesh_config(self) -> dict[str, Any]:
@@ -161,7 +163,8 @@ class World:
 
     def _services(self) -> Iterator[dict[str, Any]]:
         ports = [{"name": f"{protocol}-{port}", "port": port, "protocol": "TCP"}
-                 for protocol, numbers in (("http", HTTP_PORTS), ("tcp", TCP_PORTS)) for port in numbers]  # fmt: skip
+                 for protocol, numbers in (("http", HTTP_PORTS), ("tcp", TCP_PORTS)) for port in numbers
+                 if port not in UNDECLARED]  # fmt: skip
         for server in self.servers:
             metadata = {"name": server.name, "namespace": server.namespace}
             spec = {"selector": {"app": server.name}, "ports": ports}
@@ -192,11 +195,12 @@ class World:
     def _connection(self, rng: random.Random, server: Server, port: int) -> dict[str, Any]:
         client = rng.choice(CLIENTS)
         source = client.addresses[server.ipv6]
-        principal = rng.choice([None, *self.principals])
+        principal = rng.choice(self.principals) if rng.random() < 0.7 else None
         return {
             "dst": server.key, "dst_ip": server.address, "port": port,
             "src": f"{client.namespace}/{client.name}" if client.namespace else source, "src_ip": source,
             "peer_principal": principal,
+            **({"app_protocol": "tcp"} if port in UNDECLARED and port in TCP_PORTS else {}),
             "sni": rng.choice(["", "server.test", f"{server.name}.test"]) if principal else "",
         }  # fmt: skip
 
@@ -209,20 +213,17 @@ class World:
         method = rng.choice(["GET", "GET", "POST", "PUT", "DELETE"])
         path = rng.choice(PATHS)
         host = rng.choice([server.name, f"{server.name}.test", f"{server.name.upper()}:{connection['port']}", "x.test"])
-        headers: list[tuple[str, str]] = list(rng.choice(HEADERS))
+        headers = dict(rng.choice(HEADERS))
         flow: dict[str, Any] = {**connection}
         if rng.random() < 0.2:
-            headers.append(("x-forwarded-for", rng.choice(FORWARDED_FOR)))
+            headers["x-forwarded-for"] = rng.choice(FORWARDED_FOR)
         claims = _claims(rng, rng.choice(ISSUERS)) if rng.random() < 0.75 else None
         signed = rng.random() < 0.85
         flow["token"] = "absent"
         if claims is not None and server.labels["jwt"] == "yes":
             flow |= {"token": "valid", "claims": claims} if signed else {"token": "bad"}
-        merged: dict[str, str] = {}
-        for name, value in headers:
-            merged[name] = f"{merged[name]},{value}" if name in merged else value
-        flow["http"] = {"method": method, "path": path, "host": host, "headers": merged}
-        return Point(server, flow, tuple(headers), claims, signed)
+        flow["http"] = {"method": method, "path": path, "host": host, "headers": headers}
+        return Point(server, flow, claims, signed)
 
 
 PATHS = (
@@ -234,8 +235,8 @@ FORWARDED_FOR = (
     "198.51.100.4", "192.0.2.9, 198.51.100.4", "198.51.100.4,192.0.2.9", "198.51.100.4, nobody", " 192.0.2.200 ", "",
     "fd00:1::7", "10.1.0.77, 2001:db8::1",
 )  # fmt: skip
-HEADERS: tuple[tuple[tuple[str, str], ...], ...] = (
-    (), (), (("x-a", "1"),), (("x-a", "value"),), (("x-a", "1"), ("x-a", "value")), (("x-a", ""),), (("x-b", "no"),),
+HEADERS: tuple[dict[str, str], ...] = (
+    {}, {}, {"x-a": "1"}, {"x-a": "value"}, {"x-a": "1,value"}, {"x-a": ""}, {"x-b": "no"},
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 from envoy_data_plane.envoy.config.listener.v3 import Filter
 from envoy_data_plane.google.protobuf import Any as AnyMessage
 from envoy_proxy import Chains, echo
-from envoy_world import ROOT_NAMESPACE, Server, World
+from envoy_world import HTTP_PORTS, ROOT_NAMESPACE, UNDECLARED, Server, World
 
 from meshbridge.xds.names import CLUSTER_INBOUND
 from meshbridge.xds.snapshot import LISTENER
@@ -94,18 +94,23 @@ def inbound_listener(channel: grpc.Channel, world: World, server: Server) -> lis
 
 
 def chains_of(inbound: listener_pb2.Listener, port: int) -> Chains:
-    """What a port's filter chains judge by: for peers that speak the mesh's mTLS, and for those in the clear."""
+    """What the filter chains of a port judge by: for peers that speak the mesh's mTLS, and for those in the clear.
+
+    A port that istiod knows has its own; any other has the chains without a port, of which Envoy picks those for HTTP
+    when it recognizes it.
+    """
     mine = [chain for chain in inbound.filter_chains if chain.filter_chain_match.destination_port.value == port]
-    assert mine, f"no chain for port {port} among {[chain.name for chain in inbound.filter_chains]}"
-    tls = [
-        chain
-        for chain in mine
-        if chain.filter_chain_match.transport_protocol == "tls" and chain.HasField("transport_socket")
-    ]
-    plaintext = [chain for chain in mine if chain.filter_chain_match.transport_protocol == "raw_buffer"]
-    assert len(tls) <= 1, mine
-    assert len(plaintext) <= 1, mine
+    if not mine:
+        assert port in UNDECLARED, f"no chain for port {port} among {[chain.name for chain in inbound.filter_chains]}"
+        unnamed = [c for c in inbound.filter_chains if not c.filter_chain_match.HasField("destination_port")]
+        mine = [chain for chain in unnamed if _is_http(chain) is (port in HTTP_PORTS)]
+    tls = [c for c in mine if c.filter_chain_match.transport_protocol == "tls" and c.HasField("transport_socket")]
+    plaintext = [c for c in mine if c.filter_chain_match.transport_protocol == "raw_buffer"]
     return Chains(*(_judges(found[0]) if found else None for found in (tls, plaintext)))
+
+
+def _is_http(chain: listener_components_pb2.FilterChain) -> bool:
+    return any(each.typed_config.type_url == _MANAGER for each in chain.filters)
 
 
 def _judges(chain: listener_components_pb2.FilterChain) -> list[Filter]:

@@ -15,14 +15,14 @@ from meshbridge.xds.rbac import http_rbac, tcp_rbac
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
-POINTS_PER_PORT = 12
+POINTS_PER_PORT = 8
 MESHES = {
     "Istio's defaults": MeshOptions(),
     "a trust domain with an alias, merged slashes": MeshOptions("prod.example", ("old.example",), "MERGE_SLASHES"),
     "decoded slashes": MeshOptions(paths="DECODE_AND_MERGE_SLASHES"),
     "two aliases, paths as they come": MeshOptions("prod.example", ("cluster.local", "old.example"), "NONE"),
 }
-"""12 points to each of 4 ports of 30 servers make 1,440 for each mesh."""
+"""8 points to each of 6 ports of 30 servers make 1,440 for each mesh."""
 
 
 @pytest.mark.parametrize("options", MESHES.values(), ids=MESHES)

@@ -15,7 +15,7 @@ from istiod_server import chains_of, custom_resource_definitions, inbound_listen
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
-POINTS_PER_PORT = 12
+POINTS_PER_PORT = 8
 
 
 def test_evaluate_agrees_with_an_envoy_that_holds_istiods_rbac(
@@ -25,7 +25,7 @@ def test_evaluate_agrees_with_an_envoy_that_holds_istiods_rbac(
     istio = third_party("istio")
     if reason := missing():
         pytest.fail(reason, pytrace=False) if os.environ.get("CI") else pytest.skip(reason)
-    world = World(seed, MeshOptions("prod.example", ("old.example",), "MERGE_SLASHES"), ipv6=False)
+    world = World(seed, MeshOptions("prod.example", ("old.example",), "MERGE_SLASHES"), ipv6=False, misguided=True)
     points = list(world.points(POINTS_PER_PORT))
     ports = [(server, port) for server in world.servers for port in (*HTTP_PORTS, *TCP_PORTS)]
     with running_api_server(tmp_path, {}) as api:
