@@ -147,39 +147,53 @@ def _compile_network(
     judged: PortClasses | None,
 ) -> _NetworkLayer:
     tiers = Tiers.of(rules)
-    covered = {id(rule): coverage(rule, index, ports, direction) for rule in tiers.rules}
+    covered = {rule: coverage(rule, index, ports, direction) for rule in tiers.rules}
     found = _Entries(judged)
     for step, rule in enumerate(tiers.baseline):
-        found.claim(rule, covered[id(rule)], Tier.BASELINE, step)
+        found.claim(rule, covered[rule], Tier.BASELINE, step)
     for rule in tiers.normal:
-        found.claim(rule, covered[id(rule)], Tier.NORMAL, 0)
+        found.claim(rule, covered[rule], Tier.NORMAL, 0)
     if tiers.isolating and direction is Direction.INGRESS:
         found.put([(_own_node(index), [EVERY_PORT])], precedence(Tier.DEFAULT, 0, Strength.ALLOW), ())
     step = 0
     for rule in tiers.admin:
-        if not rule.passes:
-            found.claim(rule, covered[id(rule)], Tier.ADMIN, step)
-            step += 1
-            continue
-        # The kernel stops at the highest entry, so what is left to the tiers below is written here once more.
-        passed = covered[id(rule)]
-        if denies_by_labels(rule):
-            unknown = both(passed, [(index.numbers(index.matching(UNKNOWN_LABELS)), [EVERY_PORT])])
-            found.put(unknown, precedence(Tier.ADMIN, step, Strength.DENY), (rule.origin,))
-        for below in tiers.normal:
-            found.claim(below, both(passed, covered[id(below)]), Tier.ADMIN, step)
-        for below in tiers.baseline:
-            step += 1
-            found.claim(below, both(passed, covered[id(below)]), Tier.ADMIN, step)
-        step += 1
-        if tiers.isolating:
-            found.put(passed, precedence(Tier.ADMIN, step, Strength.ISOLATED), tiers.isolating)
+        if rule.passes:
+            step = _pass_on(rule, tiers, covered, found, index, step)
         else:
-            found.put(passed, precedence(Tier.ADMIN, step, Strength.ALLOW), (rule.origin,))
+            found.claim(rule, covered[rule], Tier.ADMIN, step)
         step += 1
     if not tiers.isolating:
         return _NetworkLayer(found.entries(), ALLOWED)
     return _NetworkLayer(found.entries(), LayerDefault(Verdict.DENY, tiers.isolating, DropReason.POLICY))
+
+
+def _pass_on(
+    rule: NetworkRule,
+    tiers: Tiers,
+    covered: Mapping[NetworkRule, Coverage],
+    found: _Entries,
+    index: PeerIndex,
+    step: int,
+) -> int:
+    """Write what the tiers below say of all that ``rule`` covers, from ``step`` on; the last step that took.
+
+    The kernel stops at the highest entry, so it cannot go on to them by itself.
+    """
+    passed = covered[rule]
+    if denies_by_labels(rule):
+        unknown = both(passed, [(index.numbers(index.matching(UNKNOWN_LABELS)), [EVERY_PORT])])
+        found.put(unknown, precedence(Tier.ADMIN, step, Strength.DENY), (rule.origin,))
+    for below in tiers.normal:
+        found.claim(below, both(passed, covered[below]), Tier.ADMIN, step)
+    for below in tiers.baseline:
+        step += 1
+        found.claim(below, both(passed, covered[below]), Tier.ADMIN, step)
+    step += 1
+    if tiers.isolating:
+        found.put(passed, precedence(Tier.ADMIN, step, Strength.ISOLATED), tiers.isolating)
+    else:
+        found.put(passed, precedence(Tier.ADMIN, step, Strength.ALLOW), (rule.origin,))
+    return step
 
 
 class _Entries:
