@@ -41,13 +41,19 @@ class Sending:
     blocked: bool = False
 
 
-@dataclass(frozen=True, slots=True)
 class Registry:
-    """Istio's registry, as the documents say it is; the order of ``objects`` never matters."""
+    """Istio's registry, as the documents say it is; their order never matters."""
 
-    objects: tuple[RegistryObject, ...]
-    services: tuple[Service, ...]
-    mesh: MeshSettings
+    def __init__(self, objects: Iterable[RegistryObject], services: Iterable[Service], mesh: MeshSettings) -> None:
+        self.mesh = mesh
+        self._objects = sorted(objects, key=lambda found: found.origin)
+        self._services: dict[str, list[Service]] = {}
+        for service in services:
+            self._services.setdefault(service.namespace, []).append(service)
+
+    def selecting(self, pod: Workload) -> list[Service]:
+        """The Services in front of a pod."""
+        return [service for service in self._services.get(pod.namespace, ()) if service.selects(pod)]
 
     def to_service(self, client: Workload, service: Service, port: int) -> Sending:
         """What ``client``'s Envoy sends to a port of a Service."""
@@ -87,7 +93,7 @@ class Registry:
     def served_by(self, gateway: Workload) -> dict[int, AppProtocol]:
         """What a gateway's own ports speak, by the Gateways that pick it; their ports are those of its Service."""
         found: dict[int, AppProtocol] = {}
-        behind = [service for service in self.services if service.selects(gateway)]
+        behind = self.selecting(gateway)
         for number, protocol in (s for each in self._of(Gateway) if each.selects(gateway.labels) for s in each.servers):
             served = (port for service in behind for port in service.ports if port.port == number)
             targets = [target for port in served if (target := port.target_at(gateway.ports)) is not None]
@@ -117,7 +123,7 @@ class Registry:
         return None
 
     def _of(self, kind: type[_Registered]) -> Sequence[_Registered]:
-        return [found for found in self.objects if isinstance(found, kind)]
+        return [found for found in self._objects if isinstance(found, kind)]
 
 
 _SENDS = {TlsMode.DISABLE: ClientTls.DISABLE, TlsMode.ISTIO_MUTUAL: ClientTls.ISTIO_MUTUAL}

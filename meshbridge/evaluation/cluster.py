@@ -56,8 +56,7 @@ class Cluster:
         objects = [found for item in parsed for found in item.objects]
         self.policies = PolicySet.of_parsed(parsed, mesh)
         self.services = tuple(found for found in objects if isinstance(found, Service))
-        registered = sorted((found for item in parsed for found in item.registry), key=lambda found: found.origin)
-        self.registry = Registry(tuple(registered), self.services, mesh)
+        self.registry = Registry((found for item in parsed for found in item.registry), self.services, mesh)
         self._namespaces = {found.name: found for found in objects if isinstance(found, Namespace)}
         self._nodes = {found.name: found for found in objects if isinstance(found, Node)}
         self._workloads = {workload.key: workload for workload in workloads_of(parsed)}

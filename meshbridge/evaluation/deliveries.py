@@ -50,12 +50,11 @@ def sendings(registry: Registry, question: Question, client: Workload, receiver:
     """What is sent by each way the source knows the destination; past all Services where none leads there."""
     known = False
     pod = receiver.endpoint
-    for service in registry.services:
+    meant = receiver.services if pod is None else registry.selecting(pod)
+    for service in meant:
         for served in service.ports:
-            if served.protocol != "TCP":
-                continue
-            leads = service in receiver.services and served.port == question.port
-            if leads or (pod is not None and service.selects(pod) and served.target_at(pod.ports) == port):
+            leads = served.port == question.port if pod is None else served.target_at(pod.ports) == port
+            if served.protocol == "TCP" and leads:
                 known = True
                 yield registry.to_service(client, service, served.port)
     if not known:

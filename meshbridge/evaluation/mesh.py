@@ -94,8 +94,8 @@ def mesh_verdict_on(
         http = normalized_http(question.http, guard.mesh)
         if http is None:
             return MeshVerdict(FALSE, (), DropReason.MESH_POLICY_DENY)
-        question = replace(question, http=http)
-    facts = replace(facts, question=question)
+        question = question if http is question.http else replace(question, http=http)
+    facts = facts if question is facts.question else replace(facts, question=question)
     principal = question.principal
     presents = UNKNOWN if isinstance(principal, Principal) else _certain(principal is not None)
 
@@ -110,7 +110,9 @@ def normalized_http(http: HttpFields, mesh: MeshSettings) -> HttpFields | None:
     if http.path is None:
         return http
     path = normalized(http.path, mesh.path_normalization)
-    return None if path is None else replace(http, path=path)
+    if path is None or path == http.path:
+        return None if path is None else http
+    return replace(http, path=path)
 
 
 def condition_on(
