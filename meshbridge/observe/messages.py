@@ -115,13 +115,14 @@ def rule_messages(origins: Iterable[Origin]) -> list[pb.Rule]:
             rule=origin.rule,
             file=origin.file,
             line=origin.line,
+            tier=origin.tier,
         )
         for origin in origins
     ]
 
 
 def rule_origins(messages: Iterable[pb.Rule]) -> tuple[Origin, ...]:
-    return tuple(Origin(m.kind, m.namespace, m.name, m.rule, m.file, m.line) for m in messages)
+    return tuple(Origin(m.kind, m.namespace, m.name, m.rule, m.file, m.line, m.tier) for m in messages)
 
 
 def address_of(packed: bytes) -> IpAddress | None:

@@ -177,6 +177,7 @@ def _json_rule(origin: Origin) -> dict[str, Any]:
         "rule": origin.rule,
         "file": origin.file,
         "line": origin.line,
+        "tier": origin.tier,
     }
 
 

@@ -29,20 +29,22 @@ class Peer(_message.Message):
     def __init__(self, namespace: _Optional[str] = ..., pod: _Optional[str] = ..., identity: _Optional[int] = ..., entities: _Optional[_Iterable[str]] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Rule(_message.Message):
-    __slots__ = ("kind", "namespace", "name", "rule", "file", "line")
+    __slots__ = ("kind", "namespace", "name", "rule", "file", "line", "tier")
     KIND_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
     LINE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
     kind: str
     namespace: str
     name: str
     rule: str
     file: str
     line: int
-    def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., rule: _Optional[str] = ..., file: _Optional[str] = ..., line: _Optional[int] = ...) -> None: ...
+    tier: str
+    def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., rule: _Optional[str] = ..., file: _Optional[str] = ..., line: _Optional[int] = ..., tier: _Optional[str] = ...) -> None: ...
 
 class Flow(_message.Message):
     __slots__ = ("time_unix_ns", "node", "endpoint_id", "direction", "type", "verdict", "reason", "reason_name", "source_address", "destination_address", "source_port", "destination_port", "protocol", "tcp_flags", "icmp_type", "icmp_code", "source", "destination", "layer", "network_verdict", "mesh_verdict", "network_rules", "mesh_rules", "match_type", "is_reply", "packet_bytes", "uid", "lost", "rejudged", "audit", "ifindex", "ethertype", "lost_by")

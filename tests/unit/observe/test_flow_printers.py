@@ -197,7 +197,7 @@ def test_json_is_one_object_a_line_with_hubbles_keys() -> None:
     assert flow["traffic_direction"] == "INGRESS"
     assert flow["ingress_denied_by"] == [
         {"kind": "CiliumNetworkPolicy", "namespace": "shop", "name": "api-ingress", "rule": "spec.ingress[0]",
-         "file": "policies.yaml", "line": 14}
+         "file": "policies.yaml", "line": 14, "tier": ""}
     ]  # fmt: skip
     assert "\n" not in json_line(DROP)
 
@@ -230,10 +230,17 @@ def test_control_characters_of_names_never_reach_the_terminal() -> None:
 
 
 def replace_origin(origin: Origin, name: str) -> Origin:
-    return Origin(origin.kind, origin.namespace, name, origin.rule, origin.file, origin.line)
+    return replace(origin, name=name)
 
 
-@pytest.mark.parametrize("flow", [DROP, ALLOWED, DENIED, REPLY, LOST, replace(DROP, uid=0), replace(DROP, protocol=89)])
+TIERED = replace(ISOLATING, kind="ClusterNetworkPolicy", namespace="", tier="Admin")
+FLOWS = [
+    DROP, ALLOWED, DENIED, REPLY, LOST, replace(DROP, uid=0), replace(DROP, protocol=89),
+    replace(DROP, network_rules=(TIERED,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flow", FLOWS)
 def test_a_flow_survives_the_socket(flow: Flow) -> None:
     assert decode_flow(pb.Flow.FromString(encode_flow(flow))) == flow
 
