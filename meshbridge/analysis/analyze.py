@@ -54,6 +54,7 @@ ANALYZERS: Final[Mapping[str, Analyzer]] = {
     "isolation.Scrapes": Analyzer("Merged metrics that Prometheus cannot reach", isolation.scrapes),
     "authorization.HttpOnTcp": Analyzer("HTTP fields on TCP ports", authorization.http_fields_on_tcp),
     "authorization.Providers": Analyzer("CUSTOM policies that nobody answers", authorization.providers),
+    "authorization.Ztunnel": Analyzer("Rules that ztunnel leaves out", authorization.left_out_by_ztunnel),
     "authorization.TrustDomains": Analyzer("Trust domains of nobody", authorization.foreign_trust_domains),
     "authorization.Identity": Analyzer("Rules by identity and plaintext", authorization.identity_over_plaintext),
     "authorization.Claims": Analyzer("Claims that nobody verifies", authorization.claims_without_authentication),

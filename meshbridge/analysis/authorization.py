@@ -8,6 +8,7 @@ from typing import Final
 from meshbridge.analysis.finding import Finding, finding, listed
 from meshbridge.analysis.scene import Pods, Scene
 from meshbridge.bypass.guarantees import may_concern
+from meshbridge.evaluation.ambient import ztunnel_guard
 from meshbridge.identity.model import ProxyClass
 from meshbridge.policy.baseline import FALSE, TRUE, UNKNOWN, Guard, condition_matches, rule_matches, verdict_of
 from meshbridge.policy.capture import AppProtocol, PortClass
@@ -26,11 +27,16 @@ from meshbridge.policy.mesh import (
     ProviderKind,
     RequestAuthentication,
 )
-from meshbridge.policy.model import Severity, Verdict
+from meshbridge.policy.model import Origin, Severity, Verdict
 
 Known = Callable[[Condition], Verdict]
 
 _OURS: Final = "cluster.local"
+_WITHOUT_RULE: Final = {
+    Action.ALLOW: "it allows nothing",
+    Action.DENY: "it denies nothing",
+    Action.CUSTOM: "nobody is asked",
+}
 _OF_TOKEN: Final = frozenset({Attribute.REQUEST_PRINCIPALS, Attribute.AUDIENCES, Attribute.PRESENTER, Attribute.CLAIM})
 
 
@@ -140,6 +146,23 @@ def _several_providers(pods: Pods) -> Iterator[Finding]:
         if policy.provider != custom[0].provider:
             text = f"{pods} has CUSTOM policies of the providers {' and '.join(names)}: all their rules deny"
             yield finding("MB0105", policy.origin, text, related=[custom[0].origin])
+
+
+def left_out_by_ztunnel(scene: Scene) -> Iterator[Finding]:
+    """Rules for ambient pods that ztunnel is never sent, or never matches."""
+    left_out: dict[tuple[Origin, Action], list[Pods]] = {}
+    for pods in scene.pods:
+        if pods.pod.proxy is not ProxyClass.AMBIENT:
+            continue
+        guard = guard_of(pods.pod, pods.selected)
+        kept = {rule.origin for policy in ztunnel_guard(guard).policies for rule in policy.rules}
+        for policy in guard.policies:
+            for rule in policy.rules if _enforced(policy) else ():
+                if rule.origin not in kept:
+                    left_out.setdefault((rule.origin, policy.action), []).append(pods)
+    for (origin, action), every in left_out.items():
+        text = f"ztunnel leaves the rule out for {listed(every)}: {_WITHOUT_RULE[action]}"
+        yield finding("MB0117", origin, text)
 
 
 def foreign_trust_domains(scene: Scene) -> Iterator[Finding]:

@@ -167,6 +167,13 @@ _CODES: Final = (
         'Write `"true"`, or remove the annotation.',
     ),
     Code(
+        "MB0117", "LeftOutByZtunnel", _ERROR,
+        "A rule for ambient pods needs what only a waypoint sees.",
+        "ztunnel judges connections. Istio leaves out an ALLOW rule with HTTP fields, sends a DENY rule without "
+        "them as one that never matches, and asks no CUSTOM provider: what the rule was to deny passes.",
+        "Attach the policy to a waypoint with targetRefs, or write the rule without HTTP fields.",
+    ),
+    Code(
         "MB0201", "SeveralOfOneScope", _WARNING,
         "Two PeerAuthentications of one scope select the same workload.",
         "Only the oldest counts. Which that is cannot be seen in the files, and changes when one is created anew.",
