@@ -164,6 +164,7 @@ def _request_of(check: Check, token: Claims | BadToken | None, peer: Peer) -> Re
         path=http.path,
         host=http.host,
         headers=http.headers,
+        repeated=http.repeated,
         remote=forwarded_for(http.headers.get("x-forwarded-for", "")) or check.source,
         claims=() if token is None or isinstance(token, BadToken) else (token,),
         token_error=token.reason if isinstance(token, BadToken) else "",

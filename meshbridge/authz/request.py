@@ -34,13 +34,18 @@ class UnusableCheckError(MeshBridgeError):
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """``path`` is as Envoy forwards it, with its query. Header names are lower case."""
+    """``path`` is as Envoy forwards it, with its query. Header names are lower case.
+
+    ``repeated`` are the values of headers that came more than once, if the Envoy tells them apart; ``headers`` has them
+    joined by commas.
+    """
 
     method: str
     path: str
     host: str
     headers: Mapping[str, str] = field(hash=False)
     request_id: str = ""
+    repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +129,21 @@ def _parse(text: str) -> IpAddress:
 
 
 def _http(http: AttributeContext.HttpRequest) -> HttpRequest:
-    if len(http.headers) > MAX_HEADERS:
-        raise UnusableCheckError(f"the request has {len(http.headers)} headers")
+    count = len(http.headers) + len(http.header_map.headers)
+    if count > MAX_HEADERS:
+        raise UnusableCheckError(f"the request has {count} headers")
+    headers = {name.lower(): value for name, value in http.headers.items()}
+    lines: dict[str, list[str]] = {}
+    for line in http.header_map.headers:
+        value = line.raw_value.decode("utf-8", "replace") if line.raw_value else line.value
+        lines.setdefault(line.key.lower(), []).append(value)
     return HttpRequest(
         method=http.method,
         path=http.path,
         host=http.host,
-        headers={name.lower(): value for name, value in http.headers.items()},
+        headers=headers | {name: ",".join(values) for name, values in lines.items()},
         request_id=http.id,
+        repeated={name: tuple(values) for name, values in lines.items() if len(values) > 1},
     )
 
 

@@ -38,7 +38,8 @@ _SPACE_DELIMITED: Final = frozenset({"scope", "permission"})
 class Request:
     """One request on an HTTP chain, or one connection on a TCP chain (``http`` false: only addresses and identity).
 
-    ``path`` is as sent, with its query. ``principal`` is the verified certificate's SPIFFE name, None on plaintext.
+    ``path`` is as sent, with its query. ``headers`` has what was sent several times joined by commas, ``repeated`` each
+    of those by itself. ``principal`` is the verified certificate's SPIFFE name, None on plaintext.
     ``remote`` is what remoteIpBlocks ask of, the source unless the mesh trusts a forwarded address. ``claims`` are the
     payloads of verified tokens, ``token_error`` says that there was a token and it is not valid. ``peer`` is who holds
     the source address, for the network policies' HTTP rules; None matches no selector.
@@ -54,6 +55,7 @@ class Request:
     path: str = ""
     host: str = ""
     headers: Mapping[str, str] = field(default_factory=dict, hash=False)
+    repeated: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     remote: IpAddress | None = None
     claims: tuple[Claims, ...] = field(default=(), hash=False)
     token_error: str = ""
@@ -75,6 +77,11 @@ class Request:
                 return self.host
             case _:
                 return self.headers.get(name)
+
+    def sent(self, name: str) -> tuple[str, ...]:
+        """Each value of a header by itself, which is how Envoy's RBAC looks at them; none when it was not sent."""
+        header = self.header(name)
+        return self.repeated.get(name, () if header is None else (header,))
 
 
 def request_matches(
@@ -113,8 +120,7 @@ def _value(
         case Attribute.HOSTS:
             return matches_host(value, request.host)
         case Attribute.HEADER:
-            header = request.header(condition.key[0])
-            return header is not None and (value == "*" or matches_text(value, header))
+            return any(value == "*" or matches_text(value, sent) for sent in request.sent(condition.key[0]))
         case Attribute.PORTS:
             return int(value) == request.port
         case Attribute.IP_BLOCKS:

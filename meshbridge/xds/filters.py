@@ -226,6 +226,8 @@ def _http_ext_authz() -> HttpFilter:
         # Not 403: that is a decision, and this is the lack of one.
         status_on_error=HttpStatus(code=StatusCode.ServiceUnavailable),
         metadata_context_namespaces=[JWT_METADATA_NAMESPACE],
+        # Joined by commas, a header that is sent twice would get past a rule for one of its values.
+        encode_raw_headers=True,
         include_tls_session=True,
         stat_prefix="meshbridge",
     )

@@ -53,6 +53,17 @@ def test_http_request_is_read_whole() -> None:
     assert check.claims is None
 
 
+def test_headers_that_came_more_than_once_are_told_apart_and_joined() -> None:
+    request = with_http(check_request())
+    request.attributes.request.http.headers.clear()
+    for name, value in (("x-a", b"1"), ("X-A", b"2"), ("x-b", b"\xff"), ("x-c", b"")):
+        request.attributes.request.http.header_map.headers.add(key=name, raw_value=value)
+    check = decode(request)
+    assert check.http is not None
+    assert check.http.headers == {"x-a": "1,2", "x-b": "\ufffd", "x-c": ""}
+    assert check.http.repeated == {"x-a": ("1", "2")}
+
+
 def test_tcp_connection_has_no_http() -> None:
     assert decode(check_request()).http is None
 
@@ -97,6 +108,13 @@ def port_too_large() -> bytes:
     return request.SerializeToString()
 
 
+def many_header_lines() -> bytes:
+    request = with_http(check_request())
+    for _ in range(1001):
+        request.attributes.request.http.header_map.headers.add(key="h", raw_value=b"")
+    return request.SerializeToString()
+
+
 def many_headers() -> bytes:
     request = with_http(check_request())
     for number in range(MAX_HEADERS + 1):
@@ -137,6 +155,7 @@ UNUSABLE = {
         "'server' is not an IP address",
     ),
     "too many headers": (many_headers, "headers"),
+    "a header too many times": (many_header_lines, "headers"),
     "claims nested too deep": (deep_claims, "nested too deep"),
     "invalid UTF-8": (invalid_utf8, "cannot be decoded"),
     "too large": (too_large, "bytes"),

@@ -418,6 +418,17 @@ def test_the_index_finds_whatever_a_scan_finds(path: str) -> None:
         assert judge.decide(replace(BASE, path=asked)).allowed is matches_path(path, asked), asked
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("1", True), ("2", True), ("1,2", False), ("*", True), ("*2", True), ("1*", True), ("3", False)],
+)
+def test_a_header_sent_twice_is_matched_value_by_value(value: str, expected: bool) -> None:
+    asked = replace(BASE, headers={"x-a": "1,2"}, repeated={"x-a": ("1", "2")})
+    for negative in (False, True):
+        found = policies(authorization("ALLOW", f"[{when('request.headers[x-a]', value, negative=negative)}]"))
+        assert decide_request(API, found, asked).allowed is (expected is not negative)
+
+
 def test_a_template_takes_the_characters_envoys_own_takes() -> None:
     """Envoy 1.40, asked for every printable character of a path."""
     printable = [chr(code) for code in range(0x21, 0x7F)]
