@@ -14,6 +14,9 @@ from meshbridge import log as logs
 from meshbridge.controller.controller import Controller
 from meshbridge.controller.http import serve_http
 from meshbridge.errors import SettingsError
+from meshbridge.kube.api import Api
+from meshbridge.kube.cluster import ISTIO_NAMESPACE, connect
+from meshbridge.kube.follow import Follower
 from meshbridge.kube.kept import KeptContent
 from meshbridge.kube.manifests import Manifests
 from meshbridge.kube.watch import watch
@@ -32,11 +35,19 @@ GRACE_S = 1.0
 @click.option(
     "--manifests",
     "directories",
-    required=True,
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Directory of YAML to read and watch; may be given again, a later one replaces objects of an earlier one.",
+)
+@click.option("--kubernetes", is_flag=True, help="Read and watch the API server in place of directories.")
+@click.option("--kubeconfig", type=click.Path(path_type=Path), help="For --kubernetes; in a pod its own is taken.")
+@click.option("--context", help="A context of the kubeconfig.")
+@click.option(
+    "--istio-namespace",
+    default=ISTIO_NAMESPACE,
+    show_default=True,
+    help="For --kubernetes: where Istio's ConfigMap is.",
 )
 @click.option(
     "--listen",
@@ -69,6 +80,10 @@ GRACE_S = 1.0
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
 def command(
     directories: tuple[Path, ...],
+    kubernetes: bool,
+    kubeconfig: Path | None,
+    context: str | None,
+    istio_namespace: str,
     listen: str,
     tls_cert: Path | None,
     tls_key: Path | None,
@@ -80,10 +95,15 @@ def command(
     """Read policies and workloads, and serve every node and every sidecar what concerns it, until SIGTERM.
 
     \b
-    Example:
+    Examples:
       meshbridge controller --manifests manifests/demo --state-dir /var/lib/meshbridge --metrics 127.0.0.1:9401
+      meshbridge controller --kubernetes --kubeconfig ~/.kube/config
     """
     logs.configure(log_level)
+    if bool(directories) is kubernetes:
+        raise SettingsError(
+            "one source of objects is needed", where="--manifests, --kubernetes", fix="give one of them"
+        )
     if (tls_cert is None) is not (tls_key is None):
         raise SettingsError("only one of certificate and key", where="--tls-cert, --tls-key", fix="give both")
     tls = TlsFiles(tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
@@ -92,9 +112,13 @@ def command(
     controller = Controller(SecretStore(authority))
     server, reports = DeltaServer(key, controller), ReportServer(key, controller)
     http = serve_http(http_address, lambda: controller.problems, lambda: controller.synced) if http_address else None
-    manifests = Manifests(directories, KeptContent(state / "last-readable"))
+    source: Manifests | Follower
+    if kubernetes:
+        source = Follower(Api(connect(kubeconfig, context)), istio_namespace)
+    else:
+        source = Manifests(directories, KeptContent(state / "last-readable"))
     try:
-        asyncio.run(_serve(controller, server, reports, manifests, listen, tls))
+        asyncio.run(_serve(controller, server, reports, source, listen, tls))
     finally:
         if http is not None:
             http.shutdown()
@@ -104,7 +128,7 @@ async def _serve(
     controller: Controller,
     servicer: DeltaServer,
     reports: ReportServer,
-    manifests: Manifests,
+    source: Manifests | Follower,
     listen: str,
     tls: TlsFiles | None,
 ) -> None:
@@ -112,10 +136,10 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     server = await start_server(servicer, listen, tls, reports)
-    log.info("controller.started", listen=listen, manifests=manifests.directories)
+    log.info("controller.started", listen=listen)
     try:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_follow(controller, manifests), name="follow-manifests")
+            tasks.create_task(_follow(controller, source), name="follow-source")
             tasks.create_task(controller.maintain_sidecars(), name="maintain-sidecars")
             tasks.create_task(_raise_when(stop), name="wait-for-signal")
     except* _Stopped:
@@ -125,12 +149,12 @@ async def _serve(
         await server.stop(GRACE_S)
 
 
-async def _follow(controller: Controller, manifests: Manifests) -> None:
-    """Keep the controller at what the directories say."""
-    async for changes in watch(manifests):
-        controller.apply(changes.documents, manifests.problems)
+async def _follow(controller: Controller, source: Manifests | Follower) -> None:
+    """Keep the controller at what the directories, or the API server, say."""
+    async for changes in source.changes() if isinstance(source, Follower) else watch(source):
+        controller.apply(changes.documents, source.problems)
         if changes.documents:
-            log.info("manifests.read", changed=len(changes.documents), objects=len(manifests.documents))
+            log.info("objects.read", changed=len(changes.documents), objects=len(source.documents))
 
 
 class _Stopped(Exception):

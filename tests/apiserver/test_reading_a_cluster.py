@@ -15,8 +15,9 @@ from click.testing import CliRunner, Result
 
 from meshbridge.cli.evaluate import command as evaluate
 from meshbridge.cli.explain import command as explain
-from meshbridge.kube import cluster
-from meshbridge.kube.cluster import ClusterError, read_cluster
+from meshbridge.kube import api
+from meshbridge.kube.api import ClusterError
+from meshbridge.kube.cluster import read_cluster
 
 OBJECTS = """
 apiVersion: v1
@@ -179,7 +180,7 @@ def test_a_kind_that_the_cluster_does_not_know_is_named_and_read_once_it_does(sh
 
 
 def test_a_long_list_is_read_to_its_end(shop: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "PAGE", 3)
+    monkeypatch.setattr(api, "PAGE", 3)
     policies = [
         {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "spec": {"podSelector": {}},
          "metadata": {"name": f"p{number}", "namespace": "shop"}}

@@ -11,7 +11,7 @@ import pytest
 
 from meshbridge.cli.documents import DocumentSource, mesh_settings
 from meshbridge.cli.files import ManifestError
-from meshbridge.kube.cluster import ClusterError
+from meshbridge.kube.api import ClusterError
 
 CONFIG = """
 apiVersion: v1

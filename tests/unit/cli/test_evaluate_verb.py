@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from meshbridge.cli.evaluate import command
-from meshbridge.kube.cluster import ClusterError
+from meshbridge.kube.api import ClusterError
 
 MANIFESTS = """
 apiVersion: v1

@@ -1,0 +1,267 @@
+"""What is asked of an API server: which kinds it has, lists page by page, and watches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+from meshbridge.errors import MeshBridgeError
+from meshbridge.policy.model import Document
+
+if TYPE_CHECKING:
+    from kubernetes.client import ApiClient
+
+PAGE: Final = 500
+MAX_PAGE_BYTES: Final = 1 << 30  # 500 objects of the API server's own 1.5 MiB, and some room
+MAX_EVENT_BYTES: Final = 1 << 24
+TIMEOUT_S: Final = (5.0, 60.0)  # to connect, and between two pieces of an answer
+
+OK, UNAUTHORIZED, FORBIDDEN, NOT_FOUND, GONE = 200, 401, 403, 404, 410
+
+
+class ClusterError(MeshBridgeError):
+    """The cluster cannot be read, or not all of what is needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """A kind under the name and version the server has it by."""
+
+    group: str
+    version: str
+    plural: str
+    kind: str
+    namespaced: bool
+
+    @property
+    def api_version(self) -> str:
+        return f"{self.group}/{self.version}" if self.group else self.version
+
+    @property
+    def name(self) -> str:
+        """As roles and ``kubectl`` name it."""
+        return f"{self.plural}.{self.group}" if self.group else self.plural
+
+    def path(self, namespace: str) -> str:
+        root = f"/apis/{self.api_version}" if self.group else f"/api/{self.version}"
+        scope = f"/namespaces/{quote(namespace, safe='')}" if namespace and self.namespaced else ""
+        return f"{root}{scope}/{self.plural}"
+
+
+class RefusedError(Exception):
+    """The server's answer is a failure."""
+
+    def __init__(self, code: int, message: str) -> None:
+        self.code, self.message = code, message
+        super().__init__(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A part of a list; ``version`` is the resourceVersion of the list as a whole, where a watch goes on."""
+
+    documents: tuple[Document, ...]
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a watch. ``document`` is None for a bookmark; ``deleted``: the object is gone."""
+
+    version: str
+    document: Document | None = None
+    deleted: bool = False
+
+
+class Api:
+    """An API server as one caller may read it."""
+
+    def __init__(self, client: ApiClient) -> None:
+        self._client = client
+        self.where = f"cluster {client.configuration.host}"
+
+    def discover(self, wanted: set[tuple[str, str]]) -> list[Resource]:
+        """Under which name each kind is served, by the version its group prefers among those that have it."""
+        found: dict[tuple[str, str], Resource] = {}
+        for group in sorted({group for group, _ in wanted}):
+            for version in self._versions(group):
+                path = f"/apis/{group}/{version}" if group else f"/api/{version}"
+                for entry in _mappings(self._discovered(path).get("resources")):
+                    plural, kind = str(entry.get("name", "")), str(entry.get("kind", ""))
+                    if (group, kind) in wanted and "/" not in plural:
+                        resource = Resource(group, version, plural, kind, bool(entry.get("namespaced")))
+                        found.setdefault((group, kind), resource)
+        return [found[key] for key in sorted(found)]
+
+    def _versions(self, group: str) -> list[str]:
+        if not group:
+            return ["v1"]
+        answer = self._discovered(f"/apis/{group}")
+        preferred = answer.get("preferredVersion")
+        offered = [preferred] if isinstance(preferred, Mapping) else []
+        return list(dict.fromkeys(str(v.get("version")) for v in [*offered, *_mappings(answer.get("versions"))]))
+
+    def _discovered(self, path: str) -> Mapping[str, Any]:
+        try:
+            return self.get(path)
+        except RefusedError as refused:
+            if refused.code == NOT_FOUND:
+                return {}
+            raise self.error(refused) from None
+
+    def pages(self, resource: Resource, namespace: str = "", name: str = "") -> Iterator[Page]:
+        """A list, page by page; of one object where ``name`` is given.
+
+        Raises:
+            RefusedError: with GONE when the list grew too old to go on with.
+            ClusterError: the server cannot be reached, or is none.
+        """
+        following = ""
+        query = {"limit": str(PAGE)} | ({"fieldSelector": f"metadata.name={name}"} if name else {})
+        while True:
+            answer = self.get(resource.path(namespace), query | ({"continue": following} if following else {}))
+            items = answer.get("items") or [] if "items" in answer else None
+            if not isinstance(items, list):
+                raise self.strange(f"a list of {resource.name} without items")
+            metadata = answer.get("metadata")
+            metadata = metadata if isinstance(metadata, Mapping) else {}
+            documents = tuple(self.document(item, resource.kind, resource.api_version) for item in items)
+            yield Page(documents, str(metadata.get("resourceVersion") or ""))
+            following = str(metadata.get("continue") or "")
+            if not following:
+                return
+
+    def events(
+        self, resource: Resource, version: str, timeout_s: int, namespace: str = "", name: str = ""
+    ) -> Iterator[Event]:
+        """What happens to objects of a kind after ``version``, until the server ends the watch after ``timeout_s``.
+
+        Raises:
+            RefusedError: with GONE when ``version`` is too old.
+            ClusterError: the server cannot be reached, or goes away.
+        """
+        query = {
+            "watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version, "timeoutSeconds": str(timeout_s),
+        } | ({"fieldSelector": f"metadata.name={name}"} if name else {})  # fmt: skip
+        for line in self._lines(resource.path(namespace), query, timeout_s):
+            try:
+                event = json.loads(line)
+                kind, item = event["type"], event["object"]
+            except (ValueError, RecursionError, KeyError, TypeError):
+                raise self.strange(f"an event of {resource.name} that is no JSON object") from None
+            if kind == "ERROR":
+                code = item.get("code") if isinstance(item, Mapping) else None
+                raise RefusedError(code if isinstance(code, int) else 0, _message(json.dumps(item).encode()))
+            metadata = item.get("metadata") if isinstance(item, Mapping) else None
+            at = str(metadata.get("resourceVersion") or "") if isinstance(metadata, Mapping) else ""
+            if kind == "BOOKMARK":
+                yield Event(at)
+            elif kind in ("ADDED", "MODIFIED", "DELETED"):
+                document = self.document(item, resource.kind, resource.api_version)
+                yield Event(at, document, deleted=kind == "DELETED")
+
+    def document(self, item: Any, kind: str, api_version: str) -> Document:
+        """The object as a manifest would have it: items of a list do not say what they are."""
+        metadata = item.get("metadata") if isinstance(item, Mapping) else None
+        if not isinstance(metadata, Mapping) or not isinstance(metadata.get("name"), str):
+            raise self.strange(f"a {kind} without a name")
+        kept = {key: value for key, value in metadata.items() if key != "managedFields"}
+        namespace, uid = metadata.get("namespace"), metadata.get("uid")
+        return Document(
+            kind, api_version, namespace if isinstance(namespace, str) else "", metadata["name"],
+            {**item, "apiVersion": api_version, "kind": kind, "metadata": kept},
+            uid=uid if isinstance(uid, str) else "",
+        )  # fmt: skip
+
+    def get(self, path: str, query: Mapping[str, str] | None = None) -> Mapping[str, Any]:
+        """The JSON object at a path.
+
+        Raises:
+            RefusedError: the server says no.
+            ClusterError: it cannot be reached, or answers something else.
+        """
+        from urllib3.exceptions import HTTPError
+
+        try:
+            response = self._open(path, query or {}, TIMEOUT_S)
+            content = response.read(MAX_PAGE_BYTES + 1, decode_content=True)
+            response.release_conn()
+        except (HTTPError, OSError) as error:
+            raise self._unreachable(error) from error
+        if len(content) > MAX_PAGE_BYTES:
+            raise ClusterError(f"an answer of more than {MAX_PAGE_BYTES} bytes to {path}", where=self.where)
+        if response.status != OK:
+            raise RefusedError(response.status, _message(content))
+        try:
+            answer = json.loads(content)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise self.strange(f"the answer to {path} is no JSON object")
+        return answer
+
+    def _lines(self, path: str, query: Mapping[str, str], timeout_s: int) -> Iterator[bytes]:
+        from urllib3.exceptions import HTTPError
+
+        try:
+            # the server ends the watch by itself; one that says nothing for longer is gone
+            response = self._open(path, query, (TIMEOUT_S[0], timeout_s + TIMEOUT_S[1]))
+            if response.status != OK:
+                raise RefusedError(response.status, _message(response.read(MAX_EVENT_BYTES, decode_content=True)))
+            pending = b""
+            try:
+                for piece in response.stream(1 << 16, decode_content=True):
+                    *whole, pending = (pending + piece).split(b"\n")
+                    if len(pending) > MAX_EVENT_BYTES:
+                        raise ClusterError(f"an event of more than {MAX_EVENT_BYTES} bytes", where=self.where)
+                    yield from (line for line in whole if line.strip())
+            finally:
+                response.close()
+        except (HTTPError, OSError) as error:
+            raise self._unreachable(error) from error
+
+    def _open(self, path: str, query: Mapping[str, str], timeout_s: tuple[float, float]) -> Any:
+        request = self._client.param_serialize(
+            "GET", path, query_params=list(query.items()),
+            header_params={"Accept": "application/json"}, auth_settings=["BearerToken"],
+        )  # fmt: skip
+        return self._client.call_api(*request, _request_timeout=timeout_s).response
+
+    def _unreachable(self, error: BaseException) -> ClusterError:
+        fix = "is it running, and is its address in the kubeconfig right? With -f no cluster is needed"
+        return ClusterError(f"cannot be reached: {_cause(error)}", where=self.where, fix=fix)
+
+    def strange(self, what: str) -> ClusterError:
+        """The server answers what no API server would."""
+        return ClusterError(what, where=self.where, fix="is this a Kubernetes API server?")
+
+    def error(self, refused: RefusedError) -> ClusterError:
+        """A refusal as a person reads it."""
+        what, fix = f"answers {refused.code}: {refused.message}", "try again"
+        if refused.code == UNAUTHORIZED:
+            what, fix = "does not accept the credentials", "log in again, or choose another --context"
+        return ClusterError(what, where=self.where, fix=fix)
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+def _message(content: bytes) -> str:
+    """What a Status says, else nothing: an answer of another server is no text for a person."""
+    try:
+        status = json.loads(content)
+    except (ValueError, RecursionError):
+        return "no reason given"
+    return str(status.get("message") or "no reason given")[:400] if isinstance(status, dict) else "no reason given"
+
+
+def _cause(error: BaseException) -> str:
+    """What is at the bottom of a library's error, without its objects' addresses."""
+    reason = getattr(error, "reason", None)
+    if isinstance(reason, BaseException):
+        return _cause(reason)
+    return str(error).rpartition(">: ")[2] or type(error).__name__
