@@ -15,6 +15,7 @@ from meshbridge.policy.parse.ports import ICMP, ICMPV6, LAST_PORT, PROTOCOLS
 _OTHER_PROTOCOL: Final = 47
 """GRE, for rules that speak of every protocol."""
 
+_NOBODY: Final[tuple[list[str], ...]] = ([], ["none"])
 _TRIED: Final = 64
 """Flows that are tried before the maps are compiled without a rule."""
 
@@ -29,8 +30,7 @@ def never_matching(scene: Scene) -> Iterator[Finding]:
         if rule.peers != () or document is None or rule.origin.rule == "refused":
             continue
         element = _value(document, rule.origin.rule)
-        written = [name for name in element if name.startswith(("from", "to")) and name != "toPorts"]
-        for name in written if isinstance(element, dict) else ():
+        for name in (name for name, value in element.items() if value in _NOBODY and name.startswith(("from", "to"))):
             text = f"{name} names nobody, so the rule matches nothing"
             yield finding("MB0501", rule.origin, text, fix=f"Delete {name} for anybody, or name some.")
 

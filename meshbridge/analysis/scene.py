@@ -16,14 +16,14 @@ from typing import Final
 from meshbridge.analysis.finding import listed, place_of
 from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
 from meshbridge.evaluation.cluster import Cluster
-from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, Workload
+from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, Workload
 from meshbridge.identity.networks import NetworkIndex
 from meshbridge.identity.numbering import FIRST_LOCAL, RESERVED
 from meshbridge.policy.capture import Capture
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.evaluate import Decision, Lookup
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
-from meshbridge.policy.model import Direction, Document, NetworkRule, Origin, PolicyMap, PortMatch, Verdict
+from meshbridge.policy.model import Direction, Document, NetworkRule, Origin, PolicyMap, Verdict
 from meshbridge.policy.parse import parse
 from meshbridge.policy.parse.cluster import Node, Service
 from meshbridge.policy.parse.ports import PROTOCOLS
@@ -383,14 +383,6 @@ def label_text(key: str, values: Iterable[str]) -> str:
 def ports_text(ports: Iterable[tuple[int, str, str]]) -> str:
     """``8080/TCP (http), 9090/TCP``."""
     return listed(f"{port}/{protocol}{f' ({name})' if name else ''}" for port, protocol, name in ports)
-
-
-def port_match_text(match: PortMatch) -> str:
-    return match.name or (str(match.first) if match.first == match.last else f"{match.first}-{match.last}")
-
-
-def has_proxy(workload: Workload) -> bool:
-    return workload.proxy in (ProxyClass.SIDECAR, ProxyClass.AMBIENT)
 
 
 def _assumed(namespace: str, labels: Mapping[str, str]) -> Peer:

@@ -23,14 +23,13 @@ def selecting_nothing(scene: Scene) -> Iterator[Finding]:
     if not scene.workloads:
         return
     peers = [pods.pod.peer() for pods in scene.pods]
-    subjects: dict[tuple[Origin, Selector], None] = {}
-    for rule in scene.policies.network:
-        if rule.origin.rule != "refused":
-            subjects[_whole(rule.origin), rule.subject] = None
-    for origin, selector in subjects:
+    subjects = {
+        (_place(scene, rule.origin), rule.subject): None
+        for rule in scene.policies.network
+        if rule.origin.rule != "refused"
+    }
+    for place, selector in subjects:
         if not scene.compiler.index.matching(selector) and not selector.contradiction():
-            document = scene.document(origin)
-            place = place_of(document) if document is not None else origin
             yield _nothing(scene, "MB0401", place, "selects no pod", selector, selector.namespaces)
     for policy in _mesh_policies(scene):
         if policy.selector is None or policy.selector.contradiction() or _is_attached(policy):
@@ -41,10 +40,6 @@ def selecting_nothing(scene: Scene) -> Iterator[Finding]:
             continue
         if not any((root or p.namespace == policy.namespace) and policy.selector.matches(p) for p in peers):
             yield _nothing(scene, "MB0401", policy.origin, "selects no pod", policy.selector, where)
-
-
-def _whole(origin: Origin) -> Origin:
-    return Origin(origin.kind, origin.namespace, origin.name, "", origin.file, 0)
 
 
 def _mesh_policies(scene: Scene) -> Iterator[_MeshPolicy]:
@@ -206,15 +201,22 @@ def absent_port_names(scene: Scene) -> Iterator[Finding]:
 
 def hashes(scene: Scene) -> Iterator[Finding]:
     """Selectors by labels that the next rollout changes."""
+    selectors: dict[tuple[Origin, Selector], None] = {}
     for rule in scene.policies.network:
-        selectors = [rule.subject, *(() if isinstance(rule.peers, Anything) else rule.peers)]
-        for selector in selectors:
-            for requirement in selector.requirements if isinstance(selector, Selector) else ():
-                if requirement.source is LabelSource.POD and requirement.key in _HASHES:
-                    yield finding(
-                        "MB0408", rule.origin, f"selects by {requirement.key}, which the next rollout changes"
-                    )
+        selectors[_place(scene, rule.origin), rule.subject] = None
+        for peers in () if isinstance(rule.peers, Anything) else rule.peers:
+            if isinstance(peers, Selector):
+                selectors[rule.origin, peers] = None
     for policy in _mesh_policies(scene):
-        for requirement in policy.selector.requirements if policy.selector is not None else ():
-            if requirement.key in _HASHES:
-                yield finding("MB0408", policy.origin, f"selects by {requirement.key}, which the next rollout changes")
+        if policy.selector is not None:
+            selectors[policy.origin, policy.selector] = None
+    for origin, selector in selectors:
+        for requirement in selector.requirements:
+            if requirement.source is LabelSource.POD and requirement.key in _HASHES:
+                yield finding("MB0408", origin, f"selects by {requirement.key}, which the next rollout changes")
+
+
+def _place(scene: Scene, origin: Origin) -> Origin:
+    """The object that a rule stands in."""
+    document = scene.document(origin)
+    return place_of(document) if document is not None else origin
