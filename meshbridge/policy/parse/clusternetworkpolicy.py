@@ -20,7 +20,6 @@ from meshbridge.policy.model import (
     Document,
     NetworkRule,
     Notice,
-    Origin,
     PortMatch,
     Severity,
     Tier,
@@ -111,12 +110,14 @@ def _rules(document: Document, notices: list[Notice]) -> list[NetworkRule]:
     notices += contradiction_notices(document, [("spec.subject", subject)])
     found = []
     for direction, (name, _) in _LISTS.items():
+        read = _RuleReader(document, dialect, direction, notices)
         for order, element in enumerate(_at_most(fields[name], dialect.most) if name in fields else ()):
-            read = _RuleReader(document, dialect, direction, notices)
-            found.append(read.rule(element, NetworkRule(
-                subject, direction, Verdict.DENY, ANY, ANY, _origin(document, element.path, tier),
+            origin = replace(origin_of(document, element.path), tier=tier.name.capitalize())
+            denying = NetworkRule(
+                subject, direction, Verdict.DENY, ANY, ANY, origin,
                 default_deny=False, tier=tier, priority=priority, order=order,
-            )))  # fmt: skip
+            )  # fmt: skip
+            found.append(read.rule(element, denying))
     return found
 
 
@@ -126,11 +127,6 @@ def _rank(kind: str, fields: Mapping[str, Reader]) -> tuple[Tier, int]:
     if kind == BASELINE_ADMIN:
         return Tier.BASELINE, _LAST_PRIORITY + 1
     return tier, fields["priority"].integer(0, _LAST_PRIORITY)
-
-
-def _origin(document: Document, path: str, tier: Tier) -> Origin:
-    name = next(name for name, each in _TIERS.items() if each is tier)
-    return replace(origin_of(document, path), tier=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +210,8 @@ class _RuleReader:
             fields[given[1]].refuse("stands beside protocols", "move its elements there")
         at = fields[given[0]]
         items = _at_most(at, self.dialect.most, at_least=1)
-        found = tuple(
-            m for item in items for m in (cluster_protocols if given[0] == "protocols" else cluster_ports)(item)
-        )
+        read = cluster_protocols if given[0] == "protocols" else cluster_ports
+        found = tuple(match for item in items for match in read(item))
         without_names = [kind for kind in kinds if kind in ("nodes", "networks", "domainNames")]
         if without_names and any(match.name for match in found):
             at.refuse(
