@@ -263,16 +263,11 @@ def _cilium_rule(rule: dict[str, Any], namespace: str | None, flow: Flow) -> boo
         )
     if not rule.get("toPorts"):
         return True
-    return any(
-        not element.get("ports") or any(_cilium_port(port, flow) for port in element["ports"])
-        for element in rule["toPorts"]
-    )
+    return any(_cilium_port(port, flow) for element in rule["toPorts"] for port in element.get("ports") or [])
 
 
 def _cilium_port(port: dict[str, Any], flow: Flow) -> bool:
     text, protocol = port["port"], port.get("protocol", "ANY")
-    if text == "0" and protocol == "ANY":
-        return True
     if flow.protocol not in ([TCP, UDP, SCTP] if protocol == "ANY" else [PROTOCOL[protocol]]):
         return False
     if text == "0":
@@ -323,7 +318,7 @@ def _cilium_labels(holder: Holder) -> dict[str, str]:
 
 
 def _cilium_selector(selector: dict[str, Any], holder: Holder, *, forced: bool = False) -> bool:
-    """``forced``: a subject of a namespaced policy, whose namespace is the policy's whatever the selector says."""
+    """``forced``: a subject of a namespaced policy, whose namespace replaces one under matchLabels."""
     labels = _cilium_labels(holder)
 
     def value_of(key: str) -> str | None:
@@ -331,15 +326,11 @@ def _cilium_selector(selector: dict[str, Any], holder: Holder, *, forced: bool =
         wanted = [f"{source}:{name}"] if source not in ("", "any") else [f"k8s:{name}", f"reserved:{name}"]
         return next((labels[each] for each in wanted if each in labels), None)
 
-    def is_namespace(key: str) -> bool:
-        return forced and key.rpartition(":")[2] == "io.kubernetes.pod.namespace"
-
-    return all(
-        value_of(key) == value for key, value in (selector.get("matchLabels") or {}).items() if not is_namespace(key)
-    ) and all(
-        _expression(each, value_of(each["key"]))
-        for each in selector.get("matchExpressions") or []
-        if not is_namespace(each["key"])
+    wanted = dict(selector.get("matchLabels") or {})
+    if forced:
+        wanted.pop("k8s:io.kubernetes.pod.namespace", None)
+    return all(value_of(key) == value for key, value in wanted.items()) and all(
+        _expression(each, value_of(each["key"])) for each in selector.get("matchExpressions") or []
     )
 
 

@@ -12,7 +12,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, Final
 
 from meshbridge.identity.model import Entity, IpFamily, IpNetwork
-from meshbridge.policy.selectors import PeerSelector, Selector
+from meshbridge.policy.selectors import PeerSelector, Reference, Selector
 
 
 class Verdict(IntEnum):
@@ -176,6 +176,8 @@ class NetworkRule:
 
     In the tiers ADMIN and BASELINE the first match decides: by ``priority``, then ``order`` within the object. What a
     rule that ``passes`` covers leaves its tier undecided there, so it has no verdict of its own.
+
+    ``references`` are further peers, as it was parsed; in a ``PolicySet`` they are among ``peers``.
     """
 
     subject: Selector
@@ -190,6 +192,7 @@ class NetworkRule:
     http: tuple[HttpMatch, ...] = ()
     order: int = 0
     passes: bool = False
+    references: tuple[Reference, ...] = ()
 
 
 class Severity(StrEnum):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from meshbridge.identity.model import Entity, IpNetwork, Peer
 from meshbridge.policy.selectors import (
     CLUSTER_ENTITIES,
+    NODE_ENTITIES,
     CidrPeers,
     ClusterPeers,
     EntityPeers,
@@ -66,16 +67,26 @@ class PeerIndex:
             case EntityPeers():
                 return self._any_entity(selector.entities)
             case ClusterPeers():
-                pods = 0
-                for cluster, mask in self._clusters.items():
-                    if selector.cluster in ("", cluster):
-                        pods |= mask
+                pods = self._clusters.get(selector.cluster, 0) if selector.cluster else self._any_pod()
                 return pods | self._any_entity(CLUSTER_ENTITIES)
             case CidrPeers():
                 mask = self._networks.get(selector.cidr, 0)
                 for network in selector.excepts:
                     mask &= ~self._networks.get(network, 0)
-                return mask if selector.in_cluster else mask & self._entities.get(Entity.WORLD, 0)
+                if selector.in_cluster:
+                    return mask
+                reached = self._entities.get(Entity.WORLD, 0)
+                if selector.pods:
+                    reached |= self._any_pod()
+                if selector.nodes:
+                    reached |= self._any_entity(NODE_ENTITIES)
+                return mask & reached
+
+    def _any_pod(self) -> int:
+        mask = 0
+        for of_cluster in self._clusters.values():
+            mask |= of_cluster
+        return mask
 
     def _any_entity(self, entities: frozenset[Entity]) -> int:
         mask = 0

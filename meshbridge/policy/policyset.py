@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from meshbridge.identity.model import IpNetwork, Peer, Workload
 from meshbridge.policy.anchors import Anchor, Anchored, anchors_at, anchors_of
+from meshbridge.policy.cilium import DEFAULT_SETTINGS, CiliumSettings, enforced
 from meshbridge.policy.mesh import (
     DEFAULT_MESH,
     GATEWAY_LABEL,
@@ -23,6 +24,7 @@ from meshbridge.policy.mesh import (
 from meshbridge.policy.model import Anything, Direction, Document, Layer, NetworkRule, Notice, Refusal
 from meshbridge.policy.parse import Parsed, parse
 from meshbridge.policy.priorities import equal_priorities
+from meshbridge.policy.references import Resolver
 from meshbridge.policy.selectors import (
     EVERYBODY,
     CidrPeers,
@@ -70,6 +72,7 @@ class PolicySet:
     refusals: tuple[Refusal, ...] = ()
     notices: tuple[Notice, ...] = ()
     mesh: MeshSettings = DEFAULT_MESH
+    cilium: CiliumSettings = DEFAULT_SETTINGS
 
     @classmethod
     def of(cls, documents: Iterable[Document], mesh: MeshSettings = DEFAULT_MESH) -> PolicySet:
@@ -80,16 +83,18 @@ class PolicySet:
     def of_parsed(cls, parsed: Iterable[Parsed], mesh: MeshSettings = DEFAULT_MESH) -> PolicySet:
         """Put together what was parsed before, so that a caller may keep what did not change."""
         every = list(parsed)
+        settings = next((p.cilium for p in every if p.cilium is not None), DEFAULT_SETTINGS)
+        resolver = Resolver.of((found for p in every for found in p.objects), settings)
+        rules = (resolver.rule(rule) for p in every for rule in p.network)
         return cls(
-            network=tuple(
-                sorted((r for p in every for r in p.network), key=lambda r: (r.origin, r.direction, repr(r.ports)))
-            ),
+            network=tuple(sorted(rules, key=lambda r: (r.origin, r.direction, repr(r.ports)))),
             authorization=_ordered(a for p in every for a in p.authorization),
             peer_authentication=_ordered(a for p in every for a in p.peer_authentication),
             request_authentication=_ordered(a for p in every for a in p.request_authentication),
             refusals=tuple(sorted((r for p in every for r in p.refusals), key=str)),
             notices=tuple(sorted((*(n for p in every for n in p.notices), *equal_priorities(every)), key=str)),
             mesh=mesh,
+            cilium=settings,
         )
 
     def selecting(self, workload: Workload | Peer) -> PolicySet:
@@ -99,7 +104,7 @@ class PolicySet:
         peer = workload.peer() if isinstance(workload, Workload) else workload
         index, anchors = self._index, anchors_at(peer)
         return PolicySet(
-            network=tuple(rule for rule in index.network.at(anchors) if rule.subject.matches(peer)),
+            network=self.network_rules(peer),
             authorization=_ordered(p for p in index.authorization.at(anchors) if selects(p, peer, self.mesh)),
             peer_authentication=_ordered(index.peer_authentication.at(anchors)),
             request_authentication=_ordered(
@@ -107,11 +112,13 @@ class PolicySet:
             ),
             refusals=tuple(refusal for refusal in index.refusals.at(anchors) if self._may_select(refusal, peer)),
             mesh=self.mesh,
+            cilium=self.cilium,
         )
 
     def network_rules(self, peer: Peer) -> tuple[NetworkRule, ...]:
-        """The rules of the network family that select ``peer``, in canonical order."""
-        return tuple(rule for rule in self._index.network.at(anchors_at(peer)) if rule.subject.matches(peer))
+        """The rules of the network family in force at the pod ``peer``, in canonical order."""
+        selecting = (rule for rule in self._index.network.at(anchors_at(peer)) if rule.subject.matches(peer))
+        return enforced(selecting, self.cilium)
 
     def anchors(self) -> frozenset[Anchor]:
         """Where everybody stands whom any of these policies may concern."""

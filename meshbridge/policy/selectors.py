@@ -49,7 +49,10 @@ class Requirement:
     values: tuple[str, ...] = ()
 
     def matches(self, peer: Peer) -> bool:
-        value = label_of(peer, self.source, self.key)
+        return self.accepts(label_of(peer, self.source, self.key))
+
+    def accepts(self, value: str | None) -> bool:
+        """Whether it holds where its key has this value; None: where there is no such key."""
         match self.operator:
             case Operator.IN:
                 return value is not None and value in self.values
@@ -147,19 +150,52 @@ CLUSTER_ENTITIES = frozenset(
 class CidrPeers:
     """Addresses inside ``cidr`` and in none of ``excepts``.
 
-    ``in_cluster`` says whether pods and nodes count: in a NetworkPolicy they do, in a CiliumNetworkPolicy a CIDR means
-    the world only.
+    ``pods`` and ``nodes`` say whether their addresses count: in a NetworkPolicy they do, in a CiliumNetworkPolicy a
+    CIDR means the world only.
     """
 
     cidr: IpNetwork
     excepts: tuple[IpNetwork, ...] = ()
-    in_cluster: bool = True
+    pods: bool = True
+    nodes: bool = True
+
+    @property
+    def in_cluster(self) -> bool:
+        """Whether everybody with an address inside is meant, whatever holds it."""
+        return self.pods and self.nodes
+
+    def counts(self, peer: Peer) -> bool:
+        """Whether it is somebody whose address is looked at."""
+        if self.in_cluster or Entity.WORLD in peer.entities:
+            return True
+        return (self.pods and peer.is_pod) or (self.nodes and is_node(peer))
 
     def matches(self, peer: Peer) -> bool:
-        if not self.in_cluster and Entity.WORLD not in peer.entities:
+        if not self.counts(peer):
             return False
         return self.cidr in peer.networks and not any(network in peer.networks for network in self.excepts)
 
+
+@dataclass(frozen=True, slots=True)
+class CidrGroupReference:
+    """The CiliumCIDRGroup of a name, or, without one, those whose labels satisfy ``requirements``; less ``excepts``."""
+
+    name: str
+    requirements: tuple[Requirement, ...] = ()
+    excepts: tuple[IpNetwork, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceReference:
+    """The pods of a Service: of a name, or, without one, of those with labels; an empty namespace is any."""
+
+    namespace: str
+    name: str
+    requirements: tuple[Requirement, ...] = ()
+
+
+Reference = CidrGroupReference | ServiceReference
+"""Whoever other objects say that it is, see ``policy.references``."""
 
 PeerSelector = Selector | EntityPeers | ClusterPeers | CidrPeers
 
@@ -241,6 +277,7 @@ _FILTERED = re.compile(
     r"|statefulset\.kubernetes\.io/pod-name|apps\.kubernetes\.io/pod-index"
     r"|batch\.kubernetes\.io/job-completion-index|batch\.kubernetes\.io/controller-uid"
     r"|controller-uid|pod-template-generation|pod-template-hash|controller-revision-hash|annotation|etcd_node"
+    r"|io\.cilium\.k8s"
 )
 
 

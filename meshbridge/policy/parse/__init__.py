@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from meshbridge.policy.cilium import CONFIG_NAME, CONFIG_NAMESPACE
 from meshbridge.policy.model import Document, Notice, Severity
 from meshbridge.policy.parse.authorizationpolicy import parse_authorization_policy
+from meshbridge.policy.parse.ciliumcidrgroup import parse_cilium_cidr_group
+from meshbridge.policy.parse.ciliumconfig import parse_cilium_config
 from meshbridge.policy.parse.ciliumnetworkpolicy import CLUSTERWIDE, parse_cilium_network_policy
 from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount, ServicePort
 from meshbridge.policy.parse.clusternetworkpolicy import CLUSTER_POLICY_KINDS, parse_cluster_network_policy
@@ -20,6 +23,7 @@ from meshbridge.policy.parse.workloads import TEMPLATE_KINDS, parse_cluster_obje
 POLICY_KINDS: Final[Mapping[tuple[str, str], Callable[[Document], Parsed]]] = {
     ("cilium.io", "CiliumNetworkPolicy"): parse_cilium_network_policy,
     ("cilium.io", CLUSTERWIDE): parse_cilium_network_policy,
+    ("cilium.io", "CiliumCIDRGroup"): parse_cilium_cidr_group,
     ("networking.k8s.io", "NetworkPolicy"): parse_network_policy,
     **{("policy.networking.k8s.io", kind): parse_cluster_network_policy for kind in CLUSTER_POLICY_KINDS},
     ("security.istio.io", "AuthorizationPolicy"): parse_authorization_policy,
@@ -30,8 +34,12 @@ POLICY_KINDS: Final[Mapping[tuple[str, str], Callable[[Document], Parsed]]] = {
 
 CLUSTER_KINDS: Final = frozenset(
     {("", kind) for kind in ("Pod", "Namespace", "Node", "Service", "ServiceAccount")}
+    | {("discovery.k8s.io", "EndpointSlice")}
     | {("batch" if kind == "Job" else "apps", kind) for kind in TEMPLATE_KINDS}
 )
+
+CILIUM_CONFIG: Final = ("", "ConfigMap", CONFIG_NAMESPACE, CONFIG_NAME)
+"""``Document.key`` of the one ConfigMap that says what Cilium's policies mean."""
 
 _GUARDING_GROUPS = frozenset(group for group, _ in POLICY_KINDS)
 
@@ -46,6 +54,8 @@ def parse(document: Document) -> Parsed:
     if parser is not None:
         parsed = parser(document)
         return refused_by_source(parsed) if document.fault else parsed
+    if document.key == CILIUM_CONFIG:
+        return parse_cilium_config(document)
     if (group, document.kind) in CLUSTER_KINDS:
         return parse_cluster_object(document)
     if (group, document.kind) in REGISTRY_KINDS:
@@ -57,5 +67,6 @@ def parse(document: Document) -> Parsed:
 
 
 __all__ = [
-    "CLUSTER_KINDS", "POLICY_KINDS", "Namespace", "Node", "Parsed", "Service", "ServiceAccount", "ServicePort", "parse",
+    "CILIUM_CONFIG", "CLUSTER_KINDS", "POLICY_KINDS", "Namespace", "Node", "Parsed", "Service", "ServiceAccount",
+    "ServicePort", "parse",
 ]  # fmt: skip

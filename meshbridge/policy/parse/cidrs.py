@@ -23,4 +23,4 @@ def cidr_peers(at: Reader, fields: Mapping[str, Reader], *, in_cluster: bool) ->
         if network.version != cidr.version or not network.subnet_of(cidr):  # type: ignore[arg-type]
             item.refuse(f"{network} is not inside {cidr}", "except only cuts pieces out of its own cidr")
         excepts.append(network)
-    return CidrPeers(cidr, tuple(sorted(excepts, key=str)), in_cluster=in_cluster)
+    return CidrPeers(cidr, tuple(sorted(excepts, key=str)), pods=in_cluster, nodes=in_cluster)

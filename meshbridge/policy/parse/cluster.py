@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from meshbridge.identity.model import ContainerPort, IpAddress, Workload
+from meshbridge.identity.model import ContainerPort, IpAddress, IpNetwork, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class Service:
     ports: tuple[ServicePort, ...] = ()
     selector: Mapping[str, str] | None = field(default=None, hash=False)
     outside_addresses: tuple[IpAddress, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def selects(self, pod: Workload) -> bool:
         """Whether the pod is one of its endpoints, as far as labels say; an empty selector picks nobody."""
@@ -64,3 +65,21 @@ class Service:
 class ServiceAccount:
     namespace: str
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSlice:
+    """A part of the endpoints of the Service ``service``, which is in the same namespace."""
+
+    namespace: str
+    service: str
+    addresses: tuple[IpAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CidrGroup:
+    """A CiliumCIDRGroup; ``networks`` None: it was refused, so which addresses it means is not known."""
+
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    networks: tuple[IpNetwork, ...] | None = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from meshbridge.policy.model import Anything, HttpMatch, PortMatch
+from meshbridge.policy.model import HttpMatch, PortMatch
 from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.policy.parse.reader import Reader, shown
 
@@ -15,23 +15,24 @@ _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _EXTENSION = re.compile(r"\(\?|\\[0-9A-Za-z]|\[[:.=]|(?<!\\)[*+?}]\+|\{,")
 
 
-def http_matches(at: Reader, ports: Anything | tuple[PortMatch, ...]) -> tuple[HttpMatch, ...]:
-    """The HTTP rules of one toPorts element, at least one.
+def http_matches(at: Reader, ports: tuple[PortMatch, ...]) -> tuple[HttpMatch, ...]:
+    """The HTTP rules of one toPorts element; none are no restriction.
 
     Raises:
         Invalid: Rules of another protocol, ports that are not TCP, or an expression too costly to run per request.
     """
     fields = at.fields("http", "dns", "kafka", "l7proto", "l7")
     for name in ("dns", "kafka", "l7proto", "l7"):
-        if name in fields:
+        if name in fields and fields[name].value != []:
             fields[name].refuse(f"{name} rules are not enforced", "delete them")
-    if "http" not in fields:
-        at.refuse("has no http", "write http, or delete rules")
-    if isinstance(ports, Anything) or any(match.protocol != PROTOCOLS["TCP"] for match in ports):
+    items = fields["http"].items() if "http" in fields else []
+    if not items:
+        return ()
+    if any(match.protocol != PROTOCOLS["TCP"] for match in ports):
         at.refuse("http rules need TCP ports", "write the ports with protocol: TCP")
     if any(match.first == 0 for match in ports if not match.name):
         at.refuse("http rules need a port other than 0", "write the port")
-    return tuple(_http(item) for item in fields["http"].items(at_least=1))
+    return tuple(_http(item) for item in items)
 
 
 def _http(at: Reader) -> HttpMatch:

@@ -15,7 +15,8 @@ CLUSTER_KEY = "io.cilium.k8s.policy.cluster"
 
 _KEY = re.compile(r"([a-z0-9A-Z]([a-z0-9A-Z.-]{0,251}[a-z0-9A-Z])?/)?[a-z0-9A-Z]([a-z0-9A-Z._-]{0,61}[a-z0-9A-Z])?")
 _VALUE = re.compile(r"([a-z0-9A-Z]([a-z0-9A-Z._-]{0,61}[a-z0-9A-Z])?)?")
-_REFUSED_SOURCES = ("container", "cidr", "cidrgroup", "fqdn", "node", "unspec")
+_SOURCES = ("k8s", "any", "reserved", "container", "cidr", "cidrgroup", "fqdn", "node", "unspec")
+_OWN_NAMESPACE = f"k8s:{NAMESPACE_KEY}"
 
 
 def kubernetes_requirements(selector: Reader, source: LabelSource = LabelSource.POD) -> list[Requirement]:
@@ -43,22 +44,79 @@ def match_labels_only(selector: Reader) -> list[Requirement]:
     ]
 
 
-def cilium_requirements(selector: Reader) -> list[Requirement]:
+def cilium_requirements(selector: Reader, *, in_own_namespace: bool = False) -> list[Requirement]:
     """A Cilium endpoint selector: keys may carry a source, and some stand for more than a pod label.
 
+    Args:
+        in_own_namespace: it is the subject of a namespaced policy, whose namespace replaces one under matchLabels.
+
     Raises:
-        Invalid: A part of it is not understood, or asks for labels no peer here has.
+        Invalid: A part of it is not understood.
     """
     found = []
     for at, key, operator, values in _requirements(selector):
+        if in_own_namespace and key == _OWN_NAMESPACE and ".matchLabels." in at.path:
+            continue
         source, name = _cilium_key(at, key)
         found.append(Requirement(source, name, operator, values))
     return found
 
 
+def node_requirements(selector: Reader) -> list[Requirement]:
+    """The selector of fromNodes and toNodes, which looks at labels of nodes.
+
+    Raises:
+        Invalid: A part of it is not understood.
+    """
+    found = []
+    for at, key, operator, values in _requirements(selector):
+        source, name = _source_of(at, key)
+        if source == "reserved":
+            found.append(Requirement(LabelSource.RESERVED, _reserved(at, name), operator, values))
+            continue
+        if name == CLUSTER_KEY:
+            at.refuse("nodes of other clusters are not known here", "delete the requirement")
+        known = source in ("any", "node") and is_identity_label(_key(at, name))
+        found.append(Requirement(LabelSource.NODE if known else LabelSource.ABSENT, name, operator, values))
+    return found
+
+
+def group_requirements(selector: Reader) -> list[Requirement]:
+    """A ``cidrGroupSelector``, over the labels of CiliumCIDRGroups.
+
+    Raises:
+        Invalid: A part of it is not understood.
+    """
+    return _plain(selector, ("any", "cidrgroup"))
+
+
+def service_requirements(selector: Reader) -> list[Requirement]:
+    """A ``k8sServiceSelector``, over the labels of Services.
+
+    Raises:
+        Invalid: A part of it is not understood.
+    """
+    return _plain(selector, ("any", "k8s"))
+
+
 def mentions(requirements: list[Requirement], source: LabelSource) -> bool:
     """Whether some requirement looks a label up in ``source``."""
     return any(requirement.source is source for requirement in requirements)
+
+
+def mentions_unknown_source(requirements: list[Requirement]) -> bool:
+    """Whether some requirement is on a label of a source whose labels pods do not have."""
+    return any(":" in requirement.key for requirement in requirements)
+
+
+def _plain(selector: Reader, sources: tuple[str, ...]) -> list[Requirement]:
+    found = []
+    for at, key, operator, values in _requirements(selector):
+        source, name = _source_of(at, key)
+        if source not in sources:
+            at.refuse(f"labels of source {source!r} are never there", f"write {shown(name)} alone")
+        found.append(Requirement(LabelSource.POD, _key(at, name), operator, values))
+    return found
 
 
 def _requirements(selector: Reader) -> list[tuple[Reader, str, Operator, tuple[str, ...]]]:
@@ -96,18 +154,27 @@ def _value(at: Reader) -> str:
     return value
 
 
-def _cilium_key(at: Reader, key: str) -> tuple[LabelSource, str]:
+def _source_of(at: Reader, key: str) -> tuple[str, str]:
     source, colon, name = key.partition(":")
     if not colon:
-        source, name = "any", key
+        return "any", key
+    if source not in _SOURCES:
+        at.refuse(f"unknown label source {shown(source)}", f"use one of: {', '.join(_SOURCES)}")
+    return source, name
+
+
+def _reserved(at: Reader, name: str) -> str:
+    if name not in list(Entity):
+        at.refuse(f"unknown reserved label {shown(name)}", f"use one of: {', '.join(Entity)}")
+    return name
+
+
+def _cilium_key(at: Reader, key: str) -> tuple[LabelSource, str]:
+    source, name = _source_of(at, key)
     if source == "reserved":
-        if name not in list(Entity):
-            at.refuse(f"unknown reserved label {shown(name)}", f"use one of: {', '.join(Entity)}")
-        return LabelSource.RESERVED, name
-    if source in _REFUSED_SOURCES:
-        at.refuse(f"labels of source {source!r} are not known here", "use k8s:, any: or reserved:")
+        return LabelSource.RESERVED, _reserved(at, name)
     if source not in ("k8s", "any"):
-        at.refuse(f"unknown label source {shown(source)}", "use k8s:, any: or reserved:")
+        return LabelSource.ABSENT, key
     if name == NAMESPACE_KEY:
         return LabelSource.NAMESPACE, ""
     if name == SERVICE_ACCOUNT_KEY:

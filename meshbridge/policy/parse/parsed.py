@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from meshbridge.identity.model import Workload
+from meshbridge.policy.cilium import CiliumSettings
 from meshbridge.policy.mesh import AuthorizationPolicy, PeerAuthentication, RequestAuthentication
 from meshbridge.policy.model import (
     ANY,
@@ -20,7 +21,7 @@ from meshbridge.policy.model import (
     Tier,
     Verdict,
 )
-from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount
+from meshbridge.policy.parse.cluster import CidrGroup, EndpointSlice, Namespace, Node, Service, ServiceAccount
 from meshbridge.policy.parse.reader import Invalid
 from meshbridge.policy.registry import RegistryObject
 from meshbridge.policy.selectors import Selector
@@ -28,12 +29,15 @@ from meshbridge.policy.selectors import Selector
 _BEFORE_ALL = -1
 """A priority that no object has."""
 
-ClusterObject = Workload | Namespace | Node | Service | ServiceAccount
+ClusterObject = Workload | Namespace | Node | Service | ServiceAccount | EndpointSlice | CidrGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """Everything one document says. ``refusals`` not empty: it is not in force as written, only as refused."""
+    """Everything one document says. ``refusals`` not empty: it is not in force as written, only as refused.
+
+    ``cilium`` is set where it is Cilium's own configuration.
+    """
 
     document: Document
     network: tuple[NetworkRule, ...] = ()
@@ -44,6 +48,7 @@ class Parsed:
     registry: tuple[RegistryObject, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     notices: tuple[Notice, ...] = ()
+    cilium: CiliumSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)

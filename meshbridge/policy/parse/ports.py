@@ -12,7 +12,8 @@ ICMP, ICMPV6 = 1, 58
 LAST_PORT = 65535
 
 _MAX_CILIUM_PORTS = 40
-_NAME = re.compile(r"(?=.*[a-z])[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_NUMBER = re.compile(r"[0-9_]+")
+_NAME = re.compile(r"(?=.*[a-z])(?!.*--)[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?")
 _ICMPV4_TYPES = {
     "EchoReply": 0,
     "DestinationUnreachable": 3,
@@ -60,10 +61,10 @@ _ICMPV6_TYPES = {
 }
 
 
-def cilium_ports(at: Reader, document: Document, notices: list[Notice]) -> Anything | tuple[PortMatch, ...]:
-    """``toPorts[].ports``: an empty list is every port; ANY on a port is TCP, UDP and SCTP, never ICMP.
+def cilium_ports(at: Reader, document: Document, notices: list[Notice]) -> tuple[PortMatch, ...]:
+    """``toPorts[].ports``: an empty list is no port at all; ANY is TCP, UDP and SCTP, never ICMP, also on port 0.
 
-    Spec: CILIUM.md §a, "toPorts".
+    Spec: CILIUM.md §a, "toPorts"; where they differ, Cilium's engine (docs/adr/0130).
     """
     items = at.items()
     if len(items) > _MAX_CILIUM_PORTS:
@@ -76,7 +77,7 @@ def cilium_ports(at: Reader, document: Document, notices: list[Notice]) -> Anyth
             item.refuse("has no port", 'write port: "8080", or "0" for all')
         end = fields.get("endPort")
         text = fields["port"].text()
-        if not text.isascii() or not text.isdigit():
+        if not _NUMBER.fullmatch(text):
             if end is not None:
                 end.integer(0, LAST_PORT)
                 notices.append(Notice(document, "endPort has no effect with a named port", end.path, code="MB0507"))
@@ -88,30 +89,34 @@ def cilium_ports(at: Reader, document: Document, notices: list[Notice]) -> Anyth
         if first == 0:
             if last:
                 item.refuse("port 0 means every port and takes no endPort", "delete endPort")
-            if protocol == "ANY":
-                return ANY
-            found.append(PortMatch(PROTOCOLS[protocol]))
+            found += [PortMatch(number) for number in _numbers(protocol)]
             continue
-        if last and last < first:
-            item.refuse(f"endPort {last} is less than port {first}", "swap them")
+        if end is not None and last and last < first:
+            text = f"endPort {last} is less than port {first} and has no effect"
+            notices.append(Notice(document, text, end.path, code="MB0507"))
+            last = 0
         found += [PortMatch(number, first, last or first) for number in _numbers(protocol)]
-    return tuple(found) if items else ANY
+    return tuple(found)
 
 
 def icmp_types(at: Reader) -> tuple[PortMatch, ...]:
-    """One element of ``icmps``."""
+    """One element of ``icmps``: an empty list is no type at all."""
     fields = at.fields("fields")
-    if "fields" not in fields:
-        at.refuse("has no fields", "write fields: [{family: IPv4, type: EchoRequest}]")
+    items = fields["fields"].items() if "fields" in fields else []
+    if len(items) > _MAX_CILIUM_PORTS:
+        at.refuse(f"{len(items)} types are more than {_MAX_CILIUM_PORTS}", "write several rules")
     found = []
-    for item in fields["fields"].items(at_least=1):
+    for item in items:
         parts = item.fields("family", "type")
         family = parts["family"].text(["IPv4", "IPv6"]) if "family" in parts else "IPv4"
         if "type" not in parts:
             item.refuse("has no type", "write type: 8 or type: EchoRequest")
         names = _ICMPV4_TYPES if family == "IPv4" else _ICMPV6_TYPES
         value = parts["type"].value
-        number = names[parts["type"].text(names)] if isinstance(value, str) else parts["type"].integer(0, 255)
+        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 3:
+            number = Reader(int(value), parts["type"].path).integer(0, 255)
+        else:
+            number = names[parts["type"].text(names)] if isinstance(value, str) else parts["type"].integer(0, 255)
         found.append(PortMatch(ICMP if family == "IPv4" else ICMPV6, number, number))
     return tuple(found)
 
@@ -149,11 +154,14 @@ def _numbers(protocol: str) -> list[int]:
 
 
 def _port_number(at: Reader, text: str) -> int:
-    if len(text) > 1 and text.startswith("0"):
-        at.refuse(f"port {shown(text)} is octal to Cilium", "write it without leading zeros")
-    if len(text) > 5 or int(text) > LAST_PORT:
+    """A number as Go reads it: octal after a leading zero, and underscores between digits."""
+    try:
+        number = int(text, 8 if len(text) > 1 and text.startswith("0") else 10) if len(text) < 20 else LAST_PORT + 1
+    except ValueError:
+        at.refuse(f"port {shown(text)} is no number", f"use 0..{LAST_PORT}")
+    if number > LAST_PORT:
         at.refuse(f"port {shown(text)} is out of range", f"use 0..{LAST_PORT}")
-    return int(text)
+    return number
 
 
 def port_name(at: Reader, name: str) -> str:

@@ -11,7 +11,7 @@ import re
 from meshbridge.identity.model import ContainerPort, IpAddress, ProxyClass, ProxyContainer, Workload
 from meshbridge.policy.mesh import GATEWAY_LABEL
 from meshbridge.policy.model import Document, Layer, Refusal
-from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount, ServicePort
+from meshbridge.policy.parse.cluster import EndpointSlice, Namespace, Node, Service, ServiceAccount, ServicePort
 from meshbridge.policy.parse.lenient import address as _address
 from meshbridge.policy.parse.lenient import child as _child
 from meshbridge.policy.parse.lenient import children as _list
@@ -25,6 +25,7 @@ TEMPLATE_KINDS = ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job")
 _AMBIENT = "ambient.istio.io/redirection"
 _TEMPLATES = "inject.istio.io/templates"
 _MANAGED = "gateway.istio.io/managed"
+_SERVICE_NAME = "kubernetes.io/service-name"
 _PROXY = "istio-proxy"
 _INIT = "istio-init"
 _LONGEST_NUMBER = 5
@@ -33,7 +34,7 @@ _PROBES = ("livenessProbe", "readinessProbe", "startupProbe")
 
 
 def parse_cluster_object(document: Document) -> Parsed:
-    """One Pod, pod template, Namespace, Node, Service or ServiceAccount.
+    """One Pod, pod template, Namespace, Node, Service, EndpointSlice or ServiceAccount.
 
     ``Workload.namespace_labels`` stay empty: who knows the namespaces fills them in.
     """
@@ -61,6 +62,8 @@ def _read(document: Document) -> ClusterObject:
             return Node(document.name, tuple(addresses), _strings(metadata, "labels"))
         case "Service":
             return _service(document, root)
+        case "EndpointSlice":
+            return _endpoint_slice(document, root, metadata)
         case "Pod":
             return _workload(document, metadata, _child(root, "spec"), _child(root, "status"))
         case _:
@@ -208,7 +211,18 @@ def _service(document: Document, root: Reader) -> Service:
         tuple(ports),
         _strings(spec, "selector") if selector.value is not None else None,
         () if external_name else tuple(dict.fromkeys(map(_address, _outside_addresses(root, spec)))),
+        _strings(_child(root, "metadata"), "labels"),
     )
+
+
+def _endpoint_slice(document: Document, root: Reader, metadata: Reader) -> EndpointSlice:
+    """One whose addresses are names has none here."""
+    addresses: list[Reader] = []
+    if _text(root, "addressType") != "FQDN":
+        for endpoint in _list(root, "endpoints"):
+            addresses += _list(endpoint, "addresses")
+    service = _strings(metadata, "labels").get(_SERVICE_NAME, "")
+    return EndpointSlice(document.namespace, service, tuple(dict.fromkeys(map(_address, addresses))))
 
 
 def _outside_addresses(root: Reader, spec: Reader) -> list[Reader]:

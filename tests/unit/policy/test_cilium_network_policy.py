@@ -55,10 +55,9 @@ INGRESS = {
         CCNP, "ingress: [{fromEndpoints: [{}]}]", PODS | {"node"}),
     "toPorts without peers is anybody": (CNP, 'ingress: [{toPorts: [{ports: [{port: "8080"}]}]}]', EVERYBODY),
     "another port is not that port": (CNP, 'ingress: [{toPorts: [{ports: [{port: "8081"}]}]}]', {"node"}),
-    "toPorts [{}] is every port, so the rule is everybody": (CNP, "ingress: [{toPorts: [{}]}]", EVERYBODY),
+    "an element of toPorts without ports matches no port": (CNP, "ingress: [{toPorts: [{}]}]", {"node"}),
     "toPorts [] is as if it were not written": (CNP, "ingress: [{toPorts: []}]", {"node"}),
-    "toPorts [{}] is every port for the rule's peers": (
-        CNP, "ingress: [{fromEntities: [world], toPorts: [{}]}]", {"node", "world", "private", "world6"}),
+    "also for the rule's peers": (CNP, "ingress: [{fromEntities: [world], toPorts: [{ports: []}]}]", {"node"}),
     "a label without prefix means a pod of the namespace": (
         CNP, "ingress: [{fromEndpoints: [{matchLabels: {app: web}}]}]", {"web", "web6", "node"}),
     "a label with k8s: means the same": (
@@ -144,9 +143,9 @@ def test_who_reaches_the_pod(kind: str, text: str, expected: set[str]) -> None:
 PORTS = {
     "missing protocol is TCP, UDP and SCTP, never ICMP": (
         'ingress: [{toPorts: [{ports: [{port: "53"}]}]}]', {("TCP", 53), ("UDP", 53), ("SCTP", 53)}),
-    "port 0 without protocol is everything, ICMP too": (
+    "port 0 without protocol is every port, but no ICMP": (
         'ingress: [{toPorts: [{ports: [{port: "0"}]}]}]',
-        {("TCP", 53), ("UDP", 53), ("SCTP", 53), ("TCP", 8080), ("UDP", 8080), ICMP_ECHO}),
+        {("TCP", 53), ("UDP", 53), ("SCTP", 53), ("TCP", 8080), ("UDP", 8080)}),
     "port 0 with a protocol is all its ports": (
         'ingress: [{toPorts: [{ports: [{port: "0", protocol: TCP}]}]}]', {("TCP", 53), ("TCP", 8080)}),
     "a range is inclusive": (

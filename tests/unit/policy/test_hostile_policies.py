@@ -126,7 +126,7 @@ spec: {{podSelector: {subject}, ingress: [{{from: [{{podSelector: {peer}}}]}}]}}
 
 
 def test_a_kind_of_a_policy_group_that_is_not_read_says_so() -> None:
-    parsed = parse(Document("CiliumCIDRGroup", "cilium.io/v2", "", "g", {"spec": {}}))
+    parsed = parse(Document("CiliumEnvoyConfig", "cilium.io/v2", "", "g", {"spec": {}}))
     assert any("no effect here" in str(notice) for notice in parsed.notices)
 
 
