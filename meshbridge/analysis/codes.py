@@ -344,10 +344,11 @@ _CODES: Final = (
         "Select the pods behind the Service by label.",
     ),
     Code(
-        "MB0506", "RulesIgnored", _WARNING,
-        "A NetworkPolicy has rules for a direction that its policyTypes leave out.",
-        "They are ignored.",
-        "Add the direction to policyTypes, or remove the rules.",
+        "MB0506", "NoEffect", _WARNING,
+        "Something in a policy or a setting has no effect as it is written.",
+        "Rules for a direction that `policyTypes` leaves out are ignored, what is about nodes selects no pod, and "
+        "while Cilium's `enable-policy` is `never` no policy of any kind is enforced.",
+        "Add the direction to policyTypes, or remove what has no effect.",
     ),
     Code(
         "MB0507", "EndPortIgnored", _WARNING,

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from meshbridge.analysis.analyze import analyze
 from meshbridge.analysis.codes import CODES, Code
 from meshbridge.cli.analyze import command
+from meshbridge.cli.files import read_manifest
 
 REPO = Path(__file__).parent.parent.parent.parent
 CASES = Path(__file__).parent / "cases"
@@ -68,6 +70,12 @@ def test_every_notice_has_a_code_of_the_table() -> None:
                 if not given or any(code not in CODES for code in literals):
                     missing.append(f"{path}:{node.lineno}")
     assert missing == []
+
+
+@pytest.mark.parametrize("code", sorted(set(CODES) - {"MB0001", "MB0002"}))
+def test_the_order_of_objects_does_not_matter(code: str) -> None:
+    documents = read_manifest(CASES / code / "triggers.yaml").documents
+    assert analyze(documents) == analyze(reversed(documents))
 
 
 def page(code: Code) -> str:
