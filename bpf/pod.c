@@ -331,8 +331,8 @@ static __always_inline void judge_layer(struct decision *decision, const struct 
 #pragma clang loop unroll(disable)
 	for (__u32 step = 0; left && step <= POLICY_PREFIX_ANY; step++) {
 		__u32 prefix = step == POLICY_PREFIX_ANY ? POLICY_PREFIX_ANY : POLICY_PREFIX_PORT - step;
-		__u64 key = 1ULL << POLICY_KEY_USED | (__u64)layer << POLICY_KEY_LAYER |
-			    (__u64)prefix << POLICY_KEY_PREFIX;
+		__u64 key =
+		    1ULL << POLICY_KEY_USED | (__u64)layer << POLICY_KEY_LAYER | (__u64)prefix << POLICY_KEY_PREFIX;
 
 		if (!(left >> prefix & 1))
 			continue;
@@ -893,9 +893,9 @@ static __always_inline bool plain_flow(struct __sk_buff *skb, struct conntrack_k
 	return true;
 }
 
-/* pass_open_flow - whether a packet is one of nearly all: of a flow that both sides have used, judged under the endpoint's
- * revision. What find_flow() would do with it, with nothing copied and nothing else looked at.
- * @found: the endpoint's entry, of which nothing is used unless it was one (read_endpoint)
+/* pass_open_flow - whether a packet is one of nearly all: of a flow judged under the endpoint's revision, and worth no event.
+ * What find_flow() would do with it, with nothing copied and nothing else looked at.
+ * @found: the endpoint's entry, of which nothing is used unless it was the interface's after it was read (read_endpoint)
  */
 static __always_inline bool pass_open_flow(struct __sk_buff *skb, const struct endpoint_value *found, __u8 direction,
                                            __u64 now)
