@@ -114,7 +114,10 @@ def denying_isolates(scene: Scene) -> Iterator[Finding]:
                     concerned.setdefault(policy, []).append(pods)
         for policy, every in concerned.items():
             name = direction.name.lower()
-            text = f"has deny rules only, and so denies all {name} of {listed(every)}: no rule allows anything"
+            text = (
+                f"has deny rules only, and switches default deny on ({name}) for {listed(every)} all the same: what no "
+            )
+            text += "other rule allows is dropped"
             fix = f"Set enableDefaultDeny: {{{name}: false}}, or add a rule that allows the rest."
             yield finding("MB0302", origins[policy], text, fix=fix)
 

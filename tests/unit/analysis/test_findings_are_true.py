@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -11,13 +12,14 @@ from hypothesis import strategies as st
 from oracle import ASKED, EGRESS, INGRESS, Flow, Holder, mesh_allows, network_allows
 from policygen import NODE4, NODE6, NODE_LABELS, PORTS, REMOTE4, REMOTE6, outsiders, random_pods, random_policies
 
-from meshbridge.analysis import meshrules, networkrules, selection
+from meshbridge.analysis import isolation, meshrules, networkrules, selection
 from meshbridge.analysis.finding import Finding
 from meshbridge.analysis.scene import Scene
 from meshbridge.policy.model import Document
 
 CHECKED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FLOWS = 300
+NUMBERS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 PROTOCOLS = (6, 17, 132, 1, 58)
 
 
@@ -139,6 +141,22 @@ def test_policies_that_select_nothing_can_go(seed: int) -> None:
             continue  # another part of it may select
         for flow in rng.sample(network_flows(pods), FLOWS):
             assert network_allows(policies, flow) == network_allows(fewer, flow), (str(found.origin), flow)
+
+
+@CHECKED
+@given(st.integers(0, 2**63 - 1))
+def test_ports_that_are_said_to_stop_working_let_nobody_in(seed: int) -> None:
+    rng = random.Random(seed)
+    pods = random_pods(rng, 4)
+    policies = random_policies(rng, network=3)
+    by_name = {f"{v4.namespace}/{pod_name(v4)}": v4 for v4 in pods[::2]}
+    for found in isolation.default_deny(scene_of(pods, policies)):
+        for name, ports in re.findall(r"of (\S+)(?: \(and \d+ like it\))?, ([^;]*?) stops? working", found.text):
+            for port, protocol in re.findall(r"(\d+)/([A-Z]+)", ports):
+                for peer in (*pods, *outsiders()):
+                    known = peer.address.version == 4 and peer is not by_name[name] and "host" not in peer.entities
+                    flow = Flow(by_name[name], peer, INGRESS, NUMBERS[protocol], int(port))
+                    assert not (known and network_allows(policies, flow)), (found.text, peer)
 
 
 def test_random_clusters_have_findings_of_these_kinds() -> None:
