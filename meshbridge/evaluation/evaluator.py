@@ -315,7 +315,7 @@ class Evaluator:
         http = normalized_http(http, self._cluster.policies.mesh) or http
         request = Request(
             source=leg.sender.address or UNSPECIFIED, port=leg.port, method=http.method or "", path=http.path or "",
-            host=http.host or "", headers=dict(http.headers), peer=self._numbers.peers[leg.source],
+            host=http.host or "", headers=http.joined, peer=self._numbers.peers[leg.source],
         )  # fmt: skip
         refusing = judge.http_rules_refuse(request)
         if refusing:

@@ -327,7 +327,7 @@ class _Explainer:
             return _step(Stage.HTTP_RULES, said)
         request = Request(
             source=self._leg.sender.address or UNSPECIFIED, port=self._leg.port, method=http.method or "",
-            path=http.path or "", host=http.host or "", headers=dict(http.headers),
+            path=http.path or "", host=http.host or "", headers=http.joined,
         )  # fmt: skip
         flow = self._network_flow(Direction.INGRESS, receiver)
         return _step(Stage.HTTP_RULES, said, near_http(self._cluster.policies.network, flow, request))

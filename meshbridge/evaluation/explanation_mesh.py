@@ -240,7 +240,7 @@ def _of_request(condition: Condition, http: HttpFields | None, claims: Any) -> s
             return f"is for host {http.host}"
         case Attribute.HEADER:
             name = condition.key[0]
-            value = dict(http.headers).get(name)
+            value = http.joined.get(name)
             return f"has {name}: {value}" if value is not None else f"has no header {name}"
     if not claims:
         return "has no valid token"

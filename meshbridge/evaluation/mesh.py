@@ -170,7 +170,8 @@ def _of_request(facts: Facts, guard: Guard, policy: AuthorizationPolicy, conditi
         method=http.method or "",
         path=http.path or "",
         host=http.host or "",
-        headers=dict(http.headers),
+        headers=http.joined,
+        repeated=http.sent,
     )
     return request_matches(request, claims, policy, guard.mesh, condition)
 
@@ -184,7 +185,7 @@ def _remote(facts: Facts, form: AppProtocol, trusted_proxies: int) -> IpAddress 
         return facts.source
     if question.http is None:
         return None
-    told = dict(question.http.headers).get(_FORWARDED_FOR, "").split(",")
+    told = question.http.joined.get(_FORWARDED_FOR, "").split(",")
     back = trusted_proxies if facts.gateway else 1
     if not 0 < back <= len(told):
         return facts.source

@@ -44,12 +44,28 @@ class LabelledPod:
 
 @dataclass(frozen=True, slots=True)
 class HttpFields:
-    """Of a request. A method, path or host that is None is some value nobody has said; headers are all there are."""
+    """Of a request. A method, path or host that is None is some value nobody has said.
+
+    The headers are all there are; a name that was sent several times stands there with each of its values.
+    """
 
     method: str | None = None
     path: str | None = None
     host: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def sent(self) -> dict[str, tuple[str, ...]]:
+        """The values of each header."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, value in self.headers:
+            found[name] = (*found.get(name, ()), value)
+        return found
+
+    @property
+    def joined(self) -> dict[str, str]:
+        """The headers, each once, several values joined by commas."""
+        return {name: ",".join(values) for name, values in self.sent.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,18 +203,28 @@ def _texts(value: Any, where: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(value.items()))
 
 
+def _headers(value: Any) -> tuple[tuple[str, str], ...]:
+    where, fix = "http.headers", 'write {"name": "value"}, or {"name": ["value", "another"]} for what is sent twice'
+    if not isinstance(value, Mapping):
+        raise _error(where, f"{_shown(value)} is no mapping of texts", fix)
+    pairs = [(name, each) for name, texts in value.items() for each in (texts if isinstance(texts, list) else [texts])]
+    if not all(isinstance(text, str) for _, text in pairs):
+        raise _error(where, f"{_shown(value)} is no mapping of texts", fix)
+    return tuple(sorted(((name.lower(), text) for name, text in pairs), key=lambda pair: pair[0]))
+
+
 def _http(data: Mapping[str, Any]) -> HttpFields | None:
     value = data.get("http")
     if value is None:
         return None
     if not isinstance(value, Mapping):
         raise _error("http", f"{_shown(value)} is no object", 'write {"method": …, "path": …, "host": …, "headers": …}')
-    headers = {name.lower(): text for name, text in _texts(value.get("headers") or {}, "http.headers")}
+    headers = _headers(value.get("headers") or {})
     try:
         method, path, host = (_text(value, name) for name in ("method", "path", "host"))
     except QuestionError as error:
         raise _error(f"http.{error.where}", error.what, error.fix) from None
-    return HttpFields(method, path, host, tuple(sorted(headers.items())))
+    return HttpFields(method, path, host, headers)
 
 
 def _claims(data: Mapping[str, Any]) -> Mapping[str, Any] | None:

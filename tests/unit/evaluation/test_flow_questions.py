@@ -100,6 +100,7 @@ GET = authorization("{to: [{operation: {methods: [GET]}}]}")
 CLAIM = authorization('{when: [{key: "request.auth.claims[role]", values: [admin]}]}')
 NAMED = authorization("{from: [{source: {ipBlocks: [10.1.0.0/24]}}]}")
 REMOTE = authorization("{from: [{source: {remoteIpBlocks: [203.0.113.0/24]}}]}")
+HEADER = authorization('{when: [{key: "request.headers[x-a]", values: ["2"]}]}')
 SNI = authorization("{when: [{key: connection.sni, values: [api.shop]}]}")
 TO_IP = authorization("{when: [{key: destination.ip, values: [10.1.0.2]}]}")
 STRICT = """
@@ -149,6 +150,9 @@ MESH: dict[str, tuple[str, dict[str, Any], str]] = {
     "and no other": (REMOTE, {"http": {**HTTP, "headers": {"X-Forwarded-For": "203.0.113.9,1.2.3.4"}}}, "DENY"),
     "what is no address counts for nothing": (
         REMOTE, {"http": {**HTTP, "headers": {"X-Forwarded-For": "203.0.113.9, me"}}}, "DENY"),
+    "of a header sent twice each value counts": (
+        HEADER, {"http": {**HTTP, "headers": {"X-A": ["1", "2"]}}}, "ALLOW"),
+    "a comma in a value is a comma": (HEADER, {"http": {**HTTP, "headers": {"x-a": "1,2"}}}, "DENY"),
     "the client of a request of which nothing is said": (REMOTE, {"app_protocol": "http"}, "NEEDS_L7"),
     "the client that is said": (REMOTE, {"remote_ip": "203.0.113.9"}, "ALLOW"),
     "a name nobody has said": (SNI, {}, "NEEDS_L7"),
