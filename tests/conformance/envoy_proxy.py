@@ -208,7 +208,8 @@ def _request(connection: socket.socket, point: Point) -> tuple[bool, bool]:
     """Whether the request was answered by the application, and whether the connection can be used again."""
     http = point.flow["http"]
     lines = [f"{http['method']} {http['path']} HTTP/1.1", f"host: {http['host']}", "content-length: 0"]
-    lines += [f"{name}: {value}" for name, value in http["headers"].items()]
+    for name, values in http["headers"].items():
+        lines += [f"{name}: {value}" for value in (values if isinstance(values, list) else [values])]
     if point.claims is not None:
         lines.append(f"authorization: Bearer {token(point.claims, good=point.signed)}")
     received = b""

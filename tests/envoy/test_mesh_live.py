@@ -285,6 +285,28 @@ def test_policy_file_that_changes_is_in_force_soon(mesh: Mesh) -> None:
         until(lambda: mesh.post()[0] == 200, "the old path is allowed again")
 
 
+def test_header_sent_twice_gets_past_no_rule_for_one_of_its_values(mesh: Mesh) -> None:
+    def status(*values: str) -> int:
+        headers = [word for value in values for word in ("-H", f"x-a: {value}")]
+        return mesh.ask("-X", "POST", "-H", f"authorization: Bearer {token('transactions')}", *headers)[0]
+
+    deny = mesh.manifests / "deny.yaml"
+    rule = {"when": [{"key": "request.headers[x-a]", "values": ["1"]}]}
+    policy = {
+        "apiVersion": "security.istio.io/v1",
+        "kind": "AuthorizationPolicy",
+        "metadata": {"name": "no-one", "namespace": "finance"},
+        "spec": {"action": "DENY", "selector": {"matchLabels": {"app": "transaction-service"}}, "rules": [rule]},
+    }
+    try:
+        deny.write_text(yaml.safe_dump(policy))
+        until(lambda: status("1") == 403, "the header is denied")
+        assert (status("2"), status("1", "2"), status("2", "1"), status("1,2")) == (200, 403, 403, 200)
+    finally:
+        deny.unlink()
+        until(lambda: status("1") == 200, "the header is allowed again")
+
+
 def test_policy_that_cannot_be_read_denies_and_is_named(mesh: Mesh) -> None:
     policy = mesh.manifests / "policy.yaml"
     before = policy.read_text()
