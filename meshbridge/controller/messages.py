@@ -126,12 +126,15 @@ def policy_message(document: Document) -> agent_pb2.Policy:
 
 def mesh_message(mesh: MeshSettings, *, all_policies: bool = False) -> agent_pb2.Mesh:
     """``all_policies``: the node is sent every policy of the mesh, whomever it selects."""
+    providers = mesh.providers
+    kinds = dict(providers) if providers is not None else {}
     return agent_pb2.Mesh(
         all_mesh_policies=all_policies,
         root_namespace=mesh.root_namespace,
         trust_domain=mesh.trust_domain,
         trust_domain_aliases=mesh.trust_domain_aliases,
         cluster=mesh.cluster,
+        providers=agent_pb2.ExtensionProviders(kinds=kinds) if providers is not None else None,
     )
 
 

@@ -233,18 +233,33 @@ class ServiceBackends(_message.Message):
     def __init__(self, port: _Optional[int] = ..., addresses: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Mesh(_message.Message):
-    __slots__ = ("root_namespace", "trust_domain", "trust_domain_aliases", "cluster", "all_mesh_policies")
+    __slots__ = ("root_namespace", "trust_domain", "trust_domain_aliases", "cluster", "all_mesh_policies", "providers")
     ROOT_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TRUST_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     TRUST_DOMAIN_ALIASES_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     ALL_MESH_POLICIES_FIELD_NUMBER: _ClassVar[int]
+    PROVIDERS_FIELD_NUMBER: _ClassVar[int]
     root_namespace: str
     trust_domain: str
     trust_domain_aliases: _containers.RepeatedScalarFieldContainer[str]
     cluster: str
     all_mesh_policies: bool
-    def __init__(self, root_namespace: _Optional[str] = ..., trust_domain: _Optional[str] = ..., trust_domain_aliases: _Optional[_Iterable[str]] = ..., cluster: _Optional[str] = ..., all_mesh_policies: _Optional[bool] = ...) -> None: ...
+    providers: ExtensionProviders
+    def __init__(self, root_namespace: _Optional[str] = ..., trust_domain: _Optional[str] = ..., trust_domain_aliases: _Optional[_Iterable[str]] = ..., cluster: _Optional[str] = ..., all_mesh_policies: _Optional[bool] = ..., providers: _Optional[_Union[ExtensionProviders, _Mapping]] = ...) -> None: ...
+
+class ExtensionProviders(_message.Message):
+    __slots__ = ("kinds",)
+    class KindsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    kinds: _containers.ScalarMap[str, str]
+    def __init__(self, kinds: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Problem(_message.Message):
     __slots__ = ("text", "file", "line", "reason")

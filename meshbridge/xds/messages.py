@@ -21,7 +21,7 @@ from meshbridge.identity.model import (
     TcpPorts,
     Workload,
 )
-from meshbridge.policy.mesh import MeshSettings
+from meshbridge.policy.mesh import MeshSettings, ProviderKind
 from meshbridge.policy.model import Document, Source
 from meshbridge.policy.parse.ports import LAST_PORT, PROTOCOLS
 from meshbridge.protos import agent_pb2
@@ -208,7 +208,14 @@ def mesh_of(message: agent_pb2.Mesh) -> MeshSettings:
         trust_domain=message.trust_domain,
         trust_domain_aliases=tuple(message.trust_domain_aliases),
         cluster=message.cluster,
+        providers=_providers(message.providers) if message.HasField("providers") else None,
     )
+
+
+def _providers(message: agent_pb2.ExtensionProviders) -> tuple[tuple[str, ProviderKind], ...]:
+    """A kind that is not known here is one that nobody can be asked by."""
+    known = {kind.value: kind for kind in ProviderKind}
+    return tuple(sorted((name, known.get(kind, ProviderKind.UNUSABLE)) for name, kind in message.kinds.items()))
 
 
 def address_of(packed: bytes, where: str) -> IpAddress:

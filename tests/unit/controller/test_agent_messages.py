@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from meshbridge.controller import messages as writing
 from meshbridge.identity.model import ContainerPort, Entity, Peer, ProxyClass, ProxyContainer, Workload
-from meshbridge.policy.mesh import MeshSettings
+from meshbridge.policy.mesh import MeshSettings, ProviderKind
 from meshbridge.policy.model import Document, Source
 from meshbridge.protos import agent_pb2
 from meshbridge.xds import messages as reading
@@ -91,6 +92,9 @@ def test_policies_travel_without_status_and_managed_fields() -> None:
 def test_mesh() -> None:
     mesh = MeshSettings("root", "td", ("a", "b"), "c")
     assert reading.mesh_of(through(writing.mesh_message(mesh))) == mesh
+    for providers in ((), (("a", ProviderKind.HTTP), ("b", ProviderKind.UNUSABLE))):
+        told = replace(mesh, providers=providers)
+        assert reading.mesh_of(through(writing.mesh_message(told))) == told
 
 
 def test_equal_values_have_equal_versions_whatever_order_they_were_made_in() -> None:
