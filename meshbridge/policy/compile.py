@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from meshbridge.identity.model import ContainerPort, Entity, IpFamily, Peer, Workload
 from meshbridge.identity.numbering import FIRST_LOCAL
 from meshbridge.policy.capture import Capture, PortClass, PortClasses
-from meshbridge.policy.coverage import EVERY_PORT, UNKNOWN_LABELS, Coverage, Spot, both, coverage, denies_by_labels
+from meshbridge.policy.coverage import EVERY_PORT, UNKNOWN_LABELS, Coverage, Cut, Spot, coverage, denies_by_labels
 from meshbridge.policy.lowering import MeshCompiler, MeshLayer
 from meshbridge.policy.model import (
     ALLOWED,
@@ -180,14 +180,15 @@ def _pass_on(
     The kernel stops at the highest entry, so it cannot go on to them by itself.
     """
     passed = covered[rule]
+    cut = Cut(passed)
     if denies_by_labels(rule):
-        unknown = both(passed, [(index.numbers(index.matching(UNKNOWN_LABELS)), [EVERY_PORT])])
+        unknown = cut.both([(index.numbers(index.matching(UNKNOWN_LABELS)), [EVERY_PORT])])
         found.put(unknown, precedence(Tier.ADMIN, step, Strength.DENY), (rule.origin,))
     for below in tiers.normal:
-        found.claim(below, both(passed, covered[below]), Tier.ADMIN, step)
+        found.claim(below, cut.both(covered[below]), Tier.ADMIN, step)
     for below in tiers.baseline:
         step += 1
-        found.claim(below, both(passed, covered[below]), Tier.ADMIN, step)
+        found.claim(below, cut.both(covered[below]), Tier.ADMIN, step)
     step += 1
     if tiers.isolating:
         found.put(passed, precedence(Tier.ADMIN, step, Strength.ISOLATED), tiers.isolating)

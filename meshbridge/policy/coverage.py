@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from meshbridge.identity.model import ContainerPort, Entity
@@ -50,15 +51,49 @@ def coverage(rule: NetworkRule, index: PeerIndex, ports: tuple[ContainerPort, ..
     return found
 
 
-def both(one: Coverage, other: Coverage) -> Coverage:
-    """What both cover."""
-    found: Coverage = []
-    for numbers, spots in one:
-        for others, other_spots in other:
-            shared = _common(numbers, others)
-            if shared and (common := [s for a in spots for b in other_spots if (s := _narrower(a, b)) is not None]):
-                found.append((shared, common))
-    return found
+class Cut:
+    """What one rule covers, to be cut with what many others do: a cut costs no more than the other and the outcome."""
+
+    def __init__(self, covered: Coverage) -> None:
+        self._parts = [(numbers, frozenset(numbers), _SpotIndex(spots)) for numbers, spots in covered]
+
+    def both(self, other: Coverage) -> Coverage:
+        """What both cover."""
+        found: Coverage = []
+        for numbers, members, index in self._parts:
+            for others, spots in other:
+                if ANYONE in members:
+                    shared = others
+                else:
+                    shared = numbers if others == [ANYONE] else [number for number in others if number in members]
+                if shared and (common := index.both(spots)):
+                    found.append((shared, common))
+        return found
+
+
+class _SpotIndex:
+    """Spots in the order of their ports. Two spots are nested or apart."""
+
+    def __init__(self, spots: Iterable[Spot]) -> None:
+        self._spots = sorted(set(spots))
+        self._known = frozenset(self._spots)
+
+    def both(self, spots: Iterable[Spot]) -> list[Spot]:
+        """The narrower of each pair of nested spots."""
+        if EVERY_PORT in self._known:
+            return list(spots)
+        found: list[Spot] = []
+        for spot in spots:
+            protocol, port, prefix = spot
+            if spot == EVERY_PORT:
+                return self._spots
+            if any((protocol, masked(port, length), length) in self._known for length in range(prefix + 1)):
+                found.append(spot)
+                continue
+            first = bisect_left(self._spots, (protocol, port, prefix))
+            last = bisect_left(self._spots, (protocol, port | (0xFFFF >> prefix), PREFIX_ANY))
+            found += [inside for inside in self._spots[first:last] if inside[2] > prefix]
+        return found
 
 
 def denies_by_labels(rule: NetworkRule) -> bool:
@@ -72,21 +107,6 @@ def denies_by_labels(rule: NetworkRule) -> bool:
         and not isinstance(rule.peers, Anything)
         and any(isinstance(selector, Selector) for selector in rule.peers)
     )
-
-
-def _common(one: list[int], other: list[int]) -> list[int]:
-    if one == [ANYONE]:
-        return other
-    return one if other == [ANYONE] else sorted(set(one).intersection(other))
-
-
-def _narrower(one: Spot, other: Spot) -> Spot | None:
-    """Of two spots, which are nested or apart, the one inside."""
-    wide, narrow = sorted((one, other), key=lambda spot: (spot[2] != PREFIX_ANY, spot[2]))
-    if wide[2] == PREFIX_ANY:
-        return narrow
-    inside = wide[0] == narrow[0] and masked(narrow[1], wide[2]) == wide[1]
-    return narrow if inside else None
 
 
 def _numbered_spots(matches: Iterable[PortMatch]) -> list[Spot]:

@@ -172,7 +172,7 @@ class _RuleReader:
         """The field that says what kind of peer it is; empty when it is none of those that are known."""
         given = at.mapping()
         if len(given) > 1:
-            at.refuse(f"says {' and '.join(sorted(given))} at once", "write an element for each")
+            at.refuse(f"says {' and '.join(map(shown, sorted(given)[:3]))} at once", "write an element for each")
         return next((name for name in given if name in self.dialect.peers(self.direction)), "")
 
     def _peers(self, at: Reader, kind: str, action: str) -> tuple[PeerSelector, ...]:

@@ -23,6 +23,8 @@ WORDS = [
     "to",
     "podSelector", "ipBlock", "cidr", "except", "policyTypes", "rules", "source", "principals", "operation", "when",
     "selector", "action", "mtls", "mode", "portLevelMtls", "jwtRules", "issuer", "jwks", "metadata", "annotations",
+    "tier", "priority", "subject", "namespaces", "pods", "nodes", "networks", "domainNames", "protocols", "tcp",
+    "destinationPort", "range", "portNumber", "portRange",
     "containers", "template", "status", "podIPs", "initContainers", "args", "http", "path",
 ]  # fmt: skip
 TREES = st.recursive(
@@ -80,6 +82,36 @@ spec:
     assert not found.refusals
     compiled(found, API, Capture.sidecar())
     assert time.process_time() - started < 3
+
+
+def test_many_rules_below_a_pass_of_many_ranges_compile_in_bounded_time() -> None:
+    ranges = ", ".join(
+        f"{{tcp: {{destinationPort: {{range: {{start: {n}, end: {n + 2000}}}}}}}}}" for n in range(1, 26)
+    )
+    rules = "".join(f"  - {{ports: [{{port: {n + 1}, endPort: {n + 5001}}}]}}\n" for n in range(5_000))
+    found = policies(f"""
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {{name: guard}}
+spec:
+  tier: Admin
+  priority: 1
+  subject: {{namespaces: {{}}}}
+  ingress:
+  - {{action: Pass, from: [{{namespaces: {{}}}}], protocols: [{ranges}]}}
+  - {{action: Deny, from: [{{namespaces: {{}}}}]}}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: big, namespace: shop}}
+spec:
+  podSelector: {{}}
+  ingress:
+{rules}""")
+    assert not found.refusals
+    started = time.process_time()
+    compiled(found, API)
+    assert time.process_time() - started < 5
 
 
 def test_deep_nesting_is_refused_without_recursion() -> None:
