@@ -90,6 +90,15 @@ class Registry:
         by_labels = [scope for scope in own if scope.selector and scope.selects(client.labels)]
         return next(iter([*by_labels, *(scope for scope in own if not scope.selector), *of_mesh]), None)
 
+    def leading_to(self, pod: Workload, port: int) -> list[tuple[Service, int]]:
+        """The Services that lead to a TCP port of a pod, each with its own port."""
+        return [
+            (service, served.port)
+            for service in self.selecting(pod)
+            for served in service.ports
+            if served.protocol == "TCP" and served.target_at(pod.ports) == port
+        ]
+
     def served_by(self, gateway: Workload) -> dict[int, AppProtocol]:
         """What a gateway's own ports speak, by the Gateways that pick it; their ports are those of its Service."""
         found: dict[int, AppProtocol] = {}

@@ -48,16 +48,14 @@ _PAST_ENVOY: Final = Sending(ClientTls.DISABLE)
 
 def sendings(registry: Registry, question: Question, client: Workload, receiver: Party, port: int) -> Iterator[Sending]:
     """What is sent by each way the source knows the destination; past all Services where none leads there."""
-    known = False
-    pod = receiver.endpoint
-    meant = receiver.services if pod is None else registry.selecting(pod)
-    for service in meant:
-        for served in service.ports:
-            leads = served.port == question.port if pod is None else served.target_at(pod.ports) == port
-            if served.protocol == "TCP" and leads:
-                known = True
-                yield registry.to_service(client, service, served.port)
-    if not known:
+    if receiver.endpoint is not None:
+        reached = registry.leading_to(receiver.endpoint, port)
+    else:
+        asked = (question.port, "TCP")
+        reached = [(s, question.port) for s in receiver.services if asked in ((p.port, p.protocol) for p in s.ports)]
+    for service, served in reached:
+        yield registry.to_service(client, service, served)
+    if not reached:
         yield registry.to_address(client, question.destination_ip or receiver.address, question.port)
 
 

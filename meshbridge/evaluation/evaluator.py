@@ -16,6 +16,7 @@ from meshbridge.evaluation.mesh import Facts, mesh_verdict_on, normalized_http
 from meshbridge.evaluation.numbers import Numbers
 from meshbridge.evaluation.question import Question
 from meshbridge.evaluation.reasons import Reason, reasons_of
+from meshbridge.evaluation.waypoints import verdict_through, waypoint_of
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, Peer, ProxyClass, Workload
 from meshbridge.policy.baseline import Guard, MeshVerdict
 from meshbridge.policy.capture import AppProtocol, Capture, PortClass
@@ -291,6 +292,12 @@ class Evaluator:
     def _mesh(self, leg: Leg, receiver: Workload) -> MeshVerdict:
         guarded, facts, protocol = self.guarded(leg, receiver)
         question = leg.question
+        client = leg.sender.endpoint
+        if client is not None and client.proxy is receiver.proxy is ProxyClass.AMBIENT:
+            waypoint, reached = waypoint_of(receiver), self._cluster.registry.leading_to(receiver, leg.port)
+            if waypoint is not None and reached:
+                said = question.app_protocol or guarded.protocol(leg.port)
+                return verdict_through(waypoint, reached, self._cluster.policies, guarded.guard, facts, said)
         if question.claims is not None:
             return mesh_verdict_on(guarded.guard, guarded.jwt_rules, facts, protocol)
         by_address = not guarded.asks.isdisjoint(_OF_SOURCE_ADDRESS)

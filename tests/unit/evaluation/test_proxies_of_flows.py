@@ -176,6 +176,75 @@ def test_modes_of_ports_at_ztunnel(mode: str, port: int, expected: str) -> None:
     assert ask(text, **flow)["mesh"] == expected
 
 
+BEHIND_A_WAYPOINT = """
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: calm, labels: {istio.io/dataplane-mode: ambient, istio.io/use-waypoint: way}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: a, namespace: calm, labels: {app: a}}
+spec: {containers: [{name: app}]}
+status: {phase: Running, podIPs: [{ip: 10.4.0.1}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: b, namespace: calm, labels: {app: b}}
+spec: {serviceAccountName: b, containers: [{name: app}]}
+status: {phase: Running, podIPs: [{ip: 10.4.0.2}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: a, namespace: calm}
+spec: {clusterIP: 10.96.4.1, selector: {app: a}, ports: [{name: http, port: 80, targetPort: 8080}]}
+"""
+
+
+def attached(target: str, rules: str, namespace: str = "calm", action: str = "DENY") -> str:
+    return f"""
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: w, namespace: {namespace}}}
+spec: {{targetRefs: [{{{target}}}], action: {action}, rules: [{rules}]}}
+"""
+
+
+WAY = "group: gateway.networking.k8s.io, kind: Gateway, name: way"
+CLASS = "group: gateway.networking.k8s.io, kind: GatewayClass, name: istio-waypoint"
+FROM_WAY = """
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: z, namespace: calm}
+spec: {rules: [{from: [{source: {principals: [cluster.local/ns/calm/sa/way]}}]}]}
+"""
+PORT_80 = "{to: [{operation: {ports: ['80'], methods: [GET]}}]}"
+WAYPOINT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a policy of the waypoint": (attached(WAY, GET), {}, "DENY"),
+    "of another": (attached(WAY.replace("way", "other"), GET), {}, "ALLOW"),
+    "of another namespace": (attached(WAY, GET, "shop"), {}, "ALLOW"),
+    "of its class": (attached(CLASS, GET, "istio-system"), {}, "DENY"),
+    "of the Service": (attached("kind: Service, name: a", GET), {}, "DENY"),
+    "of another Service": (attached("kind: Service, name: b", GET), {}, "ALLOW"),
+    "the port there is the Service's": (attached("kind: Service, name: a", PORT_80), {}, "DENY"),
+    "by the Service's address": (attached("kind: Service, name: a", GET), {"dst": "10.96.4.1", "port": 80}, "DENY"),
+    "a request that is not described": (attached(WAY, GET), {"http": None}, "NEEDS_L7"),
+    "ztunnel behind it sees the waypoint": (FROM_WAY, {"peer_principal": "cluster.local/ns/calm/sa/b"}, "ALLOW"),
+    "a client outside of ambient comes past it": (attached(WAY, GET), {"src": "ops/plain"}, "ALLOW"),
+    "and is refused where only the waypoint may come": (
+        FROM_WAY, {"src": "ops/plain", "peer_principal": None}, "DENY"),
+    "a port that no Service leads to is reached past it": (attached(WAY, GET), {"port": 9999}, "ALLOW"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "flow", "expected"), WAYPOINT.values(), ids=WAYPOINT.keys())
+def test_through_a_waypoint(text: str, flow: dict[str, Any], expected: str) -> None:
+    asked = {"src": "calm/b", "dst": "calm/a", "http": HTTP, **flow}
+    assert ask(BEHIND_A_WAYPOINT + text, **asked)["mesh"] == expected
+
+
 ADMIN = authorization("{to: [{operation: {paths: ['/admin/*']}}]}", "DENY", "app: api")
 PATHS: dict[str, tuple[PathNormalization, str, str]] = {
     "a path by detours is the path": (PathNormalization.BASE, "/x/../admin/a", "DENY"),
