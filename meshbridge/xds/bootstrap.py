@@ -110,7 +110,7 @@ def bootstrap(inputs: BootstrapInputs) -> Bootstrap:
             clusters=[
                 _grpc_cluster(CLUSTER_XDS, inputs.xds_socket),
                 _grpc_cluster(CLUSTER_AUTHZ, inputs.authz_socket),
-                _static_cluster(CLUSTER_ADMIN, socket_address("127.0.0.1", ADMIN_PORT)),
+                static_cluster(CLUSTER_ADMIN, socket_address("127.0.0.1", ADMIN_PORT)),
             ],
             listeners=[
                 _admin_view("metrics", METRICS_PORT, "/stats/prometheus", "/stats/prometheus", workload),
@@ -120,7 +120,8 @@ def bootstrap(inputs: BootstrapInputs) -> Bootstrap:
     )
 
 
-def _static_cluster(name: str, address: Address) -> Cluster:
+def static_cluster(name: str, address: Address) -> Cluster:
+    """A cluster of one endpoint that never changes."""
     endpoint = LbEndpoint(endpoint=Endpoint(address=address))
     return Cluster(
         name=name,
@@ -133,7 +134,7 @@ def _static_cluster(name: str, address: Address) -> Cluster:
 
 
 def _grpc_cluster(name: str, socket_path: str) -> Cluster:
-    cluster = _static_cluster(name, pipe_address(socket_path))
+    cluster = static_cluster(name, pipe_address(socket_path))
     http2 = Http2ProtocolOptions(
         # A server that is gone without closing its socket is noticed, and the stream opened anew.
         connection_keepalive=KeepaliveSettings(interval=timedelta(seconds=30), timeout=timedelta(seconds=5))

@@ -35,10 +35,10 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.google.protobuf import Any as AnyMessage
 from envoy_policies import token
 from envoy_world import CLIENTS, MeshOptions, Point, Server
-from meshnet import CLONE_NEWNET, ENVOY, AdsServer, Authority, _libc, run
+from meshnet import ENVOY, AdsServer, Authority, enter_netns, run
 
 from meshbridge.identity.model import ProxyClass, Workload
-from meshbridge.xds.bootstrap import BootstrapInputs, _static_cluster, bootstrap
+from meshbridge.xds.bootstrap import BootstrapInputs, bootstrap, static_cluster
 from meshbridge.xds.filters import router
 from meshbridge.xds.names import CLUSTER_INBOUND
 from meshbridge.xds.snapshot import CLUSTER, LISTENER, SECRET
@@ -118,7 +118,7 @@ class Proxy:
             return
         self.served = served
         before = self._stat("listener_manager.lds.update_success")
-        cluster = _static_cluster(CLUSTER_INBOUND, socket_address(*UPSTREAM))
+        cluster = static_cluster(CLUSTER_INBOUND, socket_address(*UPSTREAM))
         self.ads.update({CLUSTER: {CLUSTER_INBOUND: bytes(cluster)}, LISTENER: served, SECRET: self.secrets})
         self._wait(
             lambda: (
@@ -131,13 +131,8 @@ class Proxy:
     def ask(self, points: Sequence[Point]) -> list[bool]:
         """Whether each connection or request gets to the application."""
         groups = [list(group) for _, group in groupby(points, key=lambda point: point.connection)]
-        with ThreadPoolExecutor(CLIENT_THREADS, initializer=self._enter) as pool:
+        with ThreadPoolExecutor(CLIENT_THREADS, initializer=enter_netns, initargs=(self.netns,)) as pool:
             return [answer for answers in pool.map(self._ask_connection, groups) for answer in answers]
-
-    def _enter(self) -> None:
-        with open(f"/run/netns/{self.netns}") as handle:
-            if _libc.setns(handle.fileno(), CLONE_NEWNET):
-                raise OSError(f"setns {self.netns}")
 
     def _ask_connection(self, points: list[Point]) -> list[bool]:
         answers: list[bool] = []

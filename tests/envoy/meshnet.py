@@ -50,17 +50,17 @@ def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+def enter_netns(name: str) -> None:
+    """Move the calling thread into the namespace; sockets it makes stay there."""
+    with open(f"/run/netns/{name}") as handle:
+        if _libc.setns(handle.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns {name}")
+
+
 def in_netns(name: str, function: Callable[[], T]) -> T:
     """Call ``function`` in a thread that has entered the namespace; sockets it makes stay there."""
-
-    def call() -> T:
-        with open(f"/run/netns/{name}") as handle:
-            if _libc.setns(handle.fileno(), CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), f"setns {name}")
-        return function()
-
-    with futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
+    with futures.ThreadPoolExecutor(1, initializer=enter_netns, initargs=(name,)) as pool:
+        return pool.submit(function).result()
 
 
 @dataclass(frozen=True, slots=True)
