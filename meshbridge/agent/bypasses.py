@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
+from meshbridge.bypass.bypasspolicy import BypassPolicies
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.inventory import Inventory
 from meshbridge.bypass.record import report_record
@@ -15,7 +16,11 @@ from meshbridge.policy.policyset import PolicySet
 
 
 def bypasses_json(
-    workloads: Iterable[Workload], policies: PolicySet, seen: Mapping[str, SeenRules], others: Mapping[str, Peer]
+    workloads: Iterable[Workload],
+    policies: PolicySet,
+    bypass_policies: BypassPolicies,
+    seen: Mapping[str, SeenRules],
+    others: Mapping[str, Peer],
 ) -> bytes:
     """The report on these pods.
 
@@ -25,5 +30,5 @@ def bypasses_json(
     """
     pods = tuple(sorted(workloads, key=lambda workload: workload.key))
     states = {pod.key: capture_state(pod, seen=seen.get(pod.uid)) for pod in pods}
-    inventory = Inventory(pods, (), policies, states, predicted=False, others=others)
+    inventory = Inventory(pods, (), policies, states, predicted=False, others=others, bypass_policies=bypass_policies)
     return json.dumps(report_record(report(inventory))).encode()

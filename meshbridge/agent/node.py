@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
 from typing import Final
@@ -148,7 +149,8 @@ class Node:
             for address, holder in self._view.holders.items()
             if holder.name and (number := self._peers.number(address)) is not None
         }
-        return partial(bypasses_json, pods, self._policies, dict(self._seen.rules), others)
+        rulings = self._view.bypass_policies_at(datetime.now(UTC))
+        return partial(bypasses_json, pods, self._policies, rulings, dict(self._seen.rules), others)
 
     def add_endpoint(self, pod: str, uid: str, interfaces: Iterable[str]) -> list[Hooked]:
         """The pod's interfaces are hooked, and drop everything until its policy is known.
@@ -319,7 +321,7 @@ class Node:
             problems=tuple(self._problems(states)),
             identities=len(self._peers.identities),
             addresses=len(self._peers.ipcache.exact),
-            policies=len(self._view.policies),
+            policies=len(self._view.policies) + len(self._view.bypass_policies),
             durations=durations,
             exclusions=self._compilation.exclusions(self._hooked_pods(), self._seen.rules)
             if applied
@@ -339,6 +341,8 @@ class Node:
     def _problems(self, states: Iterable[pb.EndpointState]) -> list[str]:
         found = dict.fromkeys(sorted(self._view.problems.values()))
         found |= dict.fromkeys(str(refusal) for refusal in self._policies.refusals)
+        refused = (policy.refusal for policy in self._view.bypass_policies.values())
+        found |= dict.fromkeys(sorted(str(refusal) for refusal in refused if refusal is not None))
         found |= dict.fromkeys(f"not understood, so no revision is acted on: {t}" for t in self._view.unusable.values())
         pods: dict[str, list[str]] = {}
         for state in states:

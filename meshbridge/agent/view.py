@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from ipaddress import ip_address
 from sys import intern
 from typing import Any, TypeVar
 
 from meshbridge.abi import address_bytes
 from meshbridge.agent.services import Services
+from meshbridge.bypass.bypasspolicy import BypassPolicies, BypassPolicy, is_bypass_policy, parse_bypass_policy
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import IpAddress, Peer, Workload
 from meshbridge.identity.numbering import class_of
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
-from meshbridge.policy.model import Anything
+from meshbridge.policy.model import Anything, Document
 from meshbridge.policy.parse import Parsed, parse
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.selectors import PeerSelector, Selector
@@ -92,6 +94,7 @@ class NodeView:
     pods: dict[str, LocalPod] = field(default_factory=dict)
     holders: dict[bytes, Holder] = field(default_factory=dict)
     policies: dict[str, Parsed] = field(default_factory=dict)
+    bypass_policies: dict[str, BypassPolicy] = field(default_factory=dict)
     mesh: MeshSettings = DEFAULT_MESH
     all_mesh_policies: bool = False
     services: Services = field(default_factory=Services)
@@ -146,18 +149,28 @@ class NodeView:
         """All policies as one value."""
         return PolicySet.of_parsed(self.policies.values(), self.mesh)
 
+    def bypass_policies_at(self, now: datetime) -> BypassPolicies:
+        """Every BypassPolicy that selects an endpoint here, as it is to be read at that time."""
+        return BypassPolicies(tuple(sorted(self.bypass_policies.values(), key=lambda policy: policy.origin)), now)
+
     def _put(self, type_url: str, name: str, message: Any) -> None:
         if type_url == xds.ENDPOINT:
             extra = tuple(address_of(packed, f"Endpoint {name}") for packed in message.extra_addresses)
             self.pods[name] = LocalPod(workload_of(message), extra, message.fault)
         elif type_url == xds.POLICY:
-            self.policies[name] = self._compact(parse(document_of(message)))
+            self._put_policy(name, document_of(message))
         elif type_url == xds.SERVICE:
             self.services.put(name, service_of(message))
         elif type_url == xds.MESH:
             self.mesh, self.all_mesh_policies = mesh_of(message), message.all_mesh_policies
         elif type_url == xds.PROBLEM:
             self.problems[name] = message.text
+
+    def _put_policy(self, name: str, document: Document) -> None:
+        if is_bypass_policy(document):
+            self.bypass_policies[name] = parse_bypass_policy(document)
+        else:
+            self.policies[name] = self._compact(parse(document))
 
     def _put_address(self, name: str, message: Any, reader: HolderReader) -> bytes:
         held = reader.read(message)
@@ -172,6 +185,7 @@ class NodeView:
             self.pods.pop(name, None)
         elif type_url == xds.POLICY:
             self.policies.pop(name, None)
+            self.bypass_policies.pop(name, None)
         elif type_url == xds.SERVICE:
             self.services.put(name, None)
         elif type_url == xds.MESH:

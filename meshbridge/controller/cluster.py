@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Final
 
+from meshbridge.bypass.bypasspolicy import KINDS as BYPASS_KINDS
 from meshbridge.bypass.capture import bypasses_outbound
 from meshbridge.controller.addresses import CONTESTED, AddressBook, Holder
 from meshbridge.controller.objectaddresses import gateway_addresses, readable_addresses, readable_workload
@@ -187,7 +188,7 @@ class Cluster:
 
     def _put(self, key: Key, documents: tuple[Document, ...], touched: Touched) -> None:
         self._problems.pop(key, None)
-        if (key[0], key[1]) in POLICY_KINDS:
+        if (key[0], key[1]) in POLICY_KINDS or (key[0], key[1]) in BYPASS_KINDS:
             self._put_policies(key, documents, touched)
             return
         parsed = parse(documents[0]) if documents else None
@@ -217,10 +218,10 @@ class Cluster:
                 pass  # pod templates and service accounts: nothing here asks for them yet
 
     def _put_policies(self, key: Key, documents: tuple[Document, ...], touched: Touched) -> None:
-        touched.sidecars = True
+        touched.sidecars |= (key[0], key[1]) not in BYPASS_KINDS
         touched.destinations |= key[1] == "PeerAuthentication"
         items = [read_policy(document, self.mesh, number) for number, document in enumerate(documents, 1)]
-        problems = tuple(problem for item in items for problem in problems_of(item.parsed))
+        problems = tuple(problem for item in items for problem in item.problems)
         if problems:
             self._problems[key] = problems
         for name in self._names.pop(key, ()):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from meshbridge.bypass.bypasspolicy import BypassPolicy, is_bypass_policy, parse_bypass_policy
 from meshbridge.controller.addresses import Distinctions
 from meshbridge.controller.messages import policy_message, resource
 from meshbridge.identity.model import Peer
 from meshbridge.kube.problems import Problem, ProblemReason
-from meshbridge.policy.anchors import Anchor
+from meshbridge.policy.anchors import Anchor, anchors_of
 from meshbridge.policy.mesh import MeshSettings
-from meshbridge.policy.model import Document, Layer, Notice
+from meshbridge.policy.model import Document, Layer, Notice, Refusal
 from meshbridge.policy.parse import Parsed, parse
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.xds.snapshot import Resource
@@ -19,7 +20,10 @@ from meshbridge.xds.snapshot import Resource
 
 @dataclass(frozen=True, slots=True)
 class PolicyItem:
-    """One policy object, parsed once. Whom it concerns stands at one of ``anchors``."""
+    """One policy object, parsed once. Whom it concerns stands at one of ``anchors``.
+
+    ``bypass`` is set where it is a BypassPolicy, of which ``parsed`` and ``alone`` know nothing.
+    """
 
     name: str
     parsed: Parsed
@@ -27,6 +31,13 @@ class PolicyItem:
     distinctions: Distinctions
     anchors: frozenset[Anchor]
     resource: Resource
+    bypass: BypassPolicy | None = None
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What its author has to know."""
+        refusal = self.bypass.refusal if self.bypass is not None else None
+        return problems_of(self.parsed) if refusal is None else (*problems_of(self.parsed), _refused(refusal))
 
     @property
     def is_of_mesh(self) -> bool:
@@ -37,6 +48,8 @@ class PolicyItem:
 
     def concerns(self, peer: Peer) -> bool:
         """Whether it selects ``peer``, or was refused and may select it."""
+        if self.bypass is not None:
+            return self.bypass.subject.matches(peer)
         selecting = self.alone.selecting(peer)
         return bool(
             selecting.network
@@ -51,6 +64,7 @@ def read_policy(document: Document, mesh: MeshSettings, number: int = 1) -> Poli
     """The item of a document; ``number`` counts further definitions of the same object."""
     parsed = parse(document)
     alone = PolicySet.of_parsed([parsed], mesh)
+    bypass = parse_bypass_policy(document) if is_bypass_policy(document) else None
     group, kind, namespace, name = document.key
     suffix = f"#{number}" if number > 1 else ""
     return PolicyItem(
@@ -58,8 +72,9 @@ def read_policy(document: Document, mesh: MeshSettings, number: int = 1) -> Poli
         parsed=parsed,
         alone=alone,
         distinctions=_shared(Distinctions(alone.referenced_labels(), alone.referenced_port_names())),
-        anchors=alone.anchors(),
+        anchors=alone.anchors() if bypass is None else frozenset(anchors_of(bypass.subject, None)),
         resource=resource(policy_message(document)),
+        bypass=bypass,
     )
 
 
@@ -71,12 +86,12 @@ def _shared(distinctions: Distinctions) -> Distinctions:
 
 def problems_of(parsed: Parsed) -> tuple[Problem, ...]:
     """What the author of an object has to know: why it is refused, what of it is hardly meant."""
-    source = parsed.document.source
-    found = [
-        Problem(ProblemReason.REFUSED, str(refusal), source.file, source.line(refusal.path))
-        for refusal in parsed.refusals
-    ]
-    return (*found, *map(problem_of, parsed.notices))
+    return (*map(_refused, parsed.refusals), *map(problem_of, parsed.notices))
+
+
+def _refused(refusal: Refusal) -> Problem:
+    source = refusal.document.source
+    return Problem(ProblemReason.REFUSED, str(refusal), source.file, source.line(refusal.path))
 
 
 def problem_of(notice: Notice) -> Problem:

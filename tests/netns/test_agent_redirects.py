@@ -15,6 +15,7 @@ from meshbridge.agent.bypasses import bypasses_json
 from meshbridge.agent.redirects import Redirects, Seen
 from meshbridge.bypass import annotations as a
 from meshbridge.bypass.annotations import MeshDefaults
+from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES
 from meshbridge.bypass.initargs import parse_init_args
 from meshbridge.bypass.redirect_config import restore_text
 from meshbridge.datapath.links import Link, read_network
@@ -108,12 +109,12 @@ def test_the_report_follows_the_rules_that_were_seen(node: None) -> None:
     write_rules()
     look(redirects, link())
     others = {"shop/client": Peer(namespace="shop", proxy=ProxyClass.SIDECAR)}
-    record = json.loads(bypasses_json([WORKLOAD], PolicySet(), redirects.seen, others))
+    record = json.loads(bypasses_json([WORKLOAD], PolicySet(), NO_BYPASS_POLICIES, redirects.seen, others))
     ports = [row["ports"] for row in record["bypasses"] if row["class"] == "excluded"]
     assert ports == [[[8080, 8080]]]
     assert record["findings"] == []
     run("nsenter", f"--net={NETNS / POD}", "iptables-nft", "-t", "nat", "-F")
     look(redirects, link())
-    record = json.loads(bypasses_json([WORKLOAD], PolicySet(), redirects.seen, others))
+    record = json.loads(bypasses_json([WORKLOAD], PolicySet(), NO_BYPASS_POLICIES, redirects.seen, others))
     assert "rules-missing" in {finding["code"] for finding in record["findings"]}
     assert [[8080, 8080]] in [row["ports"] for row in record["bypasses"] if row["class"] == "excluded"]
