@@ -1,7 +1,7 @@
 """What a waypoint makes of requests to ambient pods behind it.
 
-A waypoint is asked for requests to Services, by clients in ambient; its policies are those attached to it, to its class,
-and to the Service.
+A waypoint is asked for requests to Services, by clients in ambient; its policies are those attached to it, to its
+class, and to the Service.
 
 Spec: istio, ``istio.io/use-waypoint``; ISTIO.md §a, "Selection".
 """
