@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +28,8 @@ from meshbridge.datapath.maps import (
     open_pinned_maps,
     remove_other_versions,
 )
+from meshbridge.datapath.policysets import SET_ID, EntryKey, EntryValue, LayerValue, pack_entries
+from meshbridge.datapath.policytable import PolicyTable
 
 COUNT = 10_000
 
@@ -36,6 +39,9 @@ def pin_dir() -> Iterator[Path]:
     path = PIN_ROOT / f"mbdp-maps-{os.getpid()}"
     yield path
     remove_pins(path)
+
+
+NO_DEFAULT = LayerValue(0, 0, 0, 0, 0, 0)
 
 
 def fresh(pin_dir: Path, sizes: MapSizes = SMALL) -> Maps:
@@ -175,6 +181,31 @@ def test_the_index_of_a_flow_table_is_used_again_as_late_as_can_be(pin_dir: Path
     first, second = maps.conntrack.create(1), maps.conntrack.create(2)
     maps.conntrack.remove(1)
     assert maps.conntrack.create(3) not in (first, second)
+    maps.close()
+
+
+def test_policy_sets_come_and_go_in_little_room_and_none_in_use_is_overwritten(pin_dir: Path) -> None:
+    maps = fresh(pin_dir, replace(SMALL, policy=96))
+    rng = random.Random(5)
+    expected: dict[bytes, bytes] = {}
+    refused = 0
+    for number in range(400):
+        table = PolicyTable(maps)  # as after a kill: it knows only what the kernel holds
+        key = SET_ID.pack(rng.randrange(1, 12))
+        if rng.random() < 0.4:
+            table.delete([key])
+            expected.pop(key, None)
+        else:
+            ports = rng.sample(range(65536), rng.randrange(80))
+            entries = {EntryKey(300, port, 6, 16, 0): EntryValue(port % 9, number, 1, 0, 0) for port in ports}
+            content = pack_entries(entries, (NO_DEFAULT, NO_DEFAULT)).content
+            try:
+                table.put([(key, content)])
+                expected[key] = content
+            except syscall.BpfFullError:
+                refused += 1
+        assert dict(table.read()) == dict(PolicyTable(maps).read()) == expected
+    assert 0 < refused < 300
     maps.close()
 
 
