@@ -88,14 +88,16 @@ class PolicyGenerator:
             if rng.random() < 0.2:
                 spec: dict[str, Any] = {
                     "selector": own,
-                    "mtls": {"mode": rng.choice(["STRICT", "PERMISSIVE", "UNSET"])},
+                    "mtls": {"mode": rng.choice(["STRICT", "PERMISSIVE", "UNSET", "DISABLE"])},
                 }
                 if rng.random() < 0.5:
-                    spec["portLevelMtls"] = {"8081": {"mode": "STRICT"}, "9000": {"mode": "PERMISSIVE"}}
+                    spec["portLevelMtls"] = {
+                        "8081": {"mode": "STRICT"}, "9000": {"mode": "PERMISSIVE"}, "9001": {"mode": "DISABLE"},
+                    }  # fmt: skip
                 found.append(_policy("PeerAuthentication", f"m{len(found)}", namespace, spec))
         for namespace in (*{namespace: None for namespace, _ in servers}, root):
             if rng.random() < 0.4:
-                spec = {"mtls": {"mode": rng.choice(["STRICT", "PERMISSIVE", "UNSET"])}}
+                spec = {"mtls": {"mode": rng.choice(["STRICT", "PERMISSIVE", "UNSET", "DISABLE"])}}
                 found.append(_policy("PeerAuthentication", f"m{len(found)}", namespace, spec))
             for tier in "abcdef":
                 if rng.random() < 0.3:

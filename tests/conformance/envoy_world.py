@@ -17,8 +17,10 @@ from envoy_policies import ISSUERS, PolicyGenerator
 
 from meshbridge.controller.meshconfig import read_mesh_config
 from meshbridge.evaluation.cluster import Cluster
-from meshbridge.policy.mesh import MeshSettings
+from meshbridge.identity.model import Workload
+from meshbridge.policy.mesh import MeshSettings, MtlsMode, PeerAuthentication, effective_mtls
 from meshbridge.policy.model import Document
+from meshbridge.policy.policyset import PolicySet
 
 HTTP_PORTS, TCP_PORTS = (8080, 8081, 7000), (9000, 9001, 7001)
 UNDECLARED = (7000, 7001)
@@ -148,7 +150,7 @@ class World:
         """All but the policies."""
         return [*self._namespaces(), *self._services(), *self._pods(), self._config()]
 
-    @property
+    @cached_property
     def mesh(self) -> MeshSettings:
         return read_mesh_config(document(self._config()))
 
@@ -177,6 +179,15 @@ class World:
             if client.namespace:
                 yield _pod(client.namespace, client.name, {"app": client.name}, client.addresses)
 
+    def _terminates_tls(self, server: Server, port: int) -> bool:
+        """Whether a client's certificate is looked at; where mTLS is off, TLS is the application's business."""
+        peer = Workload(server.namespace, server.name, "", "", (), server.labels).peer()
+        return effective_mtls(self._modes, peer, self.mesh).at(port)[0] is not MtlsMode.DISABLE
+
+    @cached_property
+    def _modes(self) -> tuple[PeerAuthentication, ...]:
+        return PolicySet.of([document(each) for each in self.policies], self.mesh).peer_authentication
+
     def points(self, per_port: int) -> Iterator[Point]:
         """Connections and requests, ``per_port`` to each port of each server; several requests to a connection."""
         rng = random.Random(f"points {self.seed}")
@@ -195,7 +206,7 @@ class World:
     def _connection(self, rng: random.Random, server: Server, port: int) -> dict[str, Any]:
         client = rng.choice(CLIENTS)
         source = client.addresses[server.ipv6]
-        principal = rng.choice(self.principals) if rng.random() < 0.7 else None
+        principal = rng.choice(self.principals) if self._terminates_tls(server, port) and rng.random() < 0.7 else None
         return {
             "dst": server.key, "dst_ip": server.address, "port": port,
             "src": f"{client.namespace}/{client.name}" if client.namespace else source, "src_ip": source,

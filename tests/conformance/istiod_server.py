@@ -105,7 +105,7 @@ def chains_of(inbound: listener_pb2.Listener, port: int) -> Chains:
         unnamed = [c for c in inbound.filter_chains if not c.filter_chain_match.HasField("destination_port")]
         mine = [chain for chain in unnamed if _is_http(chain) is (port in HTTP_PORTS)]
     tls = [c for c in mine if c.filter_chain_match.transport_protocol == "tls" and c.HasField("transport_socket")]
-    plaintext = [c for c in mine if c.filter_chain_match.transport_protocol == "raw_buffer"]
+    plaintext = [c for c in mine if c.filter_chain_match.transport_protocol in ("raw_buffer", "") and c not in tls]
     return Chains(*(_judges(found[0]) if found else None for found in (tls, plaintext)))
 
 

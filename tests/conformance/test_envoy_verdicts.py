@@ -57,4 +57,6 @@ def _chains(cluster: Cluster, server: Server, port: int) -> Chains:
             judges, peer_verified=False, stat_prefix="conformance", paths=guard.mesh.path_normalization
         )
     mode, _ = guard.mtls.at(port)
-    return Chains(tls=filters, plaintext=None if mode is MtlsMode.STRICT else filters)
+    return Chains(
+        tls=None if mode is MtlsMode.DISABLE else filters, plaintext=None if mode is MtlsMode.STRICT else filters
+    )
