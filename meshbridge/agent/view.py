@@ -139,10 +139,11 @@ class NodeView:
             self._peers = {class_of(holder.peer): holder.peer for holder in self.holders.values()}
         policies = (*before.values(), *(self.policies.get(name) for name in before))
         addresses.update(self.services.addresses(services))
+        changed = tuple(parsed for parsed in policies if parsed is not None)
         return Changes(
             addresses=frozenset(addresses),
-            policies=tuple(parsed for parsed in policies if parsed is not None),
-            everything=everything,
+            policies=changed,
+            everything=everything or any(parsed.objects or parsed.cilium is not None for parsed in changed),
         )
 
     def policy_set(self) -> PolicySet:

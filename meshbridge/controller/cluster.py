@@ -18,13 +18,16 @@ from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
 from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import Problem, ProblemReason
 from meshbridge.policy.anchors import Anchor, anchors_at
+from meshbridge.policy.cilium import DEFAULT_SETTINGS
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Document
-from meshbridge.policy.parse import POLICY_KINDS, parse
-from meshbridge.policy.parse.cluster import Namespace, Node, Service
+from meshbridge.policy.parse import CILIUM_CONFIG, POLICY_KINDS, parse
+from meshbridge.policy.parse.cluster import EndpointSlice, Namespace, Node, Service
 from meshbridge.policy.parse.clusternetworkpolicy import CLUSTER_POLICY_KINDS
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.priorities import equal_priorities
+from meshbridge.policy.references import Resolver
+from meshbridge.policy.selectors import ServiceReference
 from meshbridge.xds.exclusions import Exclusions
 
 TERMINAL_PHASES: Final = frozenset({"Succeeded", "Failed"})
@@ -81,6 +84,9 @@ class Cluster:
         self.service_book = ServiceBook()
         self._names: dict[Key, tuple[str, ...]] = {}
         self._policies_at: dict[Anchor, set[str]] = {}
+        self._for_all: set[str] = set()
+        self._naming_services: set[str] = set()
+        self._service_documents: dict[Key, tuple[Document, str]] = {}
         self._namespaces: dict[str, Namespace] = {}
         self._written: dict[Key, Workload] = {}
         self._pods: dict[Key, Workload] = {}
@@ -155,7 +161,33 @@ class Cluster:
         names: set[str] = set(self._mesh_policies) if self.needs_all_mesh_policies(node) else set()
         for pods in self._classes_on.get(node, {}).values():
             names |= pods.policies
-        return [self.policies[name] for name in sorted(names)]
+        names |= self._for_all
+        found = [self.policies[name] for name in sorted(names)]
+        return found + self._services_meant(found)
+
+    def _services_meant(self, items: Iterable[PolicyItem]) -> list[PolicyItem]:
+        """The Services that rules of ``items`` name, and what is known of the endpoints of those without a selector."""
+        references = frozenset[ServiceReference]().union(*(item.service_references for item in items))
+        if not references:
+            return []
+        resolver = Resolver(DEFAULT_SETTINGS, services=tuple(self.services.values()))
+        meant = {(s.namespace, s.name) for reference in references for s in resolver.services_of(reference)}
+        return [
+            read_policy(document, self.mesh)
+            for key, (document, service) in sorted(self._service_documents.items(), key=lambda one: one[0])
+            if (key[2], service) in meant
+        ]
+
+    def _service_changed(self, key: Key, documents: tuple[Document, ...], service: str, touched: Touched) -> None:
+        """Keep what a Service or an EndpointSlice says, for nodes with rules that name Services."""
+        if documents:
+            self._service_documents[key] = (documents[0], service)
+        else:
+            self._service_documents.pop(key, None)
+        for classes in self._classes.values() if self._naming_services else ():
+            for pods in classes.values():
+                if not pods.policies.isdisjoint(self._naming_services):
+                    touched.nodes.update(pods.nodes)
 
     def report(self, node: str, exclusions: Exclusions) -> None:
         """What ``node`` has seen of its own pods; of others' it is not believed, as nobody's UID there is theirs."""
@@ -188,7 +220,7 @@ class Cluster:
 
     def _put(self, key: Key, documents: tuple[Document, ...], touched: Touched) -> None:
         self._problems.pop(key, None)
-        if (key[0], key[1]) in POLICY_KINDS or (key[0], key[1]) in BYPASS_KINDS:
+        if (key[0], key[1]) in POLICY_KINDS or (key[0], key[1]) in BYPASS_KINDS or key == CILIUM_CONFIG:
             self._put_policies(key, documents, touched)
             return
         parsed = parse(documents[0]) if documents else None
@@ -206,7 +238,11 @@ class Cluster:
                 self._put_refused_pod(key, documents[0] if documents and read is None else None, touched)
             case ("", "Node"):
                 self._put_node(key, read if isinstance(read, Node) else None, documents, touched)
+            case ("discovery.k8s.io", "EndpointSlice"):
+                service_name = read.service if isinstance(read, EndpointSlice) else ""
+                self._service_changed(key, documents if service_name else (), service_name, touched)
             case ("", "Service"):
+                self._service_changed(key, documents if isinstance(read, Service) else (), key[3], touched)
                 touched.sidecars = touched.destinations = True
                 service = read if isinstance(read, Service) else None
                 self.service_book.put(key, service)
@@ -227,6 +263,10 @@ class Cluster:
         for name in self._names.pop(key, ()):
             old = self.policies.pop(name)
             self._forget_mesh_policy(name, touched)
+            self._naming_services.discard(name)
+            if name in self._for_all:
+                self._for_all.remove(name)
+                touched.nodes.update(self._classes_on)
             for anchor in old.anchors:
                 _discard(self._policies_at, anchor, name)
             for pods in self._classes_near(old):
@@ -237,6 +277,11 @@ class Cluster:
             self._names[key] = tuple(item.name for item in items)
         for item in items:
             self.policies[item.name] = item
+            if item.service_references:
+                self._naming_services.add(item.name)
+            if item.is_for_all:
+                self._for_all.add(item.name)
+                touched.nodes.update(self._classes_on)
             if item.is_of_mesh:
                 self._mesh_policies.add(item.name)
                 touched.nodes.update(self._bypassing_on)

@@ -14,7 +14,10 @@ from meshbridge.policy.anchors import Anchor, anchors_of
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document, Layer, Notice, Refusal
 from meshbridge.policy.parse import Parsed, parse
+from meshbridge.policy.parse.cluster import CidrGroup, Service
 from meshbridge.policy.policyset import PolicySet
+from meshbridge.policy.references import requirements_of
+from meshbridge.policy.selectors import Selector, ServiceReference, label_keys
 from meshbridge.xds.snapshot import Resource
 
 
@@ -46,6 +49,17 @@ class PolicyItem:
         refused = any(refusal.layer is Layer.MESH for refusal in alone.refusals)
         return bool(alone.authorization or alone.peer_authentication or refused)
 
+    @property
+    def is_for_all(self) -> bool:
+        """Whether it says what others' policies mean, so that every node has to know it."""
+        return self.parsed.cilium is not None or any(isinstance(found, CidrGroup) for found in self.parsed.objects)
+
+    @property
+    def service_references(self) -> frozenset[ServiceReference]:
+        """The Services its rules name, which a node with it has to know as well."""
+        found = (reference for rule in self.parsed.network for reference in rule.references)
+        return frozenset(reference for reference in found if isinstance(reference, ServiceReference))
+
     def concerns(self, peer: Peer) -> bool:
         """Whether it selects ``peer``, or was refused and may select it."""
         if self.bypass is not None:
@@ -64,6 +78,7 @@ def read_policy(document: Document, mesh: MeshSettings, number: int = 1) -> Poli
     """The item of a document; ``number`` counts further definitions of the same object."""
     parsed = parse(document)
     alone = PolicySet.of_parsed([parsed], mesh)
+    backends = label_keys(Selector.of(requirements_of(found)) for found in parsed.objects if isinstance(found, Service))
     bypass = parse_bypass_policy(document) if is_bypass_policy(document) else None
     group, kind, namespace, name = document.key
     suffix = f"#{number}" if number > 1 else ""
@@ -71,7 +86,7 @@ def read_policy(document: Document, mesh: MeshSettings, number: int = 1) -> Poli
         name=f"{group}/{kind}/{namespace}/{name}{suffix}",
         parsed=parsed,
         alone=alone,
-        distinctions=_shared(Distinctions(alone.referenced_labels(), alone.referenced_port_names())),
+        distinctions=_shared(Distinctions(alone.referenced_labels() | backends, alone.referenced_port_names())),
         anchors=alone.anchors() if bypass is None else frozenset(anchors_of(bypass.subject, None)),
         resource=resource(policy_message(document)),
         bypass=bypass,

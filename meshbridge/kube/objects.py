@@ -16,11 +16,13 @@ MAX_OBJECT_BYTES: Final = 3 << 19  # as JSON: the API server's own limit, 1.5 Mi
 BIG_FILE_BYTES: Final = 1 << 19  # no object of a smaller file needs to be measured
 DEFAULT_NAMESPACE: Final = "default"
 MESH_CONFIG: Final = "istio"
+CILIUM_CONFIG: Final = "cilium-config"
 
 POLICY_KINDS: Final = frozenset(
     {
         ("cilium.io", "CiliumNetworkPolicy"),
         ("cilium.io", "CiliumClusterwideNetworkPolicy"),
+        ("cilium.io", "CiliumCIDRGroup"),
         ("networking.k8s.io", "NetworkPolicy"),
         ("policy.networking.k8s.io", "ClusterNetworkPolicy"),
         ("policy.networking.k8s.io", "AdminNetworkPolicy"),
@@ -38,6 +40,7 @@ STATE_KINDS: Final = frozenset(
         ("", "Pod"),
         ("", "Service"),
         ("", "ServiceAccount"),
+        ("discovery.k8s.io", "EndpointSlice"),
         ("networking.istio.io", "DestinationRule"),
         ("networking.istio.io", "Gateway"),
         ("networking.istio.io", "ServiceEntry"),
@@ -55,6 +58,7 @@ CLUSTER_SCOPED: Final = frozenset(
         ("", "Namespace"),
         ("", "Node"),
         ("cilium.io", "CiliumClusterwideNetworkPolicy"),
+        ("cilium.io", "CiliumCIDRGroup"),
         ("policy.networking.k8s.io", "ClusterNetworkPolicy"),
         ("policy.networking.k8s.io", "AdminNetworkPolicy"),
         ("policy.networking.k8s.io", "BaselineAdminNetworkPolicy"),
@@ -146,7 +150,7 @@ def _object(document: YamlDocument, file: str) -> Document | Problem | None:
         namespace = DEFAULT_NAMESPACE
     else:
         namespace = _checked(metadata, "namespace", _NAMESPACE, lines, line)
-    if group_kind == ("", "ConfigMap") and name != MESH_CONFIG:
+    if group_kind == ("", "ConfigMap") and name not in (MESH_CONFIG, CILIUM_CONFIG):
         return None
     uid = metadata.get("uid")
     keep = lines if group_kind in POLICY_KINDS else {"": line}

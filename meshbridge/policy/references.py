@@ -142,14 +142,20 @@ class Resolver:
 
     def _backends(self, service: Service) -> list[PeerSelector]:
         if service.selector:
-            wanted = [Requirement(_source(key), key, Operator.IN, (value,)) for key, value in service.selector.items()]
-            return [Selector.of([in_namespace(service.namespace), *wanted])]
+            return [Selector.of(requirements_of(service))]
         return [
             _world(ip_network(address), ())
             for part in self.slices
             if (part.namespace, part.service) == (service.namespace, service.name)
             for address in part.addresses
         ]
+
+
+def requirements_of(service: Service) -> list[Requirement]:
+    """What a pod has to be to stand behind a Service with a selector."""
+    selector = service.selector or {}
+    wanted = [Requirement(_source(key), key, Operator.IN, (value,)) for key, value in selector.items()]
+    return [in_namespace(service.namespace), *wanted]
 
 
 def _source(key: str) -> LabelSource:
