@@ -119,7 +119,7 @@ def selector_over(rng: random.Random, keys: dict[str, tuple[str, ...]]) -> dict[
     found: dict[str, Any] = {}
     for key in rng.sample(list(keys), min(len(keys), rng.randint(0, 2))):
         values = keys[key]
-        if maybe(rng, 0.5):
+        if maybe(rng, 0.5) or key.endswith("policy.cluster"):
             found.setdefault("matchLabels", {})[key] = rng.choice(values)
             continue
         expression: dict[str, Any] = {"key": key, "operator": rng.choice(("In", "NotIn", "Exists", "DoesNotExist"))}
@@ -158,9 +158,8 @@ def peer_selector(rng: random.Random, nodes: bool) -> dict[str, Any]:
         if maybe(rng, 0.6):
             return {"matchLabels": {key: ""}}
         found = endpoint_selector(rng, nodes)
-        found.setdefault("matchExpressions", []).append(
-            {"key": key, "operator": rng.choice(("Exists", "DoesNotExist"))}
-        )
+        # Not DoesNotExist: where nothing has to be there, Cilium takes everybody: docs/adr/0131.
+        found.setdefault("matchExpressions", []).append({"key": key, "operator": "Exists"})
         return found
     return endpoint_selector(rng, nodes)
 
@@ -171,7 +170,7 @@ def cidr_set(rng: random.Random) -> dict[str, Any]:
         return {"cidrGroupRef": rng.choice(("partners", "offices", "nobody"))}
     if roll < 0.3:
         keys = {f"{rng.choice(('', 'cidrgroup:'))}{key}": values for key, values in GROUP_LABELS.items()}
-        # Never empty: to Cilium's selector cache that is the selector of everybody, see test_known_bugs.
+        # Never empty: to Cilium's selector cache that is the selector of everybody: docs/adr/0131.
         found: dict[str, Any] = {"cidrGroupSelector": selector_over(rng, keys) or {"matchLabels": {"site": "north"}}}
     else:
         found = {"cidr": rng.choice(CIDRS)}

@@ -218,3 +218,32 @@ def test_every_verdict_is_ciliums(engine: Path) -> None:
             pytrace=False,
         )
     assert cells >= 20_000
+
+
+CNP: dict[str, Any] = {
+    "apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy", "metadata": {"name": "p", "namespace": "shop"},
+}  # fmt: skip
+POD: dict[str, Any] = {
+    "namespace": "shop", "labels": {"role": "y"}, "namespaceLabels": {}, "serviceAccount": "default",
+    "address": "10.1.0.1", "ports": [{"name": "http", "port": 80, "protocol": "TCP"}],
+}  # fmt: skip
+KNOWN_BUGS: dict[str, tuple[dict[str, Any], str, str]] = {
+    # aggregate identities have none of the labels that must not be there, and stand for everybody
+    "a selector of nothing but absences takes in everybody": (
+        {"ingress": [{"fromEndpoints": [{"matchExpressions": [
+            {"key": "role", "operator": "NotIn", "values": ["y"]},
+            {"key": "reserved:health", "operator": "DoesNotExist"}]}]}]}, "0", "1"),
+    # the entry for type 0 is one for port 0, which is every port
+    "type 0 is every type": ({"ingress": [{"icmps": [{"fields": [{"type": 0}]}]}]}, "0", "1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rules", "ours", "ciliums"), KNOWN_BUGS.values(), ids=KNOWN_BUGS.keys())
+def test_known_bugs(engine: Path, rules: dict[str, Any], ours: str, ciliums: str) -> None:
+    """What Cilium lets in against its own texts; not copied. A case that Cilium mended belongs into the generator."""
+    policy = {**CNP, "spec": {"endpointSelector": {}, **rules}}
+    case = cluster_of([policy], pods=[POD, POD | {"address": "10.1.0.2"}], others=[], nodes=False)
+    (answer,) = ask_cilium(engine, [case])
+    assert not answer["refused"]
+    echo = PROBES.index((1, 8))
+    assert (our_answer(case)[1][0][0][1][echo], answer["verdicts"][0][0][1][echo]) == (ours, ciliums)
