@@ -8,6 +8,7 @@ from functools import cached_property
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
+from meshbridge.bypass.annotations import MeshDefaults
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.inventory import workloads_of
 from meshbridge.bypass.state import CaptureState, Truth, capture_of
@@ -177,8 +178,7 @@ class Cluster:
         asked = _injection_key(workload)
         predicted = self._predicted.get(asked)
         if predicted is None:
-            shown = workload if workload.addresses else replace(workload, addresses=_EXAMPLES[:1])
-            predicted = self._predicted[asked] = capture_state(shown).truth is Truth.PREDICTED
+            predicted = self._predicted[asked] = self.capture_state(workload).truth is Truth.PREDICTED
         if predicted:
             return replace(workload, proxy=ProxyClass.SIDECAR)
         mode = workload.labels.get(DATAPLANE_MODE, workload.namespace_labels.get(DATAPLANE_MODE))
@@ -223,7 +223,8 @@ class Cluster:
 
     def capture_state(self, workload: Workload) -> CaptureState:
         """Which of the pod's flows its Envoy sees, and why it does not see others."""
-        return capture_state(workload if workload.addresses else replace(workload, addresses=_EXAMPLES[:1]))
+        shown = workload if workload.addresses else replace(workload, addresses=_EXAMPLES[:1])
+        return capture_state(shown, mesh=MeshDefaults(interception_mode=self.policies.mesh.interception))
 
     def protocols(self, workload: Workload) -> dict[int, AppProtocol]:
         """What Envoy takes the pod's ports for, where a Service says it, or a Gateway or Sidecar in its place."""

@@ -277,3 +277,11 @@ def test_a_sidecars_own_listeners_say_what_ports_speak() -> None:
     tcp = scope("{ingress: [{port: {number: 8080, protocol: TCP, name: tcp}, defaultEndpoint: '127.0.0.1:1'}]}")
     assert ask(deny)["mesh"] == "NEEDS_L7"
     assert ask(deny + tcp)["mesh"] == "DENY"
+
+
+@pytest.mark.parametrize(
+    ("interception", "ingress"), [("REDIRECT", "captured"), ("TPROXY", "captured"), ("NONE", "bypassed")]
+)
+def test_how_the_mesh_captures_where_a_pod_does_not_say(interception: str, ingress: str) -> None:
+    answer = ask("", replace(DEFAULT_MESH, interception=interception))
+    assert answer["path"] == {"egress": ingress, "ingress": ingress}
