@@ -23,6 +23,7 @@ from meshbridge.policy.registry import (
     ServiceEntry,
     SidecarScope,
     TlsMode,
+    WorkloadEntry,
     matches_host_name,
 )
 
@@ -47,6 +48,7 @@ class Registry:
     def __init__(self, objects: Iterable[RegistryObject], services: Iterable[Service], mesh: MeshSettings) -> None:
         self.mesh = mesh
         self._objects = sorted(objects, key=lambda found: found.origin)
+        self._entries = {entry.address: entry for entry in self._of(WorkloadEntry) if entry.address is not None}
         self._services: dict[str, list[Service]] = {}
         for service in services:
             self._services.setdefault(service.namespace, []).append(service)
@@ -89,6 +91,10 @@ class Registry:
         of_mesh = [s for s in self._of(SidecarScope) if s.namespace == self.mesh.root_namespace and not s.selector]
         by_labels = [scope for scope in own if scope.selector and scope.selects(client.labels)]
         return next(iter([*by_labels, *(scope for scope in own if not scope.selector), *of_mesh]), None)
+
+    def entry_at(self, address: IpAddress) -> WorkloadEntry | None:
+        """The workload outside of the cluster that has an address."""
+        return self._entries.get(address)
 
     def leading_to(self, pod: Workload, port: int) -> list[tuple[Service, int]]:
         """The Services that lead to a TCP port of a pod, each with its own port."""

@@ -160,7 +160,9 @@ class Cluster:
         node = self._nodes_at.get(address)
         if node is not None:
             return Party(f"node/{node.name}", address, node=node.name, entities=frozenset({Entity.REMOTE_NODE}))
-        return Party(str(address), address, entities=_world(address))
+        entry = self.registry.entry_at(address)
+        name = f"{address} (WorkloadEntry {entry.namespace}/{entry.name})" if entry is not None else str(address)
+        return Party(name, address, entities=_world(address))
 
     def _pod(self, key: str) -> Workload | None:
         found = self._injected.get(key)

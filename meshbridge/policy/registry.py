@@ -34,21 +34,17 @@ class ServiceEntry:
     hosts: tuple[str, ...]
     addresses: tuple[IpNetwork, ...]
     ports: tuple[tuple[int, AppProtocol], ...]
-    endpoints: tuple[IpAddress, ...]
     export_to: tuple[str, ...]
-    selector: Mapping[str, str] | None = field(hash=False)
     origin: Origin
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadEntry:
-    """A workload that is no pod; with a service account it has a certificate."""
+    """A workload that is no pod. To policies of the network it is the world's, whatever certificate it has."""
 
     namespace: str
     name: str
     address: IpAddress | None
-    service_account: str
-    labels: Mapping[str, str] = field(hash=False)
     origin: Origin
 
 

@@ -51,17 +51,13 @@ def _service_entry(document: Document, spec: Reader) -> ServiceEntry:
     resolution = child(spec, "resolution")
     if resolution.value is not None:
         resolution.text(_RESOLUTIONS)
-    selector = child(spec, "workloadSelector")
-    endpoints = (child(item, "address") for item in children(spec, "endpoints"))
     return ServiceEntry(
         document.namespace,
         document.name,
         hosts,
         tuple(_network(item) for item in children(spec, "addresses")),
         tuple(_server_port(item) for item in children(spec, "ports")),
-        tuple(found for item in endpoints if (found := _host_address(item)) is not None),
         _export_to(spec),
-        strings(selector, "labels") if selector.value is not None else None,
         origin_of(document, ""),
     )
 
@@ -71,8 +67,6 @@ def _workload_entry(document: Document, spec: Reader) -> WorkloadEntry:
         document.namespace,
         document.name,
         _host_address(child(spec, "address")),
-        text(spec, "serviceAccount"),
-        strings(spec, "labels"),
         origin_of(document, ""),
     )
 

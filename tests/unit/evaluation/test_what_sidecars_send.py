@@ -13,6 +13,7 @@ from test_flow_questions import BASE, STRICT, dumped
 
 from meshbridge.evaluation.batch import answer_lines
 from meshbridge.evaluation.cluster import Cluster
+from meshbridge.evaluation.question import parse_question
 from meshbridge.kube.objects import read_objects
 from meshbridge.policy.mesh import DEFAULT_MESH
 
@@ -175,3 +176,16 @@ def test_the_reason_names_the_object_and_says_what_to_do() -> None:
 def test_the_order_of_objects_never_matters() -> None:
     rules = [rule("api", OFF), rule('"*.shop.svc.cluster.local"', MUTUAL).replace("name: r", "name: s")]
     assert ask(STRICT + rules[0] + rules[1])["verdict"] == ask(STRICT + rules[1] + rules[0])["verdict"] == "DENY"
+
+
+def test_who_is_at_an_address_is_named_where_a_workload_entry_says_so() -> None:
+    entry = """
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: vm, namespace: shop}
+spec: {address: 203.0.113.7, serviceAccount: vm}
+"""
+    found = Cluster(read_objects((BASE + entry).encode(), "m.yaml").documents)
+    question = parse_question({"src": "203.0.113.7", "dst": "shop/api", "port": 8080})
+    assert found.source(question).name == "203.0.113.7 (WorkloadEntry shop/vm)"
