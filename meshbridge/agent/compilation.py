@@ -10,6 +10,8 @@ from typing import Final
 import structlog
 
 from meshbridge.agent.view import LocalPod
+from meshbridge.bypass.audit import with_audits
+from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.findings import Finding, FindingCode
 from meshbridge.bypass.findings import Severity as FindingSeverity
@@ -66,31 +68,35 @@ class Captured:
     """How a pod's TCP reaches Envoy by the redirect rules that were seen, and in ``notes`` what is wrong with those.
 
     ``excluded`` are the ports that past all doubt reach it past Envoy: its specification asks for it, and the rules do.
-    ``fault``: why nothing is known of it.
+    ``fault``: why nothing is known of it. ``state`` is what all of it was made of, None without a sidecar.
     """
 
     capture: Capture
     notes: tuple[str, ...] = ()
     excluded: tuple[TcpPorts, ...] = ()
     fault: str = ""
+    state: CaptureState | None = None
 
 
 @dataclass(slots=True)
 class Compilation:
     """The compiled policies of this node's pods.
 
-    A pod is compiled again when it changed, when the redirect rules seen of it or a policy that selects it did, when
-    identities did that its policies could tell from others, or who is behind Services, where its egress is restricted.
+    A pod is compiled again when it changed, when the redirect rules seen of it, a policy that selects it or what of its
+    bypasses is audited did, when identities did that its policies could tell from others, or who is behind Services,
+    where its egress is restricted.
     """
 
     rules: RuleIds
     compiled: dict[str, Compiled] = field(default_factory=dict)
     knows_destinations: bool = False
     """Whether the policies are all of the mesh's, so that it is known what destinations refuse."""
+    bypass_policies: BypassPolicies = NO_BYPASS_POLICIES
     _pods: dict[str, Workload] = field(default_factory=dict)
     _seen: dict[str, SeenRules | None] = field(default_factory=dict)
     _captures: CaptureCache = field(default_factory=lambda: CaptureCache())
     _captured: dict[str, tuple[Workload, SeenRules | None, Captured]] = field(default_factory=dict)
+    _used: dict[str, Capture] = field(default_factory=dict)
     _anywhere: bool = False
     _identities: Mapping[int, Peer] = field(default_factory=dict)
     _frontends: Frontends = field(default_factory=dict)
@@ -123,6 +129,15 @@ class Compilation:
             held = self._captured[uid] = (workload, seen, captured)
         return held[2]
 
+    def _capture(self, uid: str, workload: Workload, seen: SeenRules | None) -> Capture:
+        """The pod's capture as it is compiled: with its audits, and its outbound ranges if those are not too many."""
+        captured = self._of(uid, workload, seen)
+        capture = captured.capture
+        if captured.state is not None and self.bypass_policies.policies:
+            audited = with_audits(captured.state, workload.peer(), self.bypass_policies)
+            capture = capture if audited is captured.state else capture_of(audited, judges=_JUDGES)
+        return capture.anywhere() if self._anywhere else capture
+
     def update(
         self,
         pods: Mapping[str, LocalPod],
@@ -143,6 +158,7 @@ class Compilation:
         for uid in self.compiled.keys() - pods.keys():
             del self.compiled[uid], self._pods[uid], self._seen[uid]
             self._captured.pop(uid, None)
+            self._used.pop(uid, None)
         rules = seen or {}
         added = _added(self._identities, identities)
         self._identities = identities
@@ -159,6 +175,7 @@ class Compilation:
             or self.compiled[uid].sets is None
             or pod.fault
             or self._seen.get(uid) != rules.get(uid)
+            or self._used.get(uid) != self._capture(uid, pod.workload, rules.get(uid))
             or (moved and self.compiled[uid].judges_services)
             or _concerns(changed, pod.workload)
             or (_concerns_destinations(changed) and self._of(uid, pod.workload, rules.get(uid)).capture.outbound)
@@ -179,8 +196,8 @@ class Compilation:
         fault = captured.fault
         if not fault:
             try:
-                capture = captured.capture.anywhere() if self._anywhere else captured.capture
-                return replace(batch.compile(workload, capture), notes=captured.notes)
+                self._used[uid] = self._capture(uid, workload, seen)
+                return replace(batch.compile(workload, self._used[uid]), notes=captured.notes)
             except Exception as error:  # as above
                 log.exception("endpoint.not_compiled", pod=workload.key)
                 fault = str(error)
@@ -214,7 +231,8 @@ class CaptureCache:
                 self._known.clear()
             state = capture_state(asked, seen=seen)
             notes = tuple(map(_note, filter(_is_wrong, state.findings)))
-            found = Captured(capture_of(state, judges=_JUDGES), notes, _settled(state) if seen is not None else ())
+            excluded = _settled(state) if seen is not None else ()
+            found = Captured(capture_of(state, judges=_JUDGES), notes, excluded, state=state)
             self._known[key] = found
         return found
 

@@ -134,8 +134,9 @@ class Node:
         self.step()
 
     def take_seen(self, seen: Seen) -> None:
-        """Act on the redirect rules in the pods' namespaces as they are now."""
-        if seen != self._seen:
+        """Act on the redirect rules in the pods' namespaces as they are now, and on BypassPolicies that expired."""
+        expiry = self._compilation.bypass_policies.next_change
+        if seen != self._seen or (expiry is not None and datetime.now(UTC) >= expiry):
             self._seen = seen
             self.step()
 
@@ -205,6 +206,7 @@ class Node:
         fresh = self._match_interfaces()
         pods = self._hooked_pods()
         self._compilation.knows_destinations = self._view.all_mesh_policies
+        self._compilation.bypass_policies = self._view.bypass_policies_at(datetime.now(UTC))
         if self._pending.everything and not self._compilation.compiled:
             # what is captured now stays captured when an agent takes over
             self._seen = self.first_look(self._sidecars())

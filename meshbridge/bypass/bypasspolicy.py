@@ -108,7 +108,8 @@ EVERY_ROUTE: Final = tuple(AllowedRoute(direction) for direction in Direction)
 
 @dataclass(frozen=True, slots=True)
 class BypassPolicy:
-    """One policy. ``until`` ends what it accepts, not what it allows; ``proof``: the agent is to probe."""
+    """One policy. ``until`` ends what it accepts, and an audit, but not what it allows; ``proof``: the agent is to
+    probe."""
 
     origin: Origin
     subject: Selector
@@ -123,6 +124,10 @@ class BypassPolicy:
 
     def accepted(self, now: datetime) -> frozenset[Loss]:
         return frozenset() if self.is_expired(now) else self.accept
+
+    def mode_at(self, now: datetime) -> Mode:
+        """``ENFORCE`` once it has expired: what nobody accepts any more is not left open either."""
+        return Mode.ENFORCE if self.is_expired(now) else self.mode
 
     def is_expired(self, now: datetime) -> bool:
         return self.until is not None and now >= self.until
@@ -162,6 +167,11 @@ class BypassPolicies:
     def refusals(self) -> tuple[Refusal, ...]:
         return tuple(policy.refusal for policy in self.policies if policy.refusal is not None)
 
+    @property
+    def next_change(self) -> datetime | None:
+        """When they next mean something else by themselves, as one expires; None: never."""
+        return min((p.until for p in self.policies if p.until is not None and p.until > self.now), default=None)
+
     def selecting(self, peer: Peer) -> tuple[BypassPolicy, ...]:
         """Those that select a pod, or were refused and may select it."""
         return tuple(policy for policy in self.policies if policy.subject.matches(peer))
@@ -183,7 +193,7 @@ class BypassPolicies:
         refused = any(policy.refusal is not None for policy in selecting)
         objects = bool(unaccepted) or not allowing or refused
         return Ruling(
-            mode=Mode.ENFORCE if refused else max(policy.mode for policy in deciding),
+            mode=max(policy.mode_at(self.now) for policy in allowing) if allowing and not refused else Mode.ENFORCE,
             allowed=bool(allowing),
             unaccepted=missing if refused else unaccepted,
             otherwise=max(policy.otherwise for policy in (selecting if refused else deciding)) if objects else None,
@@ -201,7 +211,7 @@ class BypassPolicies:
                 losses = ", ".join(sorted(policy.accept))
                 yield f"{policy.origin} accepted {losses} until {policy.until:%Y-%m-%dT%H:%M:%SZ}, which is over"
         for name, values in (
-            ("mode", {policy.mode.name.lower() for policy in allowing}),
+            ("mode", {policy.mode_at(self.now).name.lower() for policy in allowing}),
             ("accept", {"+".join(sorted(policy.accepted(self.now))) or "nothing" for policy in allowing}),
             ("otherwise", {policy.otherwise.name.lower() for policy in allowing}),
         ):

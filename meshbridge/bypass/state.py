@@ -9,7 +9,7 @@ from typing import Final
 
 from meshbridge.bypass.findings import Finding
 from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, PORTS, Box, IntSet, NameSet, networks
-from meshbridge.identity.model import IpFamily, IpNetwork
+from meshbridge.identity.model import IpFamily, IpNetwork, TcpPorts
 from meshbridge.policy.capture import AppProtocol, Capture, OutboundBypass, PortClass, PortClasses, PortRange
 from meshbridge.policy.model import ANY, Anything, Direction, Judge
 
@@ -70,7 +70,10 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Flows of one class and route; ``listener`` is the local port they are redirected to, 0 when they are not."""
+    """Flows of one class and route; ``listener`` is the local port they are redirected to, 0 when they are not.
+
+    ``audit``: what stands in for Envoy there is counted, not enforced.
+    """
 
     direction: Direction
     family: IpFamily
@@ -78,6 +81,7 @@ class Span:
     port_class: PortClass
     route: Route
     listener: int = 0
+    audit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,17 @@ def capture_of(
         judges,
         dict(protocols or {}),
         {family: bypasses for family, bypasses in outbound.items() if bypasses},
+        tuple(ports for family in IpFamily for ports in _audited(state, family, interface)),
     )
+
+
+def _audited(state: CaptureState, family: IpFamily, interface: str) -> list[TcpPorts]:
+    """The inbound ports on which everything that bypasses Envoy is audited."""
+    ports = {True: IntSet(), False: IntSet()}
+    for span in state.of(Direction.INGRESS, family):
+        if span.port_class is PortClass.EXCLUDED and 6 in span.box.protocol and interface in span.box.input:
+            ports[span.audit] |= span.box.port
+    return [TcpPorts(family, first, last) for first, last in ports[True] - ports[False]]
 
 
 def _bypasses(spans: tuple[Span, ...], family: IpFamily) -> tuple[OutboundBypass, ...]:
@@ -165,5 +179,5 @@ def _bypasses(spans: tuple[Span, ...], family: IpFamily) -> tuple[OutboundBypass
             # too many to compare every destination with; to name more than is bypassed drops nothing that
             # the destination would let in
             where = prefixes if len(prefixes) <= MAX_NETWORKS else ANY
-        found.update(OutboundBypass(first, last, where) for first, last in span.box.port)
-    return tuple(sorted(found, key=lambda bypass: (bypass.first, bypass.last, repr(bypass.networks))))
+        found.update(OutboundBypass(first, last, where, span.audit) for first, last in span.box.port)
+    return tuple(sorted(found, key=lambda bypass: (bypass.first, bypass.last, repr(bypass.networks), bypass.audit)))

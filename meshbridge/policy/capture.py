@@ -113,11 +113,13 @@ class OutboundBypass:
     """TCP destination ports that an endpoint's application reaches past its own Envoy, and where.
 
     Destinations in ``networks`` are found by ``Peer.networks``, so they have to be among those it is computed against.
+    ``audit``: what is dropped there in Envoy's place passes, and is told.
     """
 
     first: int
     last: int
     networks: Anything | tuple[IpNetwork, ...] = ANY
+    audit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,8 @@ class Capture:
     """What of one endpoint's traffic its Envoy sees.
 
     ``inbound`` holds the class of each TCP port by address family, ``judges`` who answers a NEEDS_L7 on captured ports,
-    ``protocols`` what Envoy takes a port for where a Service says it, ``outbound`` what leaves past Envoy.
+    ``protocols`` what Envoy takes a port for where a Service says it, ``outbound`` what leaves past Envoy, ``audited``
+    on which excluded ports what is dropped in Envoy's place passes, and is told.
     """
 
     inbound: Mapping[IpFamily, PortClasses] = field(
@@ -134,6 +137,7 @@ class Capture:
     judges: frozenset[Judge] = frozenset()
     protocols: Mapping[int, AppProtocol] = field(default_factory=dict, hash=False)
     outbound: Mapping[IpFamily, tuple[OutboundBypass, ...]] = field(default_factory=dict, hash=False)
+    audited: tuple[TcpPorts, ...] = ()
 
     @property
     def networks(self) -> frozenset[IpNetwork]:
@@ -144,7 +148,7 @@ class Capture:
     def anywhere(self) -> Capture:
         """The same, but what ``outbound`` says of some destinations it says of all."""
         outbound = {
-            family: tuple(dict.fromkeys(OutboundBypass(b.first, b.last) for b in bypasses))
+            family: tuple(dict.fromkeys(OutboundBypass(b.first, b.last, audit=b.audit) for b in bypasses))
             for family, bypasses in self.outbound.items()
         }
         return replace(self, outbound=outbound)

@@ -17,7 +17,7 @@ _EVERY_PREFIX: Final = range(PREFIX_ANY + 1)
 class LayerDecision:
     """What one layer says. ``key`` None: no entry matched and the layer's default decided.
 
-    ``localhost``: nothing but coming from the pod's own node lets it in.
+    ``localhost``: nothing but coming from the pod's own node lets it in. ``audit``: its DENY is told, and passes.
     """
 
     layer: Layer
@@ -27,6 +27,12 @@ class LayerDecision:
     judge: Judge | None = None
     key: PolicyKey | None = None
     localhost: bool = False
+    audit: bool = False
+
+    @property
+    def enforced(self) -> Verdict:
+        """The verdict as far as it is acted on."""
+        return Verdict.ALLOW if self.audit else self.verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +44,18 @@ class Decision:
 
     @property
     def verdict(self) -> Verdict:
-        return min(self.network.verdict, self.mesh.verdict)
+        return min(self.network.enforced, self.mesh.enforced)
+
+    @property
+    def audited(self) -> LayerDecision | None:
+        """The layer that would have dropped what passes because its deny is only told."""
+        denying = (layer for layer in (self.network, self.mesh) if layer.audit)
+        return next(denying, None) if self.passes else None
 
     @property
     def deciding(self) -> LayerDecision:
         """The layer whose verdict holds; the network's when both say the same."""
-        return self.mesh if self.mesh.verdict < self.network.verdict else self.network
+        return self.mesh if self.mesh.enforced < self.network.enforced else self.network
 
     @property
     def deny_reason(self) -> int:
@@ -119,7 +131,9 @@ def _layer(
     if found is not None:
         key, entry = found
         own_node = layer is Layer.NETWORK and not entry.origins
-        return LayerDecision(layer, entry.verdict, entry.origins, entry.deny_reason, entry.judge, key, own_node)
+        return LayerDecision(
+            layer, entry.verdict, entry.origins, entry.deny_reason, entry.judge, key, own_node, entry.audit
+        )
     default = policy_map.default(layer)
     if localhost and default.verdict is Verdict.DENY:
         return LayerDecision(layer, Verdict.ALLOW, (), localhost=True)

@@ -99,7 +99,7 @@ class _Judge:
         """Whether the map gives that answer by itself."""
         decision = self._decide(number, port.protocol, port.port)
         if decision.passes:
-            return entry.verdict is Verdict.ALLOW and decision.verdict is Verdict.ALLOW
+            return decision.audited is None and entry.verdict is Verdict.ALLOW and decision.verdict is Verdict.ALLOW
         return (entry.deny_reason, entry.origins) == (decision.deny_reason, decision.deciding.origins)
 
     def _decide(self, identity: int, protocol: int, port: int) -> Decision:
@@ -114,7 +114,9 @@ class _Judge:
         found = self._open.get(protocol)
         if found is None:
             closed = any(
-                entry.verdict is not Verdict.ALLOW and (key.prefix == PREFIX_ANY or key.protocol == protocol)
+                entry.verdict is not Verdict.ALLOW
+                and not entry.audit
+                and (key.prefix == PREFIX_ANY or key.protocol == protocol)
                 for key, entry in self._map.entries.items()
             )
             found = self._open[protocol] = not closed and all(self._passes(layer, protocol) for layer in Layer)
@@ -136,6 +138,10 @@ class _Judge:
 
 def _entry(decisions: list[Decision]) -> PolicyEntry:
     denied = [decision for decision in decisions if not decision.passes]
+    audited = [decision.audited for decision in decisions if decision.audited is not None]
+    if audited and not denied:
+        told = tuple(sorted({origin for layer in audited for origin in layer.origins}))
+        return PolicyEntry(Verdict.DENY, _ABOVE_ALL, told, audited[0].deny_reason, audit=True)
     origins = _origins(denied or decisions)
     if not denied:
         return PolicyEntry(Verdict.ALLOW, _ABOVE_ALL, origins)

@@ -39,12 +39,13 @@ _WITH_OWN_PRINCIPAL = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the kernel does with a flow in the mesh layer."""
+    """What the kernel does with a flow in the mesh layer. ``audit``: a DENY that is told, and passes."""
 
     verdict: Verdict = Verdict.ALLOW
     origins: tuple[Origin, ...] = ()
     deny_reason: int = 0
     judge: Judge | None = None
+    audit: bool = False
 
 
 PASS = Outcome()
@@ -104,6 +105,7 @@ class _Segment:
     last: int
     port_class: PortClass
     protocol: AppProtocol
+    audit: bool = False
 
     @property
     def size(self) -> int:
@@ -146,10 +148,12 @@ class MeshCompiler:
             tuple(sorted(capture.protocols.items())),
             addresses if _asks_address(guard) else (),
             tuple(workload.probe_ports),
+            capture.audited,
         )
         layer = self._layers.get(key)
         if layer is None:
-            layer = self._layers[key] = self._compile(workload, guard, capture, classes, addresses)
+            audited = tuple((ports.first, ports.last) for ports in capture.audited if ports.family is family)
+            layer = self._layers[key] = self._compile(workload, guard, capture, classes, addresses, audited)
         return layer
 
     def egress(
@@ -178,8 +182,8 @@ class MeshCompiler:
         entries: dict[PolicyKey, PolicyEntry] = {}
         for number, peer in self._index.identities.items():
             classes = destinations.get(number, {}).get(family)
-            ports = _ports_towards(peer, bypasses)
-            if classes is None or not peer.is_pod or not ports:
+            audited, ports = (_ports_towards(peer, bypasses, audit=audit) for audit in (True, False))
+            if classes is None or not peer.is_pod or not (ports or audited):
                 continue
             guard = self._guard(number, peer, policies)
             networks = frozenset(n for n in guard.networks if any(address in n for address in addresses))
@@ -190,11 +194,13 @@ class MeshCompiler:
                     segment = replace(segment, port_class=PortClass.CAPTURED)
                 outcome = _outcome(guard, _ENVOY_ONLY, segment, source, (), frozenset())
                 if outcome.verdict is Verdict.DENY:
-                    entry = PolicyEntry(
-                        Verdict.DENY, MeshRank.PEER_SOME_PORTS, outcome.origins, DropReason.COMPENSATION
-                    )
-                    for port, prefix in _prefixes_within(segment, ports):
-                        entries[PolicyKey(number, Layer.MESH, _TCP, port, prefix)] = entry
+                    # what one bypass enforces another may audit: the stricter holds
+                    for rank, audit, where in (
+                        (MeshRank.PEER, True, audited), (MeshRank.PEER_SOME_PORTS, False, ports),
+                    ):  # fmt: skip
+                        entry = PolicyEntry(Verdict.DENY, rank, outcome.origins, DropReason.COMPENSATION, audit=audit)
+                        for port, prefix in _prefixes_within(segment, where):
+                            entries[PolicyKey(number, Layer.MESH, _TCP, port, prefix)] = entry
         return MeshLayer(dict(sorted(entries.items()))) if entries else MeshLayer.EMPTY
 
     def _guard(self, number: int, peer: Peer, policies: PolicySet) -> Guard:
@@ -204,10 +210,16 @@ class MeshCompiler:
         return held[1]
 
     def _compile(
-        self, workload: Workload, guard: Guard, capture: Capture, classes: PortClasses, addresses: tuple[IpAddress, ...]
+        self,
+        workload: Workload,
+        guard: Guard,
+        capture: Capture,
+        classes: PortClasses,
+        addresses: tuple[IpAddress, ...],
+        audited: Sequence[tuple[int, int]],
     ) -> MeshLayer:
         probes = _probe_ports(workload)
-        segments = _segments(guard, classes, capture.protocols, probes)
+        segments = _segments(guard, classes, capture.protocols, probes, audited)
         relevant = guard.networks
         compensates = any(segment.port_class is PortClass.EXCLUDED for segment in segments)
 
@@ -255,12 +267,13 @@ def _asks_address(guard: Guard) -> bool:
     )
 
 
-def _ports_towards(peer: Peer, bypasses: Sequence[OutboundBypass]) -> list[tuple[int, int]]:
+def _ports_towards(peer: Peer, bypasses: Sequence[OutboundBypass], *, audit: bool) -> list[tuple[int, int]]:
     """The destination ports on which a peer is reached past Envoy."""
     return [
         (bypass.first, bypass.last)
         for bypass in bypasses
-        if isinstance(bypass.networks, Anything) or not peer.networks.isdisjoint(bypass.networks)
+        if bypass.audit is audit
+        and (isinstance(bypass.networks, Anything) or not peer.networks.isdisjoint(bypass.networks))
     ]
 
 
@@ -286,7 +299,8 @@ def _outcome(
                 return PASS
             principal = source.principal
             flow = Flow(source.networks, segment.first, principal, addresses)
-            return lower_excluded(mesh_verdict(guard, flow, segment.protocol))
+            outcome = lower_excluded(mesh_verdict(guard, flow, segment.protocol))
+            return replace(outcome, audit=segment.audit and outcome.verdict is Verdict.DENY)
         case _:
             return PASS
 
@@ -298,7 +312,11 @@ def _probe_ports(workload: Workload) -> frozenset[int]:
 
 
 def _segments(
-    guard: Guard, classes: PortClasses, protocols: Mapping[int, AppProtocol], probes: frozenset[int]
+    guard: Guard,
+    classes: PortClasses,
+    protocols: Mapping[int, AppProtocol],
+    probes: frozenset[int],
+    audited: Sequence[tuple[int, int]] = (),
 ) -> list[_Segment]:
     single = set(protocols) | set(guard.mtls.ports) | probes
     for rule in guard.rules:
@@ -306,10 +324,13 @@ def _segments(
             if condition.attribute is Attribute.PORTS:
                 single.update(int(value) for value in (*condition.values, *condition.not_values))
     starts = {port for first in single for port in (first, first + 1)} | {part.first for part in classes.ranges}
+    starts |= {port for first, last in audited for port in (first, last + 1)}
     ordered = sorted(start for start in starts if 0 <= start <= LAST_PORT)
     found = []
     for first, following in zip(ordered, [*ordered[1:], LAST_PORT + 1], strict=True):
-        found.append(_Segment(first, following - 1, classes.at(first), protocols.get(first, AppProtocol.AUTO)))
+        audit = any(start <= first <= end for start, end in audited)
+        protocol = protocols.get(first, AppProtocol.AUTO)
+        found.append(_Segment(first, following - 1, classes.at(first), protocol, audit))
     return found
 
 
@@ -346,4 +367,4 @@ def _runs(segments: Sequence[_Segment], outcomes: Sequence[Outcome]) -> list[tup
 
 
 def _entry(outcome: Outcome, rank: MeshRank) -> PolicyEntry:
-    return PolicyEntry(outcome.verdict, rank, outcome.origins, outcome.deny_reason, outcome.judge)
+    return PolicyEntry(outcome.verdict, rank, outcome.origins, outcome.deny_reason, outcome.judge, outcome.audit)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from compensation_cases import ADDRESSES, CLIENTS, NODE, PORTS, PROBE_PORT, SERVER, WORLDS, World
 from harness import FROM_POD, SYN, TO_POD, Harness, Layer, entry, tcp
 from hypothesis import HealthCheck, given, settings
 
 from meshbridge import abi
-from meshbridge.identity.model import IpFamily
+from meshbridge.identity.model import IpFamily, TcpPorts
 from meshbridge.policy import model
 from meshbridge.policy.capture import Capture, OutboundBypass, PortClass
 from meshbridge.policy.compile import Compiler
@@ -28,7 +30,10 @@ def layer(policy_map: PolicyMap, which: model.Layer) -> Layer:
     return Layer(
         {
             (key.identity, key.protocol, key.port, key.prefix): entry(
-                VERDICTS[value.verdict], precedence=value.precedence, deny_reason=value.deny_reason
+                VERDICTS[value.verdict],
+                precedence=value.precedence,
+                deny_reason=value.deny_reason,
+                flags=abi.PolicyFlags.POLICY_F_AUDIT if value.audit else 0,
             )
             for key, value in policy_map.entries.items()
             if key.layer is which
@@ -95,3 +100,34 @@ def test_kernel_drops_at_the_source_only_what_the_destination_drops(loaded: Harn
         assert sent.passed == arrived.passed, port
         if not sent.passed:
             assert sent.reason == abi.DropReason.DROP_COMPENSATION
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(WORLDS)
+def test_kernel_passes_and_tells_under_audit_what_it_drops_without(loaded: Harness, world: World) -> None:
+    numbering = world.numbering()
+    audited = tuple(TcpPorts(V4, port, port) for port in PORTS[:2])
+    own, pod = str(SERVER.addresses[0]), loaded.interfaces[0]
+    told: dict[bool, dict[tuple[str, int], int]] = {}
+    for audit in (False, True):
+        loaded.clear()
+        capture = replace(world.capture, audited=audited if audit else ())
+        policy = Compiler(numbering.identities).endpoint(SERVER, world.policies, capture)
+        loaded.policy_set(OPEN_SET)
+        write(loaded, INGRESS_SET, policy.map(Direction.INGRESS, V4))
+        know_everybody(loaded, world)
+        loaded.endpoint(pod, [own], sets=(INGRESS_SET, INGRESS_SET, OPEN_SET, OPEN_SET))
+        told[audit] = {}
+        for port in PORTS:
+            for number, address in enumerate(ADDRESSES):
+                packet = tcp(address, own, 42000 + number, port, SYN)
+                outcome = loaded.run(pod, TO_POD, packet, ingress_ifindex=OTHER_INTERFACE)
+                event = outcome.event
+                if audit and event.audit:
+                    assert outcome.passed, (address, port)
+                    assert event.type == abi.EventType.EVENT_VERDICT
+                    assert event.reason == abi.DropReason.DROP_COMPENSATION
+                    told[audit][address, port] = event.mesh_verdict
+                elif not outcome.passed and port in PORTS[:2] and world.classes[port] is PortClass.EXCLUDED:
+                    told[audit][address, port] = event.mesh_verdict
+    assert told[True] == told[False]
