@@ -39,23 +39,39 @@ def anchors_at(peer: Peer) -> list[Anchor]:
 
 
 class Anchored(Generic[_Item]):
-    """Items in the order in which they were given, to be found by where they are anchored."""
+    """Items to be found by where they are anchored. It never changes: ``replaced`` makes another one."""
 
-    __slots__ = ("_at", "_items")
+    __slots__ = ("_anchors", "_at", "_next")
 
     def __init__(self, items: Iterable[_Item], anchors: Callable[[_Item], Iterable[Anchor]]) -> None:
-        self._items = tuple(items)
-        self._at: dict[Anchor, list[int]] = {}
-        for position, item in enumerate(self._items):
+        self._anchors = anchors
+        self._at: dict[Anchor, list[tuple[int, _Item]]] = {}
+        self._next = 0
+        for self._next, item in enumerate(items, 1):
             for anchor in anchors(item):
-                self._at.setdefault(anchor, []).append(position)
+                self._at.setdefault(anchor, []).append((self._next, item))
+
+    def replaced(self, removed: Iterable[_Item], added: Iterable[_Item]) -> Anchored[_Item]:
+        """Without ``removed``, which are among the items, and with ``added`` after them; costs a copy of one table."""
+        found = Anchored[_Item]((), self._anchors)
+        found._at, found._next = dict(self._at), self._next
+        for item in removed:
+            for anchor in self._anchors(item):
+                left = found._at.pop(anchor)
+                place = next(place for place, (_, held) in enumerate(left) if held == item)
+                if len(left) > 1:
+                    found._at[anchor] = left[:place] + left[place + 1 :]
+        for found._next, item in enumerate(added, self._next + 1):
+            for anchor in self._anchors(item):
+                found._at[anchor] = [*found._at.get(anchor, ()), (found._next, item)]
+        return found
 
     def at(self, anchors: Iterable[Anchor]) -> list[_Item]:
-        """Those anchored at any of ``anchors``, each once."""
+        """Those anchored at any of ``anchors``, each once, in the order in which they came."""
         if not self._at:
             return []
-        found = {position for anchor in anchors for position in self._at.get(anchor, ())}
-        return [self._items[position] for position in sorted(found)]
+        found = dict(numbered for anchor in anchors for numbered in self._at.get(anchor, ()))
+        return [found[number] for number in sorted(found)]
 
     def anchors(self) -> frozenset[Anchor]:
         """Every anchor of any item."""

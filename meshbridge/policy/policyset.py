@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left, insort_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TypeVar
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 from meshbridge.identity.model import IpNetwork, Peer, Workload
 from meshbridge.policy.anchors import Anchor, Anchored, anchors_at, anchors_of
@@ -21,7 +23,7 @@ from meshbridge.policy.mesh import (
     network_of,
     selects,
 )
-from meshbridge.policy.model import Anything, Direction, Document, Layer, NetworkRule, Notice, Refusal
+from meshbridge.policy.model import Anything, Direction, Document, Layer, NetworkRule, Notice, Origin, Refusal
 from meshbridge.policy.parse import Parsed, parse
 from meshbridge.policy.priorities import equal_priorities
 from meshbridge.policy.references import Resolver
@@ -40,6 +42,7 @@ from meshbridge.policy.selectors import (
 _GATEWAYS = Selector.of([Requirement(LabelSource.POD, GATEWAY_LABEL, Operator.EXISTS)])
 
 _Policy = TypeVar("_Policy", AuthorizationPolicy, PeerAuthentication, RequestAuthentication)
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,45 @@ class _Index:
     request_authentication: Anchored[RequestAuthentication]
     refusals: Anchored[Refusal]
 
+    def replaced(self, removed: PolicySet, added: PolicySet) -> _Index:
+        return _Index(
+            self.network.replaced(removed.network, added.network),
+            self.authorization.replaced(removed.authorization, added.authorization),
+            self.peer_authentication.replaced(removed.peer_authentication, added.peer_authentication),
+            self.request_authentication.replaced(removed.request_authentication, added.request_authentication),
+            self.refusals.replaced(removed.refusals, added.refusals),
+        )
+
+
+def _rule_order(rule: NetworkRule) -> tuple[Origin, Direction, str]:
+    return (rule.origin, rule.direction, repr(rule.ports))
+
+
+def _policy_order(policy: AuthorizationPolicy | PeerAuthentication | RequestAuthentication) -> Origin:
+    return policy.origin
+
 
 def _ordered(policies: Iterable[_Policy]) -> tuple[_Policy, ...]:
-    return tuple(sorted(policies, key=lambda policy: policy.origin))
+    return tuple(sorted(policies, key=_policy_order))
+
+
+def _exchanged(
+    items: tuple[_Item, ...], removed: Iterable[_Item], added: Iterable[_Item], order: Callable[[_Item], Any]
+) -> tuple[_Item, ...]:
+    """``items`` in their order, without ``removed``, which are among them, and with ``added``."""
+    found = list(items)
+    for item in removed:
+        del found[found.index(item, bisect_left(found, order(item), key=order))]
+    for item in added:
+        insort_right(found, item, key=order)
+    return tuple(found)
+
+
+def resolver_of(parsed: Iterable[Parsed]) -> Resolver:
+    """What rules refer to, as these objects say it."""
+    every = list(parsed)
+    settings = next((p.cilium for p in every if p.cilium is not None), DEFAULT_SETTINGS)
+    return Resolver.of((found for p in every for found in p.objects), settings)
 
 
 @dataclass(frozen=True)
@@ -83,19 +122,52 @@ class PolicySet:
     def of_parsed(cls, parsed: Iterable[Parsed], mesh: MeshSettings = DEFAULT_MESH) -> PolicySet:
         """Put together what was parsed before, so that a caller may keep what did not change."""
         every = list(parsed)
-        settings = next((p.cilium for p in every if p.cilium is not None), DEFAULT_SETTINGS)
-        resolver = Resolver.of((found for p in every for found in p.objects), settings)
+        return cls.of_resolved(every, resolver_of(every), mesh, equal_priorities(every))
+
+    @classmethod
+    def of_resolved(
+        cls, every: Sequence[Parsed], resolver: Resolver, mesh: MeshSettings, notices: Iterable[Notice]
+    ) -> PolicySet:
+        """Put together some objects, whose rules refer to those that ``resolver`` knows.
+
+        Args:
+            notices: what is to be said besides what each object says by itself.
+        """
         rules = (resolver.rule(rule) for p in every for rule in p.network)
         return cls(
-            network=tuple(sorted(rules, key=lambda r: (r.origin, r.direction, repr(r.ports)))),
+            network=tuple(sorted(rules, key=_rule_order)),
             authorization=_ordered(a for p in every for a in p.authorization),
             peer_authentication=_ordered(a for p in every for a in p.peer_authentication),
             request_authentication=_ordered(a for p in every for a in p.request_authentication),
             refusals=tuple(sorted((r for p in every for r in p.refusals), key=str)),
-            notices=tuple(sorted((*(n for p in every for n in p.notices), *equal_priorities(every)), key=str)),
+            notices=tuple(sorted((*(n for p in every for n in p.notices), *notices), key=str)),
             mesh=mesh,
-            cilium=settings,
+            cilium=resolver.settings,
         )
+
+    def replaced(self, removed: PolicySet, added: PolicySet) -> PolicySet:
+        """Without the policies of ``removed``, all of which are among these, and with those of ``added``.
+
+        It costs copies of a few tables, and no look at every policy.
+        """
+        found = PolicySet(
+            _exchanged(self.network, removed.network, added.network, _rule_order),
+            _exchanged(self.authorization, removed.authorization, added.authorization, _policy_order),
+            _exchanged(self.peer_authentication, removed.peer_authentication, added.peer_authentication, _policy_order),
+            _exchanged(
+                self.request_authentication,
+                removed.request_authentication,
+                added.request_authentication,
+                _policy_order,
+            ),
+            _exchanged(self.refusals, removed.refusals, added.refusals, str),
+            _exchanged(self.notices, removed.notices, added.notices, str),
+            self.mesh,
+            self.cilium,
+        )
+        found.__dict__["_index"] = self._index.replaced(removed, added)
+        found.__dict__["_networks"] = self._networks - removed._networks + added._networks
+        return found
 
     def selecting(self, workload: Workload | Peer) -> PolicySet:
         """Those policies that concern one endpoint. Host-network pods are not selectable: none do."""
@@ -110,7 +182,9 @@ class PolicySet:
             request_authentication=_ordered(
                 p for p in index.request_authentication.at(anchors) if selects(p, peer, self.mesh)
             ),
-            refusals=tuple(refusal for refusal in index.refusals.at(anchors) if self._may_select(refusal, peer)),
+            refusals=tuple(
+                sorted((refusal for refusal in index.refusals.at(anchors) if self._may_select(refusal, peer)), key=str)
+            ),
             mesh=self.mesh,
             cilium=self.cilium,
         )
@@ -118,7 +192,13 @@ class PolicySet:
     def network_rules(self, peer: Peer) -> tuple[NetworkRule, ...]:
         """The rules of the network family in force at the pod ``peer``, in canonical order."""
         selecting = (rule for rule in self._index.network.at(anchors_at(peer)) if rule.subject.matches(peer))
-        return enforced(selecting, self.cilium)
+        return enforced(sorted(selecting, key=_rule_order), self.cilium)
+
+    def concerns(self, workload: Workload | Peer) -> bool:
+        """Whether any of these policies selects it, or was refused and may select it."""
+        found = self.selecting(workload)
+        of_mesh = found.authorization or found.peer_authentication or found.request_authentication
+        return bool(found.network or of_mesh or found.refusals)
 
     def anchors(self) -> frozenset[Anchor]:
         """Where everybody stands whom any of these policies may concern."""
@@ -128,27 +208,15 @@ class PolicySet:
 
     @cached_property
     def _index(self) -> _Index:
-        def of_mesh(policy: AuthorizationPolicy | RequestAuthentication) -> list[Anchor]:
-            return anchors_of(policy.selector, self._reach(policy.namespace))
-
-        def of_refusal(refusal: Refusal) -> list[Anchor]:
-            reach = self._reach(refusal.document.namespace) if refusal.layer is Layer.MESH else None
-            return [anchor for selector in refusal.selectors for anchor in anchors_of(selector, reach)]
-
+        root = self.mesh.root_namespace
+        of_mesh = partial(_anchors_of_policy, root)
         return _Index(
-            network=Anchored(self.network, lambda rule: anchors_of(rule.subject, None)),
+            network=Anchored(self.network, _anchors_of_rule),
             authorization=Anchored(self.authorization, of_mesh),
-            # what they select is for `effective_mtls` to say, port by port
-            peer_authentication=Anchored(
-                self.peer_authentication, lambda policy: anchors_of(EVERYBODY, self._reach(policy.namespace))
-            ),
+            peer_authentication=Anchored(self.peer_authentication, partial(_anchors_of_mtls, root)),
             request_authentication=Anchored(self.request_authentication, of_mesh),
-            refusals=Anchored(self.refusals, of_refusal),
+            refusals=Anchored(self.refusals, partial(_anchors_of_refusal, root)),
         )
-
-    def _reach(self, namespace: str) -> tuple[str, ...] | None:
-        """In which namespaces a policy of the mesh acts that stands in this one; None: in all."""
-        return None if namespace == self.mesh.root_namespace else (namespace,)
 
     def _may_select(self, refusal: Refusal, peer: Peer) -> bool:
         if refusal.layer is Layer.MESH and refusal.document.namespace not in (self.mesh.root_namespace, peer.namespace):
@@ -176,17 +244,21 @@ class PolicySet:
 
     def referenced_networks(self) -> frozenset[IpNetwork]:
         """The CIDRs that ``Peer.networks`` has to be computed against."""
-        found: set[IpNetwork] = set()
+        return frozenset(self._networks)
+
+    @cached_property
+    def _networks(self) -> Counter[IpNetwork]:
+        """How often each CIDR is referred to."""
+        found: Counter[IpNetwork] = Counter()
         for selector in self._peer_selectors():
             if isinstance(selector, CidrPeers):
-                found.add(selector.cidr)
-                found.update(selector.excepts)
+                found.update((selector.cidr, *selector.excepts))
         for policy in self.authorization:
             for rule in policy.rules:
                 for condition in rule.all_conditions:
                     if condition.attribute in (Attribute.IP_BLOCKS, Attribute.REMOTE_IP_BLOCKS):
                         found.update(network_of(value) for value in (*condition.values, *condition.not_values))
-        return frozenset(found)
+        return found
 
     def referenced_port_names(self) -> frozenset[str]:
         """The container port names egress rules use; ``Peer.ports`` has to hold the ports of these names."""
@@ -197,3 +269,26 @@ class PolicySet:
             for port in rule.ports
             if port.name
         )
+
+
+def _reach(root: str, namespace: str) -> tuple[str, ...] | None:
+    """In which namespaces a policy of the mesh acts that stands in this one; None: in all."""
+    return None if namespace == root else (namespace,)
+
+
+def _anchors_of_rule(rule: NetworkRule) -> list[Anchor]:
+    return anchors_of(rule.subject, None)
+
+
+def _anchors_of_policy(root: str, policy: AuthorizationPolicy | RequestAuthentication) -> list[Anchor]:
+    return anchors_of(policy.selector, _reach(root, policy.namespace))
+
+
+def _anchors_of_mtls(root: str, policy: PeerAuthentication) -> list[Anchor]:
+    """What they select is for ``effective_mtls`` to say, port by port."""
+    return anchors_of(EVERYBODY, _reach(root, policy.namespace))
+
+
+def _anchors_of_refusal(root: str, refusal: Refusal) -> list[Anchor]:
+    reach = _reach(root, refusal.document.namespace) if refusal.layer is Layer.MESH else None
+    return [anchor for selector in refusal.selectors for anchor in anchors_of(selector, reach)]
