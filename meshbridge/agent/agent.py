@@ -19,6 +19,7 @@ import structlog
 
 from meshbridge import __version__
 from meshbridge.agent import memory
+from meshbridge.agent.audits import AuditCounts
 from meshbridge.agent.enforcer import Enforcer
 from meshbridge.agent.metrics import serve_metrics
 from meshbridge.agent.names import Names
@@ -74,6 +75,7 @@ class Agent:
         self._settings = settings
         self._names = Names(settings.node)
         self._ring = FlowRing(settings.node)
+        self._audits = AuditCounts()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="node")
         self._onlooker = ThreadPoolExecutor(1, thread_name_prefix="redirects")
         self._redirects = Redirects()
@@ -200,6 +202,7 @@ class Agent:
         for event in reader.read(EVENTS_PER_TURN):
             for flow in self._names.flows(event):
                 self._ring.add(flow)
+                self._audits.add(flow)
 
     def _token(self) -> str:
         with self._settings.token_file.open("rb") as file:
@@ -220,6 +223,9 @@ class Agent:
 
     def counters(self) -> dict[tuple[int, int], tuple[int, int]]:
         return self._enforcer.counters()
+
+    def audited(self) -> int:
+        return self._audits.total
 
     def events_lost(self) -> int:
         return self._ring.lost + self._enforcer.lost_events()
@@ -248,7 +254,7 @@ class Agent:
         )
 
     async def bypasses(self) -> pb.Bypasses:
-        make = await self._in_worker(self._node.bypasses)
+        make = await self._in_worker(partial(self._node.bypasses, self._audits.records(self._settings.node)))
         found = await asyncio.get_running_loop().run_in_executor(self._onlooker, make)
         return pb.Bypasses(node=self._settings.node, json=found)
 

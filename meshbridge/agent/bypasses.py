@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from meshbridge.bypass.bypasspolicy import BypassPolicies
 from meshbridge.bypass.capture import capture_state
@@ -21,14 +22,16 @@ def bypasses_json(
     bypass_policies: BypassPolicies,
     seen: Mapping[str, SeenRules],
     others: Mapping[str, Peer],
+    audited: Sequence[Mapping[str, Any]] = (),
 ) -> bytes:
     """The report on these pods.
 
     Args:
         seen: Rules read in the pods' namespaces, by UID.
         others: Pods of other nodes by name, as sources.
+        audited: What audits alone let through, as of ``AuditCounts.records``.
     """
     pods = tuple(sorted(workloads, key=lambda workload: workload.key))
     states = {pod.key: capture_state(pod, seen=seen.get(pod.uid)) for pod in pods}
     inventory = Inventory(pods, (), policies, states, predicted=False, others=others, bypass_policies=bypass_policies)
-    return json.dumps(report_record(report(inventory))).encode()
+    return json.dumps({**report_record(report(inventory)), "audited": audited}).encode()

@@ -40,6 +40,8 @@ class MetricsSource(Protocol):
 
     def events_lost(self) -> int: ...
 
+    def audited(self) -> int: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -126,6 +128,8 @@ def _families(source: MetricsSource) -> Iterator[Family]:
     yield Family("meshbridge_bytes_total", "counter", "Bytes by outcome and direction.", octets)
     lost: list[tuple[Mapping[str, str], float]] = [({}, source.events_lost())]
     yield Family("meshbridge_events_lost_total", "counter", "Events of the kernel that nobody could read.", lost)
+    audited: list[tuple[Mapping[str, str], float]] = [({}, source.audited())]
+    yield Family("meshbridge_audited_flows_total", "counter", "Connections let through by an audit alone.", audited)
     published = source.published
     ready = len([state for state in published.endpoints if state.state == READY])
     by_state = [({"state": "ready"}, ready), ({"state": "not-ready"}, len(published.endpoints) - ready)]

@@ -6,12 +6,12 @@ Everything here blocks and belongs to one worker thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -140,7 +140,7 @@ class Node:
             self._seen = seen
             self.step()
 
-    def bypasses(self) -> Callable[[], bytes]:
+    def bypasses(self, audited: Sequence[Mapping[str, Any]] = ()) -> Callable[[], bytes]:
         """What makes the report on bypasses, from the state as it is now; it takes long, and may run elsewhere."""
         from meshbridge.agent.bypasses import bypasses_json  # 0.3 MB that an agent nobody asks need not hold
 
@@ -151,7 +151,7 @@ class Node:
             if holder.name and (number := self._peers.number(address)) is not None
         }
         rulings = self._view.bypass_policies_at(datetime.now(UTC))
-        return partial(bypasses_json, pods, self._policies, rulings, dict(self._seen.rules), others)
+        return partial(bypasses_json, pods, self._policies, rulings, dict(self._seen.rules), others, audited)
 
     def add_endpoint(self, pod: str, uid: str, interfaces: Iterable[str]) -> list[Hooked]:
         """The pod's interfaces are hooked, and drop everything until its policy is known.

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
 
-from meshbridge.bypass.bypasspolicy import ROUTES, BypassPolicies, BypassPolicy, Mode
+from meshbridge.bypass.bypasspolicy import BypassPolicies, BypassPolicy, Mode
 from meshbridge.bypass.sets import IntSet
 from meshbridge.bypass.state import CaptureState, Span
 from meshbridge.identity.model import Peer
 from meshbridge.policy.capture import PortClass
-
-_ROUTES: Final = frozenset(ROUTES.values())
 
 
 def with_audits(state: CaptureState, peer: Peer, policies: BypassPolicies) -> CaptureState:
@@ -28,7 +25,7 @@ def with_audits(state: CaptureState, peer: Peer, policies: BypassPolicies) -> Ca
 
 
 def _parts(span: Span, peer: Peer, policies: BypassPolicies) -> Iterator[Span]:
-    if span.port_class is not PortClass.EXCLUDED or span.route.kind not in _ROUTES:
+    if span.port_class is not PortClass.EXCLUDED:
         yield span
         return
     audited, enforced = IntSet(), IntSet()

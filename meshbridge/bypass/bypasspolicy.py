@@ -191,9 +191,10 @@ class BypassPolicies:
         accepted = frozenset.intersection(*(policy.accepted(self.now) for policy in deciding)) if allowing else ()
         unaccepted = tuple(guarantee for guarantee in missing if LOSSES[guarantee.kind] not in accepted)
         refused = any(policy.refusal is not None for policy in selecting)
+        may_audit = bool(allowing) and not refused and span.route.kind in ROUTES.values()
         objects = bool(unaccepted) or not allowing or refused
         return Ruling(
-            mode=max(policy.mode_at(self.now) for policy in allowing) if allowing and not refused else Mode.ENFORCE,
+            mode=max(policy.mode_at(self.now) for policy in allowing) if may_audit else Mode.ENFORCE,
             allowed=bool(allowing),
             unaccepted=missing if refused else unaccepted,
             otherwise=max(policy.otherwise for policy in (selecting if refused else deciding)) if objects else None,

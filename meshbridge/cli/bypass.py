@@ -15,7 +15,7 @@ from meshbridge.bypass.automatic import automatic_exclusions, is_automatic, with
 from meshbridge.bypass.inventory import inventory
 from meshbridge.bypass.record import automatic_record, merged_records, report_record
 from meshbridge.bypass.report import report
-from meshbridge.cli import bypassfix
+from meshbridge.cli import bypassaudit, bypassfix
 from meshbridge.cli.agents import answering
 from meshbridge.cli.files import ManifestError, read_manifests
 from meshbridge.cli.observe import print_lines
@@ -157,6 +157,7 @@ def plan(
         sys.exit(NOT_ACCEPTED)
 
 
+command.add_command(bypassaudit.command)
 command.add_command(bypassfix.command)
 
 
@@ -245,7 +246,7 @@ def _list_lines(rows: Sequence[dict[str, Any]], record: dict[str, Any]) -> list[
     table = [("POD", "PORTS", "DIRECTION", "ROUTE", "CLASS", "LOST", "WEAKENED", "STANDS IN")]
     for row in rows:
         fates = {fate: _kinds(row, fate) for fate in _FATES}
-        stands_in = row["compensation"]["summary"] if row["compensation"] else "-"
+        stands_in = _stands_in(row)
         where = f" to {','.join(row['destinations'])}" if row["destinations"] else ""
         table.append(
             (
@@ -315,7 +316,7 @@ def _show_lines(pod: str, record: dict[str, Any]) -> list[str]:
             f"  route      {printable(_route(row['route']))}",
         ]
         if row["compensation"]:
-            lines += _compensation_lines(row["compensation"])
+            lines += _compensation_lines(row)
         if row["guarantees"]:
             table = [("  GUARANTEE", "FATE", "WHAT IT WAS", "WHAT STANDS IN")]
             table += [
@@ -332,8 +333,18 @@ def _route(route: dict[str, Any]) -> str:
     return f"{route['kind']}: {route['detail']}" if route["detail"] else route["kind"]
 
 
-def _compensation_lines(compensation: dict[str, Any]) -> list[str]:
-    lines = [f"  stands in  {compensation['summary']}"]
+def _stands_in(row: dict[str, Any]) -> str:
+    """What the kernel does there; under audit, what it only says that it would."""
+    compensation = row["compensation"]
+    if compensation is None:
+        return "-"
+    audited = compensation["enforced"] and row["ruling"] and row["ruling"]["mode"] == "audit"
+    return f"audit only: {compensation['summary']}" if audited else str(compensation["summary"])
+
+
+def _compensation_lines(row: dict[str, Any]) -> list[str]:
+    compensation = row["compensation"]
+    lines = [f"  stands in  {_stands_in(row)}"]
     if compensation["enforced"]:
         lines.append(f"  why        {printable(compensation['why'])}")
     for title, key in (("lets in", "allowed"), ("refuses", "refused"), ("passes", "weakened")):

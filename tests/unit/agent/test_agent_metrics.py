@@ -26,6 +26,9 @@ class Source:
     def events_lost(self) -> int:
         return 5
 
+    def audited(self) -> int:
+        return 3
+
 
 def test_figures_are_what_the_sources_say() -> None:
     found = {
@@ -40,6 +43,7 @@ def test_figures_are_what_the_sources_say() -> None:
     assert found["meshbridge_revision_programmed", ()] == 7
     assert found["meshbridge_revision_received", ()] == 8
     assert found["meshbridge_events_lost_total", ()] == 5
+    assert found["meshbridge_audited_flows_total", ()] == 3
     assert found["meshbridge_resident_bytes", ()] > 1e6
 
 
