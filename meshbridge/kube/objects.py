@@ -10,13 +10,13 @@ from typing import Any, Final
 
 from meshbridge.kube.problems import Problem, ProblemReason
 from meshbridge.kube.yaml import YamlDocument, YamlError, read_documents
+from meshbridge.policy.cilium import CONFIG_NAME
 from meshbridge.policy.model import Document, Source
 
 MAX_OBJECT_BYTES: Final = 3 << 19  # as JSON: the API server's own limit, 1.5 MiB
 BIG_FILE_BYTES: Final = 1 << 19  # no object of a smaller file needs to be measured
 DEFAULT_NAMESPACE: Final = "default"
 MESH_CONFIG: Final = "istio"
-CILIUM_CONFIG: Final = "cilium-config"
 
 POLICY_KINDS: Final = frozenset(
     {
@@ -150,7 +150,7 @@ def _object(document: YamlDocument, file: str) -> Document | Problem | None:
         namespace = DEFAULT_NAMESPACE
     else:
         namespace = _checked(metadata, "namespace", _NAMESPACE, lines, line)
-    if group_kind == ("", "ConfigMap") and name not in (MESH_CONFIG, CILIUM_CONFIG):
+    if group_kind == ("", "ConfigMap") and name not in (MESH_CONFIG, CONFIG_NAME):
         return None
     uid = metadata.get("uid")
     keep = lines if group_kind in POLICY_KINDS else {"": line}
