@@ -57,12 +57,12 @@ class Compiler:
 
     def __init__(
         self,
-        identities: Mapping[int, Peer],
+        identities: Mapping[int, Peer] | PeerIndex,
         destinations: Mapping[int, Mapping[IpFamily, PortClasses]] | None = None,
     ) -> None:
         """``destinations`` are the inbound port classes of identities whose policies are all known to whoever compiles,
         where all of an identity's pods share them; what leaves past Envoy is compensated towards these only."""
-        self.index = PeerIndex(identities)
+        self.index = identities if isinstance(identities, PeerIndex) else PeerIndex(identities)
         self._destinations = destinations or {}
         self._network: dict[object, _NetworkLayer] = {}
         self._maps: dict[object, tuple[MeshLayer, PolicyMap]] = {}

@@ -5,7 +5,7 @@ On a captured port Envoy judges again, so what is uncertain passes; on an exclud
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
@@ -227,22 +227,37 @@ class MeshCompiler:
             return tuple(_outcome(guard, capture.judges, segment, source, addresses, probes) for segment in segments)
 
         unknown = _Source(principal=None if compensates else UNDECIDED)
-        by_source: dict[_Source, list[int]] = {}
-        for number, peer in self._index.identities.items():
-            networks = peer.networks & relevant
-            source = _Source(networks)
-            if compensates:
-                source = _Source(networks, own_principal(peer), Entity.HOST in peer.entities and not peer.masqueraded)
-            by_source.setdefault(source, []).append(number)
+        by_source = self._sources(relevant, compensates)
         everyone = outcomes(unknown)
         entries: dict[PolicyKey, PolicyEntry] = {}
         if any(outcome != PASS for outcome in everyone):
             _emit(entries, [ANYONE], segments, everyone, MeshRank.EVERYWHERE, MeshRank.SOME_PORTS)
-        for source, numbers in by_source.items():
+        for source, mask in by_source.items():
             specific = outcomes(source)
             if specific != everyone:
+                numbers = self._index.numbers(mask)
                 _emit(entries, numbers, segments, specific, MeshRank.PEER, MeshRank.PEER_SOME_PORTS)
         return MeshLayer(dict(sorted(entries.items()))) if entries else MeshLayer.EMPTY
+
+    def _sources(self, networks: Iterable[IpNetwork], compensates: bool) -> dict[_Source, int]:
+        """The masks of the identities that are the same source."""
+        found = dict(self._index.grouped(_named_source if compensates else _any_source))
+        for network in networks:
+            inside = self._index.inside(network)
+            for source, mask in list(found.items()):
+                if mask & inside:
+                    found[replace(source, networks=source.networks | {network})] = mask & inside
+                    found[source] = mask & ~inside
+        return {source: mask for source, mask in found.items() if mask}
+
+
+def _any_source(_peer: Peer) -> _Source:
+    """Any of them may present any name."""
+    return _Source()
+
+
+def _named_source(peer: Peer) -> _Source:
+    return _Source(principal=own_principal(peer), own_node=Entity.HOST in peer.entities and not peer.masqueraded)
 
 
 def guard_of(workload: Workload, selected: PolicySet) -> Guard:
