@@ -15,7 +15,7 @@ from meshbridge.bypass.automatic import automatic_exclusions, is_automatic, with
 from meshbridge.bypass.inventory import inventory
 from meshbridge.bypass.record import automatic_record, merged_records, report_record
 from meshbridge.bypass.report import report
-from meshbridge.cli import bypassaudit, bypassfix
+from meshbridge.cli import bypassaudit, bypassfix, bypasspromote
 from meshbridge.cli.agents import answering
 from meshbridge.cli.files import ManifestError, read_manifests
 from meshbridge.cli.observe import print_lines
@@ -159,6 +159,7 @@ def plan(
 
 command.add_command(bypassaudit.command)
 command.add_command(bypassfix.command)
+command.add_command(bypasspromote.command)
 
 
 def _ruling_lines(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is asked of an API server: which kinds it has, lists page by page, and watches."""
+"""What is asked of an API server: which kinds it has, lists page by page, watches, and a change of one object."""
 
 from __future__ import annotations
 
@@ -183,10 +183,25 @@ class Api:
             RefusedError: the server says no.
             ClusterError: it cannot be reached, or answers something else.
         """
+        return self._answer(path, self._request("GET", path, query or {}))
+
+    def merge(self, resource: Resource, namespace: str, name: str, patch: Mapping[str, Any]) -> None:
+        """Merge ``patch`` into an object; with ``metadata.resourceVersion`` only into that version of it.
+
+        Spec: RFC 7386.
+
+        Raises:
+            RefusedError: the server says no.
+            ClusterError: it cannot be reached, or answers something else.
+        """
+        path = f"{resource.path(namespace)}/{quote(name, safe='')}"
+        self._answer(path, self._request("PATCH", path, {}, patch))
+
+    def _answer(self, path: str, request: Any) -> Mapping[str, Any]:
         from urllib3.exceptions import HTTPError
 
         try:
-            response = self._open(path, query or {}, TIMEOUT_S)
+            response = self._open(request, TIMEOUT_S)
             content = response.read(MAX_PAGE_BYTES + 1, decode_content=True)
             response.release_conn()
         except (HTTPError, OSError) as error:
@@ -208,7 +223,7 @@ class Api:
 
         try:
             # the server ends the watch by itself; one that says nothing for longer is gone
-            response = self._open(path, query, (TIMEOUT_S[0], timeout_s + TIMEOUT_S[1]))
+            response = self._open(self._request("GET", path, query), (TIMEOUT_S[0], timeout_s + TIMEOUT_S[1]))
             if response.status != OK:
                 raise RefusedError(response.status, _message(response.read(MAX_EVENT_BYTES, decode_content=True)))
             pending = b""
@@ -223,11 +238,14 @@ class Api:
         except (HTTPError, OSError) as error:
             raise self._unreachable(error) from error
 
-    def _open(self, path: str, query: Mapping[str, str], timeout_s: tuple[float, float]) -> Any:
-        request = self._client.param_serialize(
-            "GET", path, query_params=list(query.items()),
-            header_params={"Accept": "application/json"}, auth_settings=["BearerToken"],
+    def _request(self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None = None) -> Any:
+        headers = {"Accept": "application/json"} | ({"Content-Type": "application/merge-patch+json"} if body else {})
+        return self._client.param_serialize(
+            method, path, query_params=list(query.items()), header_params=headers, body=body,
+            auth_settings=["BearerToken"],
         )  # fmt: skip
+
+    def _open(self, request: Any, timeout_s: tuple[float, float]) -> Any:
         return self._client.call_api(*request, _request_timeout=timeout_s).response
 
     def _unreachable(self, error: BaseException) -> ClusterError:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from api_server import ApiServer, wait_for
+from api_server import ADMIN, ApiServer, wait_for
 from bypass_policy_cases import BEYOND_A_SCHEMA, REFUSED, TAKEN
+from click.testing import CliRunner
 
 from meshbridge.bypass.bypasspolicy import parse_bypass_policy
+from meshbridge.cli import cli
 from meshbridge.kube.cluster import read_cluster
 from meshbridge.policy.model import Document
 
@@ -66,3 +68,27 @@ def test_a_clusterwide_policy_selects_namespaces(server: ApiServer) -> None:
     code, answer = post(server, body)
     assert code == 201, answer
     server.delete(body)
+
+
+PROMOTED = {"of a namespace": ("BypassPolicy", "default/p"), "of the cluster": ("ClusterBypassPolicy", "p")}
+
+
+@pytest.mark.parametrize(("kind", "name"), PROMOTED.values(), ids=PROMOTED.keys())
+def test_an_audited_policy_is_promoted_in_the_cluster(server: ApiServer, kind: str, name: str) -> None:
+    body = policy({"mode": "audit", "routes": []}, "p", kind)
+    assert post(server, body)[0] == 201
+    options = ["bypass", "promote", name, "--kubeconfig", str(server.kubeconfig(ADMIN))]
+    said = [CliRunner().invoke(cli, [*options, *more]) for more in (["--dry-run"], [], [])]
+    assert [result.exit_code for result in said] == [0, 0, 0], said
+    assert ["would become" in said[0].output, "enforces already" in said[2].output] == [True, True]
+    (found,) = [d for d in read_cluster(server.client()).documents if (d.kind, d.name) == (kind, "p")]
+    assert found.data["spec"] == {"mode": "enforce", "routes": []}
+    server.delete(body)
+
+
+def test_a_policy_that_is_not_there_or_may_not_be_changed_is_an_error(server: ApiServer) -> None:
+    missing = CliRunner().invoke(cli, ["bypass", "promote", "x/y", "--kubeconfig", str(server.kubeconfig(ADMIN))])
+    assert (missing.exit_code, "there is none" in str(missing.exception)) == (1, True)
+    nobody = CliRunner().invoke(cli, ["bypass", "promote", "x/y", "--kubeconfig", str(server.kubeconfig("nobody"))])
+    assert nobody.exit_code == 1
+    assert "credentials" in str(nobody.exception)
