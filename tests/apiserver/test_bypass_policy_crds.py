@@ -91,4 +91,4 @@ def test_a_policy_that_is_not_there_or_may_not_be_changed_is_an_error(server: Ap
     assert (missing.exit_code, "there is none" in str(missing.exception)) == (1, True)
     nobody = CliRunner().invoke(cli, ["bypass", "promote", "x/y", "--kubeconfig", str(server.kubeconfig("nobody"))])
     assert nobody.exit_code == 1
-    assert "credentials" in str(nobody.exception)
+    assert "forbidden" in str(nobody.exception)
