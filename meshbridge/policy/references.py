@@ -58,17 +58,15 @@ class Resolver:
         What refers to an object that was refused allows nobody, and denies everybody.
         """
         peers = rule.peers
-        if rule.references and not isinstance(peers, Anything):
-            found = list(peers)
+        if not isinstance(peers, Anything):
+            found = [self._meant(selector) for selector in peers]
             for reference in rule.references:
                 resolved = self._peers(reference)
                 if resolved is not None:
                     found += resolved
                 elif rule.verdict is Verdict.DENY:
                     return replace(rule, peers=ANY, references=())
-            peers = tuple(dict.fromkeys(found))
-        if not isinstance(peers, Anything):
-            peers = tuple(self._meant(selector) for selector in peers)
+            peers = tuple(dict.fromkeys(found)) if rule.references else tuple(found)
         subject = self._meant_selector(rule.subject)
         if peers == rule.peers and subject == rule.subject and not rule.references:
             return rule
@@ -109,7 +107,7 @@ class Resolver:
             networks, cut = self._selected(reference.requirements)
         if networks is None:
             return None
-        return [_world(network, (*reference.excepts, *cut)) for network in networks]
+        return [self._at(network, (*reference.excepts, *cut)) for network in networks]
 
     def _selected(self, requirements: Iterable[Requirement]) -> tuple[list[IpNetwork] | None, list[IpNetwork]]:
         """The CIDRs in which an address has all labels that are asked for, and those it must not be in.
@@ -140,11 +138,15 @@ class Resolver:
             and all(r.accepts(service.labels.get(r.key)) for r in reference.requirements)
         ]
 
+    def _at(self, network: IpNetwork, excepts: Iterable[IpNetwork]) -> CidrPeers:
+        cut = tuple(sorted(set(excepts), key=str))
+        return CidrPeers(network, cut, pods=self.settings.pods, nodes=self.settings.nodes)
+
     def _backends(self, service: Service) -> list[PeerSelector]:
         if service.selector:
             return [Selector.of(requirements_of(service))]
         return [
-            _world(ip_network(address), ())
+            self._at(ip_network(address), ())
             for part in self.slices
             if (part.namespace, part.service) == (service.namespace, service.name)
             for address in part.addresses
@@ -160,10 +162,6 @@ def requirements_of(service: Service) -> list[Requirement]:
 
 def _source(key: str) -> LabelSource:
     return LabelSource.POD if is_identity_label(key) else LabelSource.ABSENT
-
-
-def _world(network: IpNetwork, excepts: Iterable[IpNetwork]) -> CidrPeers:
-    return CidrPeers(network, tuple(sorted(set(excepts), key=str)), pods=False, nodes=False)
 
 
 def _union(groups: Iterable[CidrGroup]) -> list[IpNetwork] | None:
