@@ -111,7 +111,8 @@ def _objection(workload: Workload, inventory: Inventory, ports: Mapping[Directio
     (changed,) = [other for other in then.workloads if other.key == workload.key]
     if not then.states[workload.key].starts:
         return "the pod would never start"
-    for row in rows_of(changed, then):
+    alone = replace(then, workloads=(changed,))  # who else there is changes what a bypass weakens, not what it loses
+    for row in rows_of(changed, alone):
         concerned = [port for port in ports.get(row.direction, ()) if port in row.ports]
         if row.port_class is not PortClass.EXCLUDED or not concerned or row.ruling is None:
             continue
@@ -120,8 +121,8 @@ def _objection(workload: Workload, inventory: Inventory, ports: Mapping[Directio
         if row.ruling.unaccepted:
             kinds = ", ".join(dict.fromkeys(guarantee.kind.value for guarantee in row.ruling.unaccepted))
             return f"it would lose {kinds}, which nobody accepted"
-    for half in half_bypasses(then, possible=True):
-        if half.delivery.outcome is Delivered.BROKEN and (half.server == workload.key or workload.key in half.clients):
+    for half in half_bypasses(then, possible=True, of=workload.key):
+        if half.delivery.outcome is Delivered.BROKEN:
             inbound = half.server == workload.key and half.port in ports.get(Direction.INGRESS, ())
             if inbound or (workload.key in half.clients and ports.get(Direction.EGRESS)):
                 return f"{half.server}:{half.port} would break for {', '.join(half.clients)}: {half.delivery.why}"

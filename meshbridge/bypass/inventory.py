@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 
 from meshbridge.bypass.annotations import TRAFFIC, MeshDefaults
 from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
@@ -12,6 +13,7 @@ from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.bypass.state import CaptureState, Truth
 from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, ProxyClass, Workload
+from meshbridge.identity.networks import NetworkIndex
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse import Parsed, parse
@@ -81,8 +83,11 @@ class Inventory:
         return sorted(found)
 
     def _networks(self, addresses: Iterable[IpAddress]) -> frozenset[IpNetwork]:
-        held = tuple(addresses)
-        return frozenset(n for n in self.policies.referenced_networks() if any(address in n for address in held))
+        return frozenset().union(*map(self._network_index.containing, addresses))
+
+    @cached_property
+    def _network_index(self) -> NetworkIndex:
+        return NetworkIndex(self.policies.referenced_networks())
 
 
 def target_port(workload: Workload, target: int | str) -> int | None:
@@ -106,8 +111,19 @@ def inventory(
         seen: The rules read in the namespaces of pods, by ``namespace/name``.
         now: When it is, for what BypassPolicies accept until some time; without it they are not read.
     """
-    given = list(documents)
-    parsed = [parse(document) for document in given]
+    parsed = [parse(document) for document in documents]
+    return inventory_of(parsed, mesh=mesh, defaults=defaults, seen=seen, now=now)
+
+
+def inventory_of(
+    parsed: Sequence[Parsed],
+    *,
+    mesh: MeshSettings | None = None,
+    defaults: MeshDefaults | None = None,
+    seen: Mapping[str, SeenRules] | None = None,
+    now: datetime | None = None,
+) -> Inventory:
+    """The same of objects that were parsed before."""
     rules = seen or {}
     workloads = workloads_of(parsed)
     named = {o.name for item in parsed for o in item.objects if isinstance(o, Namespace)}
@@ -121,7 +137,7 @@ def inventory(
         PolicySet.of_parsed(parsed, mesh or MeshSettings()),
         states,
         predicted=seen is None,
-        bypass_policies=BypassPolicies.of(given, now) if now is not None else NO_BYPASS_POLICIES,
+        bypass_policies=NO_BYPASS_POLICIES if now is None else BypassPolicies.of((p.document for p in parsed), now),
         defaults=defaults,
     )
 

@@ -249,7 +249,7 @@ def _refusing_elsewhere(sender: Peer, span: Span, inventory: Inventory) -> list[
     return found
 
 
-def half_bypasses(inventory: Inventory, *, possible: bool = False) -> list[HalfBypass]:
+def half_bypasses(inventory: Inventory, *, possible: bool = False, of: str = "") -> list[HalfBypass]:
     """Every server port where a client's side and the server's do not agree, with the clients that will meet it.
 
     Clients are those of which something says that they use the port: a Service in front of it, a policy that lets them
@@ -257,9 +257,11 @@ def half_bypasses(inventory: Inventory, *, possible: bool = False) -> list[HalfB
 
     Args:
         possible: Take every client that no policy keeps away.
+        of: Only what concerns this workload, server or client; the cost is then that of one pass over the others.
     """
     found = []
-    admits = _Admission(inventory)
+    admits = _Admission(inventory, of)
+    only = tuple(workload for workload in inventory.workloads if workload.key == of)
     bypassing = {
         workload.key
         for workload in inventory.workloads
@@ -280,7 +282,7 @@ def half_bypasses(inventory: Inventory, *, possible: bool = False) -> list[HalfB
             mode, _ = guard.mtls.at(port)
             for via, dialled, vips in _ways(server, port, inventory):
                 meets: dict[Delivery, list[str]] = {}
-                for client in inventory.workloads:
+                for client in inventory.workloads if of in ("", server.key) else only:
                     if client.key == server.key or client.proxy is not ProxyClass.SIDECAR:
                         continue
                     if captured and client.key not in bypassing:
@@ -305,11 +307,13 @@ def half_bypasses(inventory: Inventory, *, possible: bool = False) -> list[HalfB
 class _Admission:
     """Whether any policy leaves a connection open, as far as it can be known before it is made."""
 
-    def __init__(self, inventory: Inventory) -> None:
-        self._inventory = inventory
+    def __init__(self, inventory: Inventory, of: str) -> None:
+        self._inventory, self._of = inventory, of
         self._peers = {w.key: inventory.peer(w) for w in inventory.workloads}
         self._numbers = {key: _FIRST_IDENTITY + position for position, key in enumerate(self._peers)}
         self._compiler = Compiler({self._numbers[key]: peer for key, peer in self._peers.items()})
+        # where all is about one workload, it is the only peer that the policies of others are asked about
+        self._of_others = Compiler({self._numbers[of]: self._peers[of]}) if of else self._compiler
         self._compiled: dict[str, EndpointPolicy] = {}
 
     def may_connect(self, client: Workload, server: Workload, guard: Guard, port: int) -> bool:
@@ -334,7 +338,8 @@ class _Admission:
     def _policy(self, endpoint: Workload) -> EndpointPolicy:
         policy = self._compiled.get(endpoint.key)
         if policy is None:
-            policy = self._compiler.endpoint(endpoint, self._inventory.policies, Capture.none())
+            compiler = self._compiler if endpoint.key == self._of else self._of_others
+            policy = compiler.endpoint(endpoint, self._inventory.policies, Capture.none())
             self._compiled[endpoint.key] = policy
         return policy
 
