@@ -46,12 +46,26 @@ def random_case(rng: random.Random) -> dict[str, Any]:
         for index in range(rng.randint(1, 5))
     ]
     modes = rng.choice(MODES)
+    if only_excludes(policies):  # then Cilium's aggregate identities count as pods, hence everybody: docs/adr/0131
+        modes = [mode for mode in modes if mode != "pods"]
     # With pods matched by address everybody without one, as they are here, is a question nobody asks.
     others = [each for each in random_others(rng) if "address" in each or "pods" not in modes]
     return cluster_of(
         policies, pods=random_pods(rng, 5), others=others, groups=random_groups(rng),
         enforcement=rng.choice(("default",) * 8 + ("always", "never")), modes=modes, nodes=nodes,
     )  # fmt: skip
+
+
+def only_excludes(part: Any) -> bool:
+    """Whether some cidrGroupSelector in it says nothing but what must not be there."""
+    if isinstance(part, list):
+        return any(map(only_excludes, part))
+    if not isinstance(part, dict):
+        return False
+    selector = part.get("cidrGroupSelector")
+    if selector is not None and "matchLabels" not in selector:
+        return all(each["operator"] in ("NotIn", "DoesNotExist") for each in selector["matchExpressions"])
+    return any(map(only_excludes, part.values()))
 
 
 def cluster_of(
