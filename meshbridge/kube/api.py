@@ -19,6 +19,9 @@ MAX_PAGE_BYTES: Final = 1 << 30  # 500 objects of the API server's own 1.5 MiB, 
 MAX_EVENT_BYTES: Final = 1 << 24
 TIMEOUT_S: Final = (5.0, 60.0)  # to connect, and between two pieces of an answer
 
+_Request = tuple[str, str, dict[str, str], str | None, list[str]]
+"""Method, address, headers, body and form fields."""
+
 OK, UNAUTHORIZED, FORBIDDEN, NOT_FOUND, GONE = 200, 401, 403, 404, 410
 
 
@@ -197,7 +200,7 @@ class Api:
         path = f"{resource.path(namespace)}/{quote(name, safe='')}"
         self._answer(path, self._request("PATCH", path, {}, patch))
 
-    def _answer(self, path: str, request: Any) -> Mapping[str, Any]:
+    def _answer(self, path: str, request: _Request) -> Mapping[str, Any]:
         from urllib3.exceptions import HTTPError
 
         try:
@@ -238,14 +241,16 @@ class Api:
         except (HTTPError, OSError) as error:
             raise self._unreachable(error) from error
 
-    def _request(self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None = None) -> Any:
+    def _request(
+        self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None = None
+    ) -> _Request:
         headers = {"Accept": "application/json"} | ({"Content-Type": "application/merge-patch+json"} if body else {})
         return self._client.param_serialize(
             method, path, query_params=list(query.items()), header_params=headers, body=body,
             auth_settings=["BearerToken"],
         )  # fmt: skip
 
-    def _open(self, request: Any, timeout_s: tuple[float, float]) -> Any:
+    def _open(self, request: _Request, timeout_s: tuple[float, float]) -> Any:
         return self._client.call_api(*request, _request_timeout=timeout_s).response
 
     def _unreachable(self, error: BaseException) -> ClusterError:
