@@ -88,6 +88,10 @@ class Document:
         return f"{self.kind} {f'{self.namespace}/' if self.namespace else ''}{self.name}{place}"
 
 
+REFUSED: Final = "refused"
+"""In place of a rule: what follows from an object that is not understood."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Origin:
     """The rule a verdict comes from; what ``monitor``, ``explain`` and every drop show.
@@ -242,7 +246,7 @@ class Refusal:
         """What drops that follow from the refusal are attributed to."""
         document = self.document
         line = document.source.line(self.path)
-        return Origin(document.kind, document.namespace, document.name, "refused", document.source.file, line)
+        return Origin(document.kind, document.namespace, document.name, REFUSED, document.source.file, line)
 
     def __str__(self) -> str:
         return _sentence(self.document, self.path, self.reason, self.fix)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from meshbridge.policy.model import NetworkRule, Origin, Tier, Verdict
+from meshbridge.policy.model import REFUSED, NetworkRule, Origin, Tier, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Tiers:
 
     ``admin`` is in order and ends with a rule that decides. ``normal`` are the rules of NetworkPolicies and of Cilium's
     kinds, in any order; ``isolating`` those that turn on the default deny. Without any, ``baseline`` decides what is
-    still open, in order; with one it is empty.
+    still open, in order; with one it is empty, but for its denials where only refused objects isolate.
     """
 
     admin: tuple[NetworkRule, ...]
@@ -36,7 +36,11 @@ class Tiers:
         admin = sorted(by_tier[Tier.ADMIN], key=_place)
         while admin and admin[-1].passes:
             admin.pop()
-        baseline = [] if isolating else sorted(by_tier[Tier.BASELINE], key=_place)
+        baseline = sorted(by_tier[Tier.BASELINE], key=_place)
+        if isolating:
+            # A refused object isolates in place of what it says; what Baseline denies the own node stays denied.
+            by_refusal = all(origin.rule == REFUSED for origin in isolating)
+            baseline = [rule for rule in baseline if by_refusal and rule.verdict is Verdict.DENY and not rule.passes]
         return cls(tuple(admin), tuple(by_tier[Tier.NORMAL]), tuple(baseline), tuple(sorted(isolating)))
 
     @property
