@@ -18,6 +18,7 @@ from meshbridge.identity.numbering import class_of
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Anything, Document
 from meshbridge.policy.parse import Parsed, parse
+from meshbridge.policy.policybook import PolicyBook
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.selectors import PeerSelector, Selector
 from meshbridge.xds import snapshot as xds
@@ -93,7 +94,7 @@ class NodeView:
     revision: int = 0
     pods: dict[str, LocalPod] = field(default_factory=dict)
     holders: dict[bytes, Holder] = field(default_factory=dict)
-    policies: dict[str, Parsed] = field(default_factory=dict)
+    policies: PolicyBook = field(default_factory=PolicyBook)
     bypass_policies: dict[str, BypassPolicy] = field(default_factory=dict)
     mesh: MeshSettings = DEFAULT_MESH
     all_mesh_policies: bool = False
@@ -148,7 +149,7 @@ class NodeView:
 
     def policy_set(self) -> PolicySet:
         """All policies as one value."""
-        return PolicySet.of_parsed(self.policies.values(), self.mesh)
+        return self.policies.policies(self.mesh)
 
     def bypass_policies_at(self, now: datetime) -> BypassPolicies:
         """Every BypassPolicy that selects an endpoint here, as it is to be read at that time."""
@@ -171,7 +172,7 @@ class NodeView:
         if is_bypass_policy(document):
             self.bypass_policies[name] = parse_bypass_policy(document)
         else:
-            self.policies[name] = self._compact(parse(document))
+            self.policies.put(name, self._compact(parse(document)))
 
     def _put_address(self, name: str, message: Any, reader: HolderReader) -> bytes:
         held = reader.read(message)
@@ -185,7 +186,7 @@ class NodeView:
         if type_url == xds.ENDPOINT:
             self.pods.pop(name, None)
         elif type_url == xds.POLICY:
-            self.policies.pop(name, None)
+            self.policies.put(name, None)
             self.bypass_policies.pop(name, None)
         elif type_url == xds.SERVICE:
             self.services.put(name, None)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import reduce
 from itertools import chain
+from operator import or_
 from typing import Final, NamedTuple
 
 from meshbridge import abi
@@ -228,6 +231,61 @@ def differing(one: PackedSet, other: PackedSet, identities: Iterable[int]) -> se
     if _outcomes(one) != _outcomes(other) or left.get(_ANY_IDENTITY) != right.get(_ANY_IDENTITY):
         return set(identities)
     return {identity for identity in identities if left.get(identity) != right.get(identity)}
+
+
+def with_peers(base: PackedSet, towards: PackedSet, added: Set[int], replaced: Set[int]) -> PackedSet:
+    """What ``base`` says, but of some peers what ``towards`` says; ``base`` itself where that is the same.
+
+    Of anyone, and of whoever no entry names, both say the same.
+
+    Args:
+        added: peers of which ``base`` says nothing.
+        replaced: peers of which it may.
+    """
+    held = {entry for entry in _split(base.entries) if _identity(entry) in replaced} if replaced else set()
+    wanted = {entry for entry in _split(towards.entries) if _identity(entry) in added | replaced}
+    if held == wanted:
+        return base
+    if held <= wanted:
+        entries = _inserted(base.entries, sorted(wanted - held))
+        used = [_prefixes_of(wanted), [_Prefixes(layer.prefixes, layer.any_prefixes) for layer in base.layers()]]
+    else:
+        entries = b"".join(sorted([*(entry for entry in _split(base.entries) if entry not in held), *wanted]))
+        used = [_prefixes_of(_split(entries))]
+    layers = (
+        layer._replace(
+            prefixes=reduce(or_, (prefixes.one_peer for prefixes in found)),
+            any_prefixes=reduce(or_, (prefixes.any_peer for prefixes in found)),
+        )
+        for layer, *found in zip(base.layers(), *used, strict=True)
+    )
+    return PackedSet(b"".join(_DEFAULT.pack(*layer) for layer in layers), entries)
+
+
+def _inserted(entries: bytes, added: Sequence[bytes]) -> bytes:
+    """Sorted entries with others, sorted too."""
+    parts = []
+    start = 0
+    for entry in added:
+        places = range(start, len(entries), ENTRY_BYTES)
+        end = start + ENTRY_BYTES * bisect_left(places, entry, key=lambda at: entries[at : at + ENTRY_BYTES])
+        parts += [entries[start:end], entry]
+        start = end
+    return b"".join([*parts, entries[start:]])
+
+
+def _split(entries: bytes) -> Iterator[bytes]:
+    return (entries[start : start + ENTRY_BYTES] for start in range(0, len(entries), ENTRY_BYTES))
+
+
+def _identity(entry: bytes) -> int:
+    identity: int = KEY.unpack_from(entry)[0] & 0xFFFFFFFF
+    return identity
+
+
+def _prefixes_of(entries: Iterable[bytes]) -> tuple[_Prefixes, _Prefixes]:
+    keys = (EntryKey.unpacked(KEY.unpack_from(entry)[0]) for entry in entries)
+    return _prefixes((key.identity, key.layer, key.prefix) for key in keys)
 
 
 def overlay(base: PackedSet, answers: Mapping[int, tuple[PackedSet, int]], *, admits_host: bool = False) -> PackedSet:

@@ -68,9 +68,15 @@ class Compiler:
         self._maps: dict[object, tuple[MeshLayer, PolicyMap]] = {}
         self._mesh = MeshCompiler(self.index)
 
-    def endpoint(self, workload: Workload, policies: PolicySet, capture: Capture) -> EndpointPolicy:
-        """The maps of one endpoint, for each direction and address family."""
-        selected = policies.selecting(workload)
+    def endpoint(
+        self, workload: Workload, policies: PolicySet, capture: Capture, selected: PolicySet | None = None
+    ) -> EndpointPolicy:
+        """The maps of one endpoint, for each direction and address family.
+
+        Args:
+            selected: those of ``policies`` that select it, where they are known.
+        """
+        selected = policies.selecting(workload) if selected is None else selected
         return EndpointPolicy(
             {
                 (direction, family): self.map(workload, policies, selected, capture, direction, family)

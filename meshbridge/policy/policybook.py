@@ -18,7 +18,7 @@ _AT_ONCE: Final = 16
 """With more than one object in so many changed, all are put together anew: that is cheaper then."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PolicyBook(Mapping[str, Parsed]):
     """Parsed objects by name. ``policies`` is what ``PolicySet.of_parsed`` makes of them, whatever came before."""
 
@@ -68,6 +68,10 @@ class PolicyBook(Mapping[str, Parsed]):
         self._policies = known
         self._gone.clear()
         return known
+
+    def among(self, parsed: Iterable[Parsed], mesh: MeshSettings = DEFAULT_MESH) -> PolicySet:
+        """Some objects that are or were here, with their rules as they mean it among all others."""
+        return PolicySet.of_resolved(list(parsed), self._resolver, mesh, ())
 
     def _anew(self, mesh: MeshSettings) -> PolicySet:
         every = list(self._parsed.values())

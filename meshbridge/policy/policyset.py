@@ -196,9 +196,20 @@ class PolicySet:
 
     def concerns(self, workload: Workload | Peer) -> bool:
         """Whether any of these policies selects it, or was refused and may select it."""
-        found = self.selecting(workload)
-        of_mesh = found.authorization or found.peer_authentication or found.request_authentication
-        return bool(found.network or of_mesh or found.refusals)
+        if isinstance(workload, Workload) and workload.host_network:
+            return False
+        peer = workload.peer() if isinstance(workload, Workload) else workload
+        index, anchors = self._index, anchors_at(peer)
+        of_mesh: list[AuthorizationPolicy | RequestAuthentication] = [
+            *index.authorization.at(anchors),
+            *index.request_authentication.at(anchors),
+        ]
+        return (
+            any(rule.subject.matches(peer) for rule in index.network.at(anchors))
+            or any(selects(policy, peer, self.mesh) for policy in of_mesh)
+            or bool(index.peer_authentication.at(anchors))
+            or any(self._may_select(refusal, peer) for refusal in index.refusals.at(anchors))
+        )
 
     def anchors(self) -> frozenset[Anchor]:
         """Where everybody stands whom any of these policies may concern."""
