@@ -9,12 +9,14 @@ that are refused).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Final
@@ -34,6 +36,7 @@ from urllib.request import (
 import structlog
 
 from meshbridge.authz import metrics
+from meshbridge.authz.response import header_value
 from meshbridge.errors import MeshBridgeError
 from meshbridge.policy.mesh import KeySource
 
@@ -209,24 +212,34 @@ def _object(text: str) -> Mapping[str, Any]:
 
 
 def _get(uri: str, deadline_s: float) -> str:
+    if urlsplit(uri).scheme not in ("http", "https"):
+        raise KeySetError("its address is neither http nor https")
     parts: list[bytes] = []
     size = 0
+    connections = _Connections(deadline_s)
+    end = threading.Timer(_left(deadline_s), connections.shut)
+    end.daemon = True
+    end.start()
     try:
         request = Request(uri, headers={"accept": "application/json", "user-agent": "meshbridge"})
-        with _opener().open(request, timeout=_left(deadline_s)) as response:
+        with _opener(connections).open(request, timeout=_left(deadline_s)) as response:
             while chunk := response.read1(_CHUNK):
                 size += len(chunk)
                 if size > MAX_BYTES:
                     raise KeySetError(f"it is larger than {MAX_BYTES} bytes")
                 parts.append(chunk)
-                _left(deadline_s)
+        _left(deadline_s)
         return b"".join(parts).decode()
     except UnicodeDecodeError:
         raise KeySetError("what is there is no text") from None
     except URLError as error:
-        raise KeySetError(f"its server does not give it: {error.reason}") from None
+        raise KeySetError(f"its server does not give it: {header_value(str(error.reason))}") from None
     except (OSError, HTTPException, ValueError) as error:
+        _left(deadline_s)
         raise KeySetError(f"its server does not give it: {type(error).__name__}") from None
+    finally:
+        end.cancel()
+        connections.close()
 
 
 def _left(deadline_s: float) -> float:
@@ -236,11 +249,50 @@ def _left(deadline_s: float) -> float:
     return left_s
 
 
-def _opener() -> OpenerDirector:
+class _Connections:
+    """The connections of one fetch. A socket's timeout is one of every read, so at the end of the time they are shut:
+    a server that sends a byte now and then would hold us for ever."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline_s = deadline_s
+        self._made: list[socket.socket] = []
+
+    def make(self, address: tuple[str, int], *_: object) -> socket.socket:
+        """A connection to the first of a name's addresses that may be one of a key server."""
+        failure: OSError = OSError("the name has no address")
+        for family, kind, protocol, _name, resolved in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            if _is_forbidden(str(resolved[0])):
+                failure = OSError("its address is link-local or a cloud's metadata service")
+                continue
+            made = socket.socket(family, kind, protocol)
+            try:
+                made.settimeout(_left(self._deadline_s))
+                made.connect(resolved)
+            except OSError as error:
+                made.close()
+                failure = error
+            else:
+                self._made.append(made.dup())  # TLS takes the socket itself away
+                _left(self._deadline_s)  # else shut() may have come too early for it
+                return made
+        raise failure
+
+    def shut(self) -> None:
+        """Have whoever reads or writes find an end."""
+        for made in self._made:
+            with contextlib.suppress(OSError):
+                made.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for made in self._made:
+            made.close()
+
+
+def _opener(connections: _Connections) -> OpenerDirector:
     """HTTP and HTTPS only, a few redirects, no proxy of the environment, and no address that is never a key server."""
     opener = OpenerDirector()
     handlers: list[BaseHandler] = [
-        _Http(), _Https(), _Redirects(), HTTPErrorProcessor(), HTTPDefaultErrorHandler(),
+        _Http(connections), _Https(connections), _Redirects(), HTTPErrorProcessor(), HTTPDefaultErrorHandler(),
     ]  # fmt: skip
     for handler in handlers:
         opener.add_handler(handler)
@@ -253,25 +305,8 @@ class _Redirects(HTTPRedirectHandler):
     def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
         if req.full_url.startswith("https://") and not newurl.startswith("https://"):
             raise URLError("it redirects to a server without TLS")
+        fp.close()  # the library would read all of it
         return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _connect(address: tuple[str, int], timeout: float, source_address: tuple[str, int] | None = None) -> socket.socket:
-    """A connection to the first of a name's addresses that may be one of a key server."""
-    failure: OSError = OSError("the name has no address")
-    for family, kind, protocol, _, resolved in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-        if _is_forbidden(str(resolved[0])):
-            failure = OSError("its address is link-local or a cloud's metadata service")
-            continue
-        made = socket.socket(family, kind, protocol)
-        try:
-            made.settimeout(timeout)
-            made.connect(resolved)
-            return made
-        except OSError as error:
-            made.close()
-            failure = error
-    raise failure
 
 
 def _is_forbidden(text: str) -> bool:
@@ -282,28 +317,36 @@ def _is_forbidden(text: str) -> bool:
 
 
 class _HttpConnection(HTTPConnection):
-    def __init__(self, *args: Any, **more: Any) -> None:
+    def __init__(self, connections: _Connections, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._create_connection = _connect
+        self._create_connection = connections.make
 
 
 class _HttpsConnection(HTTPSConnection):
-    def __init__(self, *args: Any, **more: Any) -> None:
+    def __init__(self, connections: _Connections, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
-        self._create_connection = _connect
+        self._create_connection = connections.make
 
 
 class _Http(HTTPHandler):
+    def __init__(self, connections: _Connections) -> None:
+        super().__init__()
+        self._connections = connections
+
     def http_open(self, req: Request) -> Any:
-        return self.do_open(_HttpConnection, req)
+        return self.do_open(partial(_HttpConnection, self._connections), req)
 
 
 class _Https(HTTPSHandler):
+    def __init__(self, connections: _Connections) -> None:
+        super().__init__()
+        self._connections = connections
+
     def https_open(self, req: Request) -> Any:
-        return self.do_open(_HttpsConnection, req)
+        return self.do_open(partial(_HttpsConnection, self._connections), req)
 
 
 def _server(uri: str) -> str:
     """Where an address points, without what may be secret in it."""
     parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -251,9 +251,82 @@ def test_an_issuer_says_where_its_keys_are() -> None:
             fetched(base, "/nowhere", discovers=True)
 
 
+@pytest.mark.parametrize("address", ["httpx://keys.example/set", "http:", "http://keys.example:99999/set", 7])
+def test_an_issuer_that_says_nonsense_is_one_that_gives_no_keys(address: object) -> None:
+    pages: Pages = {"/": (200, {}, json.dumps({"jwks_uri": address}).encode())}
+    with server(pages) as base, pytest.raises(KeySetError):
+        fetched(base, "/", discovers=True)
+
+
+def test_an_address_that_nobody_can_ask_keeps_no_other_from_being_asked() -> None:
+    nobody = JwtRule("http://keys.example:99999", ORIGIN).key_source
+    assert nobody is not None
+    with server(PAGES) as base:
+        good = KeySource(f"{base}/set", False, 5.0)
+        key_sets = KeySets(lambda: [nobody, good])
+        key_sets.refresh()
+        assert key_sets.text(good) == OLD
+
+
+def test_what_a_server_says_of_itself_is_told_short_and_printable() -> None:
+    status = b"HTTP/1.1 500 \x1b[31m" + b"x" * 5000 + b"\r\n\r\n"
+    with trickling(status, b" ") as base, pytest.raises(KeySetError) as error:
+        fetched(base, "/set")
+    assert len(error.value.what) < 600
+    assert error.value.what.isprintable()
+
+
 def test_a_server_that_is_slow_does_not_hold_us_longer_than_the_rule_says() -> None:
     with pytest.raises(KeySetError), _silent() as base:
         fetched(base, "/set", timeout_s=0.2)
+
+
+@contextmanager
+def trickling(beginning: bytes, drop: bytes) -> Iterator[str]:
+    """A server that answers with ``beginning`` and then with ``drop`` again and again, until it is hung up on."""
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as held:
+
+        def serve() -> None:
+            client, _ = held.accept()
+            with client, suppress(OSError):
+                client.sendall(beginning)
+                while not ended.wait(0 if len(drop) > 1 else 0.05):
+                    client.sendall(drop)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{held.getsockname()[1]}"
+        finally:
+            ended.set()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("beginning", "drop"),
+    [
+        (b"HTTP/1.1 200 OK\r\nx-long: ", b"x"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+        (b"HTTP/1.1 302 Found\r\nlocation: /set\r\n\r\n", b"x" * 65536),
+    ],
+    ids=["a header without end", "a body without end", "a redirect with a body without end"],
+)
+def test_a_server_that_never_ends_does_not_hold_us_longer_than_the_rule_says(beginning: bytes, drop: bytes) -> None:
+    found: list[BaseException] = []
+
+    def fetch() -> None:
+        try:
+            fetched(base, "/set", timeout_s=0.3)
+        except KeySetError as error:
+            found.append(error)
+
+    with trickling(beginning, drop) as base:
+        thread = threading.Thread(target=fetch, daemon=True)
+        thread.start()
+        thread.join(3)
+        assert not thread.is_alive()
+    assert found
 
 
 @contextmanager
