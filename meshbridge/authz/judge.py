@@ -15,7 +15,7 @@ from meshbridge.authz import metrics
 from meshbridge.authz.answer import UNAUTHORIZED, UNAVAILABLE, Answer, Reason, refuse
 from meshbridge.authz.binding import Binding, compare
 from meshbridge.authz.keysets import KeySets
-from meshbridge.authz.outputs import outputs_of
+from meshbridge.authz.outputs import Headers, outputs_of
 from meshbridge.authz.request import Check, HttpRequest, UnusableCheckError, decode_check, forwarded_for
 from meshbridge.authz.response import encode_answer
 from meshbridge.authz.tokens import BadToken, TokenVerifier, Verified
@@ -121,10 +121,15 @@ class Judge:
         judge = view.judge_of(workload)
         token = self._token(check, judge.jwt_rules)
         claims = token.claims if isinstance(token, Verified) else token
+        sets: Headers = ()
+        removes: tuple[str, ...] = ()
+        if check.claims is None and check.http is not None:
+            sets, removes = outputs_of(judge.jwt_rules, token if isinstance(token, Verified) else None)
+            # As jwt_authn does before Istio judges: what a client writes where claims go counts for nothing.
+            check = replace(check, http=_rewritten(check.http, sets, removes))
         answer = _answer_of(judge.decide(_request_of(check, claims, view.source_at(check.source))))
         if not answer.allowed or not check.owns_tokens:
             return answer
-        sets, removes = outputs_of(judge.jwt_rules, token if isinstance(token, Verified) else None)
         return replace(answer, sets=sets, removes=removes)
 
     def _destination(self, view: NodeView, address: IpAddress) -> tuple[NodeView, Workload | None]:
@@ -148,6 +153,16 @@ class Judge:
         if check.claims is not None or check.http is None or not rules:
             return check.claims
         return self._tokens.token_of(rules, check.http.headers, check.http.path)
+
+
+def _rewritten(http: HttpRequest, sets: Headers, removes: Sequence[str]) -> HttpRequest:
+    """The request with these headers set and those removed."""
+    if not sets and not removes:
+        return http
+    gone = {*dict(sets), *removes}
+    kept = {name: value for name, value in http.headers.items() if name not in gone}
+    repeated = {name: values for name, values in http.repeated.items() if name not in gone}
+    return replace(http, headers=kept | dict(sets), repeated=repeated)
 
 
 def _request_of(check: Check, token: Claims | BadToken | None, peer: Peer) -> Request:

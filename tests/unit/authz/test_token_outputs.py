@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -82,15 +84,22 @@ spec:
 """
 
 
-def answer(text: str | None, *, fetched: bool = True, owns: bool = True) -> CheckResponse:
+def answer(
+    text: str | None,
+    *,
+    fetched: bool = True,
+    owns: bool = True,
+    policies: str = POLICIES,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> CheckResponse:
     current = CurrentView()
-    current.set(builder(POLICIES).view(1))
+    current.set(builder(policies).view(1))
     view = current.get()
     assert view is not None
     key_sets = KeySets(lambda: view.key_sources, lambda _: json.dumps({"keys": [jwk(EC_KEY, "a")]}))
     if fetched:
         key_sets.refresh()
-    headers = {"authorization": f"Bearer {text}"} if text else {}
+    headers = {**headers, "authorization": f"Bearer {text}"} if text else dict(headers)
     asked = CheckRequest.FromString(request(headers=headers))
     if owns:
         asked.attributes.context_extensions[OWNS_TOKENS] = OWNED
@@ -106,6 +115,28 @@ def test_a_token_of_fetched_keys_is_verified_and_its_claims_forwarded() -> None:
     assert found.status.code == 0
     assert [(option.header.key, option.header.value) for option in found.ok_response.headers] == [("x-sub", "me")]
     assert list(found.ok_response.headers_to_remove) == ["authorization"]
+
+
+BY_HEADER = POLICIES.replace(
+    'from: [{source: {requestPrincipals: ["*"]}}]', 'when: [{key: "request.headers[x-sub]", values: [admin, me]}]'
+)
+
+
+@pytest.mark.parametrize(
+    ("subject", "written", "passes"),
+    [(None, "admin", False), ("me", None, True), ("me", "admin", True), ("nobody", "admin", False)],
+)
+@pytest.mark.parametrize("owns", [True, False], ids=["ours alone", "jwt_authn stands behind us"])
+def test_policies_see_the_headers_that_tokens_fill_and_not_what_the_client_wrote_there(
+    subject: str | None, written: str | None, passes: bool, owns: bool
+) -> None:
+    found = answer(
+        valid(sub=subject) if subject else None,
+        owns=owns,
+        policies=BY_HEADER,
+        headers={"x-sub": written} if written else {},
+    )
+    assert (found.status.code == 0) is passes
 
 
 def test_a_token_whose_keys_are_not_there_is_refused_with_401_and_said_why() -> None:
