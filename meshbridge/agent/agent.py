@@ -141,6 +141,8 @@ class Agent:
         self.published = published
         if published.exclusions is not None:
             self._client.report(published.exclusions)
+        for event in published.events:
+            self._ring.add(event)
         self._changed.set()
         self._changed = asyncio.Event()
         if self._node.failed:

@@ -15,6 +15,7 @@ from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.findings import Finding, FindingCode
 from meshbridge.bypass.findings import Severity as FindingSeverity
+from meshbridge.bypass.ghosts import GhostBypass, ghost_bypasses
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.bypass.sets import IntSet
 from meshbridge.bypass.state import CaptureState, capture_of
@@ -68,7 +69,8 @@ class Captured:
     """How a pod's TCP reaches Envoy by the redirect rules that were seen, and in ``notes`` what is wrong with those.
 
     ``excluded`` are the ports that past all doubt reach it past Envoy: its specification asks for it, and the rules do.
-    ``fault``: why nothing is known of it. ``state`` is what all of it was made of, None without a sidecar.
+    ``ghosts`` are ports that do so although nobody asked for it. ``fault``: why nothing is known of it. ``state``: what
+    all of it was made of, None without a sidecar.
     """
 
     capture: Capture
@@ -76,6 +78,7 @@ class Captured:
     excluded: tuple[TcpPorts, ...] = ()
     fault: str = ""
     state: CaptureState | None = None
+    ghosts: tuple[GhostBypass, ...] = ()
 
 
 @dataclass(slots=True)
@@ -117,6 +120,13 @@ class Compilation:
         """The ports on which these pods' Envoys are passed by for sure, by UID."""
         found = {uid: self._of(uid, pod.workload, seen.get(uid)).excluded for uid, pod in pods.items() if not pod.fault}
         return {uid: excluded for uid, excluded in found.items() if excluded}
+
+    def ghosts(
+        self, pods: Mapping[str, LocalPod], seen: Mapping[str, SeenRules]
+    ) -> dict[str, tuple[Workload, tuple[GhostBypass, ...]]]:
+        """What of these pods bypasses their Envoys although nobody asked for it, by UID."""
+        found = {uid: (pod.workload, self._of(uid, pod.workload, seen.get(uid)).ghosts) for uid, pod in pods.items()}
+        return {uid: held for uid, held in found.items() if held[1]}
 
     def _of(self, uid: str, workload: Workload, seen: SeenRules | None) -> Captured:
         held = self._captured.get(uid)
@@ -232,7 +242,8 @@ class CaptureCache:
             state = capture_state(asked, seen=seen)
             notes = tuple(map(_note, filter(_is_wrong, state.findings)))
             excluded = _settled(state) if seen is not None else ()
-            found = Captured(capture_of(state, judges=_JUDGES), notes, excluded, state=state)
+            capture = capture_of(state, judges=_JUDGES)
+            found = Captured(capture, notes, excluded, state=state, ghosts=ghost_bypasses(state))
             self._known[key] = found
         return found
 

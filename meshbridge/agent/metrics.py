@@ -134,6 +134,10 @@ def _families(source: MetricsSource) -> Iterator[Family]:
     ready = len([state for state in published.endpoints if state.state == READY])
     by_state = [({"state": "ready"}, ready), ({"state": "not-ready"}, len(published.endpoints) - ready)]
     yield Family("meshbridge_endpoints", "gauge", "Pod interfaces by state.", by_state)
+    ghosts = [({"direction": d.name.lower()}, float(count)) for d, count in published.ghosts.items()]
+    yield Family("meshbridge_ghost_bypasses", "gauge", "Pods with a bypass that nobody asked for.", ghosts)
+    found: list[tuple[Mapping[str, str], float]] = [({}, published.ghosts_found)]
+    yield Family("meshbridge_ghost_bypasses_found_total", "counter", "Ghost bypasses found.", found)
     for name, text, value in (
         ("controller_connected", "1 while the controller answers.", int(source.connected)),
         ("revision_received", "Newest revision received.", source.revision_received),

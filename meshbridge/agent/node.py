@@ -19,6 +19,7 @@ from meshbridge import abi
 from meshbridge.agent.compilation import Compilation
 from meshbridge.agent.endpoints import UNKNOWN_POD, Endpoints, Hooked, find_interfaces, sources_of
 from meshbridge.agent.enforcer import Enforcer
+from meshbridge.agent.ghosts import Ghosts
 from meshbridge.agent.identities import PeerNumbers
 from meshbridge.agent.names import Names, labels_of
 from meshbridge.agent.redirects import Seen
@@ -29,6 +30,7 @@ from meshbridge.datapath.policysets import RuleIds
 from meshbridge.datapath.reconcile import DesiredEndpoint, DesiredState
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, ProxyClass
+from meshbridge.observe.flow import Flow
 from meshbridge.observe.messages import rule_messages
 from meshbridge.policy.model import Direction
 from meshbridge.policy.policyset import PolicySet
@@ -73,6 +75,11 @@ class Published:
     durations: Durations = Durations()
     exclusions: Exclusions | None = None
     """Where these pods' Envoys are passed by, once that is in force; None: not known yet."""
+    ghosts: Mapping[Direction, int] = field(default_factory=dict)
+    """How many pods have a ghost bypass."""
+    ghosts_found: int = 0
+    events: tuple[Flow, ...] = ()
+    """What this step noticed; to be told once."""
     sidecars: Mapping[str, tuple[Link, ...]] = field(default_factory=dict)
     """The node's ends of the veths of pods with a sidecar, by UID: where redirect rules are to be looked for."""
 
@@ -96,9 +103,13 @@ class Node:
     _policy_networks: frozenset[IpNetwork] = frozenset()
     _peers: PeerNumbers = field(default_factory=PeerNumbers)
     _compilation: Compilation = field(default_factory=lambda: Compilation(RuleIds()))
+    _ghosts: Ghosts = field(init=False)
     _informed: bool = False
     _pending: Changes = field(default_factory=lambda: Changes(everything=True))
     _fault: str = ""
+
+    def __post_init__(self) -> None:
+        self._ghosts = Ghosts(self.name)
 
     def start(self) -> None:
         """Take over what an earlier agent left: nothing changes until the first revision is there."""
@@ -314,6 +325,8 @@ class Node:
     # What is told
 
     def _publish(self, durations: Durations) -> None:
+        ghosts = self._compilation.ghosts(self._hooked_pods(), self._seen.rules)
+        events = self._ghosts.update(ghosts, time.time_ns())
         states = tuple(self._states())
         applied = self._informed and not self._view.unusable and not self._fault
         self.published = Published(
@@ -328,6 +341,9 @@ class Node:
             exclusions=self._compilation.exclusions(self._hooked_pods(), self._seen.rules)
             if applied
             else self.published.exclusions,
+            ghosts={direction: self._ghosts.pods(direction) for direction in Direction},
+            ghosts_found=self._ghosts.found,
+            events=tuple(events),
             sidecars=self._sidecars(),
         )
         self.publish(self.published)
@@ -385,6 +401,8 @@ class Node:
             refused = sorted(map(str, frozenset(pod.extra_addresses) - sources_of(pod, self._is_held)))
             notes += [f"it may not send from {', '.join(refused)}, which others hold"] if refused else []
             state.state, state.message = "ready", "; ".join(notes)
+            if (condition := self._ghosts.condition(hooked.uid)) is not None:
+                state.conditions.append(condition)
             for direction, enforced, policies in (
                 (Direction.INGRESS, "ingress_enforced", state.ingress_policies),
                 (Direction.EGRESS, "egress_enforced", state.egress_policies),

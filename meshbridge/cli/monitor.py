@@ -15,7 +15,7 @@ from meshbridge.observe.flow import Flow, FlowKind
 from meshbridge.observe.monitor import monitor_lines
 from meshbridge.observe.printers import json_line
 
-_KINDS = {"drop": FlowKind.DROP, "policy-verdict": FlowKind.VERDICT, "trace": FlowKind.TRACE}
+_KINDS = {"drop": FlowKind.DROP, "policy-verdict": FlowKind.VERDICT, "trace": FlowKind.TRACE, "agent": FlowKind.AGENT}
 
 
 @click.command(name="monitor", context_settings={"help_option_names": ["-h", "--help"]})

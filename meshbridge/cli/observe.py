@@ -31,7 +31,7 @@ _COLOURS = {
     "FORWARDED": "green",
     "ALLOWED": "green",
 }
-_KINDS = {"drop": FlowKind.DROP, "policy-verdict": FlowKind.VERDICT, "trace": FlowKind.TRACE}
+_KINDS = {"drop": FlowKind.DROP, "policy-verdict": FlowKind.VERDICT, "trace": FlowKind.TRACE, "agent": FlowKind.AGENT}
 
 
 @click.command(name="observe", context_settings={"help_option_names": ["-h", "--help"]})

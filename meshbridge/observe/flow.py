@@ -19,22 +19,24 @@ RESERVED_IDENTITIES = {
 
 
 class FlowKind(StrEnum):
-    """What made the kernel report it."""
+    """What made the kernel report it; AGENT: nothing of the kernel's, the agent noticed it by itself."""
 
     DROP = "drop"
     VERDICT = "verdict"
     TRACE = "trace"
     LOST = "lost"
+    AGENT = "agent"
 
 
 class FlowVerdict(StrEnum):
-    """What became of the packet; ALLOWED and DENIED are policy's word on a new flow."""
+    """What became of the packet; ALLOWED and DENIED are policy's word on a new flow, NONE: there is no packet."""
 
     FORWARDED = "FORWARDED"
     DROPPED = "DROPPED"
     AUDIT = "AUDIT"
     ALLOWED = "ALLOWED"
     DENIED = "DENIED"
+    NONE = "NONE"
 
 
 class MatchType(IntEnum):
@@ -77,8 +79,19 @@ class FlowPeer:
 
 
 @dataclass(frozen=True, slots=True)
+class AgentEvent:
+    """Something the agent noticed: its stable name, and what there is to know of it, in the order it is shown."""
+
+    name: str
+    details: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Flow:
-    """One event of the kernel, resolved. ``reply`` is None where the kernel could not tell (every drop)."""
+    """One event of the kernel, resolved. ``reply`` is None where the kernel could not tell (every drop).
+
+    ``agent`` is set where it is none of the kernel's; the pod that it is about is then the destination.
+    """
 
     time_ns: int
     node: str
@@ -108,6 +121,7 @@ class Flow:
     lost_by: LostBy | None = None
     rejudged: bool = False
     audit: bool = False
+    agent: AgentEvent | None = None
 
     @property
     def rules(self) -> tuple[Origin, ...]:

@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv6Address
 from meshbridge.identity.model import IpAddress
 from meshbridge.observe.flow import (
     PROTOCOL_NUMBERS,
+    AgentEvent,
     Flow,
     FlowKind,
     FlowPeer,
@@ -68,6 +69,9 @@ def encode_flow(flow: Flow) -> bytes:
         ifindex=flow.ifindex,
         ethertype=flow.ethertype,
     )
+    if flow.agent is not None:
+        details = [pb.Detail(key=key, value=value) for key, value in flow.agent.details]
+        message.agent.CopyFrom(pb.AgentEvent(name=flow.agent.name, details=details))
     return message.SerializeToString()
 
 
@@ -103,6 +107,7 @@ def decode_flow(message: pb.Flow) -> Flow:
         lost_by=_LOST_BY.get(message.lost_by),
         rejudged=message.rejudged,
         audit=message.audit,
+        agent=_agent_event(message.agent) if message.HasField("agent") else None,
     )
 
 
@@ -152,6 +157,10 @@ def _peer(message: pb.Peer, packed: bytes, port: int) -> FlowPeer:
         entities=tuple(message.entities),
         labels=tuple(message.labels),
     )
+
+
+def _agent_event(message: pb.AgentEvent) -> AgentEvent:
+    return AgentEvent(message.name, tuple((detail.key, detail.value) for detail in message.details))
 
 
 def _protocol(name: str) -> int:

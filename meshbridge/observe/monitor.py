@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 
 from meshbridge.observe.flow import Flow, FlowKind, FlowVerdict
-from meshbridge.observe.names import icmp_name, identity_name, tcp_flag_names
+from meshbridge.observe.names import agent_event_text, icmp_name, identity_name, tcp_flag_names
 from meshbridge.observe.reasons import drop_reason
 from meshbridge.observe.text import printable
 from meshbridge.policy.model import Direction, Layer, Origin
@@ -19,6 +19,8 @@ def monitor_lines(flow: Flow, *, verbose: bool = False) -> list[str]:
     """The event's line, then the lines that explain it."""
     if flow.kind is FlowKind.LOST:
         return [f"CPU events lost: {flow.lost} ({flow.lost_by or 'unknown'})"]
+    if flow.kind is FlowKind.AGENT:
+        return [f">> {printable(flow.agent.name if flow.agent else 'agent')}: {agent_event_text(flow)}"]
     line = {FlowKind.DROP: _drop, FlowKind.VERDICT: _verdict, FlowKind.TRACE: _trace}[flow.kind](flow)
     return [line, *(f"    {text}" for text in explanation(flow))] if verbose else [line]
 

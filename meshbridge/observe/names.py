@@ -51,6 +51,12 @@ def peer_with_identity(flow: Flow, peer: FlowPeer) -> str:
     return f"{peer_with_port(flow, peer)} ({reserved or f'ID:{peer.identity}'})"
 
 
+def agent_event_text(flow: Flow) -> str:
+    """``pod finance/reports: direction ingress, ports 9000``: what the agent noticed, after its name."""
+    details = flow.agent.details if flow.agent is not None else ()
+    return printable(f"pod {peer_name(flow.destination)}: {', '.join(f'{key} {value}' for key, value in details)}")
+
+
 def flow_type(flow: Flow) -> str:
     """Hubble's TYPE: the drop's reason, ``policy-verdict:L3-L4 INGRESS``, or where a forwarded packet went."""
     if flow.kind is FlowKind.DROP:

@@ -11,11 +11,13 @@ from typing import Any
 
 from meshbridge.observe.flow import Flow, FlowKind, FlowPeer, FlowVerdict
 from meshbridge.observe.names import (
+    agent_event_text,
     arrow,
     flow_summary,
     flow_type,
     flow_verdict,
     icmp_name,
+    peer_name,
     peer_with_identity,
     peer_with_port,
     sides,
@@ -56,6 +58,8 @@ def compact_line(flow: Flow, *, zone: tzinfo | None = None, with_node: bool = Fa
     head = timestamp(flow.time_ns, zone) + (f" [{printable(flow.node)}]" if with_node else "")
     if flow.kind is FlowKind.LOST:
         return f"{head}: {_lost_text(flow)}"
+    if flow.kind is FlowKind.AGENT:
+        return f"{head}: {_agent_name(flow)} {agent_event_text(flow)}"
     left, right = sides(flow)
     verdict = flow_verdict(flow)
     return (
@@ -87,6 +91,8 @@ class Table:
         when = timestamp(flow.time_ns, self.zone)
         if flow.kind is FlowKind.LOST:
             return (when, "", "", "EVENTS LOST", "", _lost_text(flow))
+        if flow.kind is FlowKind.AGENT:
+            return (when, "", peer_name(flow.destination), _agent_name(flow), "", agent_event_text(flow))
         left, right = sides(flow)
         return (when, peer_with_port(flow, left), peer_with_port(flow, right), flow_type(flow), flow_verdict(flow),
                 flow_summary(flow))  # fmt: skip
@@ -104,6 +110,10 @@ def json_line(flow: Flow) -> str:
     if flow.kind is FlowKind.LOST:
         lost = {"source": str(flow.lost_by or ""), "num_events_lost": flow.lost}
         return _dump({"lost_events": lost, "node_name": flow.node, "time": time})
+    if flow.kind is FlowKind.AGENT:
+        noticed = {"type": _agent_name(flow), "namespace": flow.destination.namespace, "pod_name": flow.destination.pod}
+        noticed |= dict(flow.agent.details) if flow.agent is not None else {}
+        return _dump({"agent_event": noticed, "node_name": flow.node, "time": time})
     return _dump({"flow": _json_flow(flow, time), "node_name": flow.node, "time": time})
 
 
@@ -184,6 +194,10 @@ def _json_rule(origin: Origin) -> dict[str, Any]:
 def _rules_key(flow: Flow) -> str:
     side = "ingress" if flow.direction is Direction.INGRESS else "egress"
     return f"{side}_{'denied' if flow.reason else 'allowed'}_by"
+
+
+def _agent_name(flow: Flow) -> str:
+    return printable(flow.agent.name) if flow.agent is not None else FlowKind.AGENT.value
 
 
 def _lost_text(flow: Flow) -> str:

@@ -78,6 +78,16 @@ def endpoint_record(node: str, endpoint: pb.EndpointState) -> dict[str, Any]:
         },
         "interface": endpoint.interface,
         "attach_mode": endpoint.attach_mode,
+        "conditions": [
+            {
+                "type": condition.type,
+                "status": condition.status,
+                "reason": condition.reason,
+                "message": condition.message,
+                "since_unix_ns": condition.since_unix_ns,
+            }
+            for condition in endpoint.conditions
+        ],
     }
 
 

@@ -47,7 +47,7 @@ class Rule(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., rule: _Optional[str] = ..., file: _Optional[str] = ..., line: _Optional[int] = ..., tier: _Optional[str] = ...) -> None: ...
 
 class Flow(_message.Message):
-    __slots__ = ("time_unix_ns", "node", "endpoint_id", "direction", "type", "verdict", "reason", "reason_name", "source_address", "destination_address", "source_port", "destination_port", "protocol", "tcp_flags", "icmp_type", "icmp_code", "source", "destination", "layer", "network_verdict", "mesh_verdict", "network_rules", "mesh_rules", "match_type", "is_reply", "packet_bytes", "uid", "lost", "rejudged", "audit", "ifindex", "ethertype", "lost_by")
+    __slots__ = ("time_unix_ns", "node", "endpoint_id", "direction", "type", "verdict", "reason", "reason_name", "source_address", "destination_address", "source_port", "destination_port", "protocol", "tcp_flags", "icmp_type", "icmp_code", "source", "destination", "layer", "network_verdict", "mesh_verdict", "network_rules", "mesh_rules", "match_type", "is_reply", "packet_bytes", "uid", "lost", "rejudged", "audit", "ifindex", "ethertype", "lost_by", "agent")
     TIME_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +81,7 @@ class Flow(_message.Message):
     IFINDEX_FIELD_NUMBER: _ClassVar[int]
     ETHERTYPE_FIELD_NUMBER: _ClassVar[int]
     LOST_BY_FIELD_NUMBER: _ClassVar[int]
+    AGENT_FIELD_NUMBER: _ClassVar[int]
     time_unix_ns: int
     node: str
     endpoint_id: int
@@ -114,7 +115,24 @@ class Flow(_message.Message):
     ifindex: int
     ethertype: int
     lost_by: str
-    def __init__(self, time_unix_ns: _Optional[int] = ..., node: _Optional[str] = ..., endpoint_id: _Optional[int] = ..., direction: _Optional[str] = ..., type: _Optional[str] = ..., verdict: _Optional[str] = ..., reason: _Optional[int] = ..., reason_name: _Optional[str] = ..., source_address: _Optional[bytes] = ..., destination_address: _Optional[bytes] = ..., source_port: _Optional[int] = ..., destination_port: _Optional[int] = ..., protocol: _Optional[str] = ..., tcp_flags: _Optional[int] = ..., icmp_type: _Optional[int] = ..., icmp_code: _Optional[int] = ..., source: _Optional[_Union[Peer, _Mapping]] = ..., destination: _Optional[_Union[Peer, _Mapping]] = ..., layer: _Optional[str] = ..., network_verdict: _Optional[str] = ..., mesh_verdict: _Optional[str] = ..., network_rules: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., mesh_rules: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., match_type: _Optional[str] = ..., is_reply: _Optional[int] = ..., packet_bytes: _Optional[int] = ..., uid: _Optional[int] = ..., lost: _Optional[int] = ..., rejudged: _Optional[bool] = ..., audit: _Optional[bool] = ..., ifindex: _Optional[int] = ..., ethertype: _Optional[int] = ..., lost_by: _Optional[str] = ...) -> None: ...
+    agent: AgentEvent
+    def __init__(self, time_unix_ns: _Optional[int] = ..., node: _Optional[str] = ..., endpoint_id: _Optional[int] = ..., direction: _Optional[str] = ..., type: _Optional[str] = ..., verdict: _Optional[str] = ..., reason: _Optional[int] = ..., reason_name: _Optional[str] = ..., source_address: _Optional[bytes] = ..., destination_address: _Optional[bytes] = ..., source_port: _Optional[int] = ..., destination_port: _Optional[int] = ..., protocol: _Optional[str] = ..., tcp_flags: _Optional[int] = ..., icmp_type: _Optional[int] = ..., icmp_code: _Optional[int] = ..., source: _Optional[_Union[Peer, _Mapping]] = ..., destination: _Optional[_Union[Peer, _Mapping]] = ..., layer: _Optional[str] = ..., network_verdict: _Optional[str] = ..., mesh_verdict: _Optional[str] = ..., network_rules: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., mesh_rules: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., match_type: _Optional[str] = ..., is_reply: _Optional[int] = ..., packet_bytes: _Optional[int] = ..., uid: _Optional[int] = ..., lost: _Optional[int] = ..., rejudged: _Optional[bool] = ..., audit: _Optional[bool] = ..., ifindex: _Optional[int] = ..., ethertype: _Optional[int] = ..., lost_by: _Optional[str] = ..., agent: _Optional[_Union[AgentEvent, _Mapping]] = ...) -> None: ...
+
+class AgentEvent(_message.Message):
+    __slots__ = ("name", "details")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    details: _containers.RepeatedCompositeFieldContainer[Detail]
+    def __init__(self, name: _Optional[str] = ..., details: _Optional[_Iterable[_Union[Detail, _Mapping]]] = ...) -> None: ...
+
+class Detail(_message.Message):
+    __slots__ = ("key", "value")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    value: str
+    def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class ListEndpointsRequest(_message.Message):
     __slots__ = ()
@@ -127,7 +145,7 @@ class ListEndpointsResponse(_message.Message):
     def __init__(self, endpoints: _Optional[_Iterable[_Union[EndpointState, _Mapping]]] = ...) -> None: ...
 
 class EndpointState(_message.Message):
-    __slots__ = ("id", "namespace", "pod", "uid", "identity", "labels", "addresses", "state", "message", "ingress_enforced", "egress_enforced", "ingress_policies", "egress_policies", "interface", "attach_mode")
+    __slots__ = ("id", "namespace", "pod", "uid", "identity", "labels", "addresses", "state", "message", "ingress_enforced", "egress_enforced", "ingress_policies", "egress_policies", "interface", "attach_mode", "conditions")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     POD_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +161,7 @@ class EndpointState(_message.Message):
     EGRESS_POLICIES_FIELD_NUMBER: _ClassVar[int]
     INTERFACE_FIELD_NUMBER: _ClassVar[int]
     ATTACH_MODE_FIELD_NUMBER: _ClassVar[int]
+    CONDITIONS_FIELD_NUMBER: _ClassVar[int]
     id: int
     namespace: str
     pod: str
@@ -158,7 +177,22 @@ class EndpointState(_message.Message):
     egress_policies: _containers.RepeatedCompositeFieldContainer[Rule]
     interface: str
     attach_mode: str
-    def __init__(self, id: _Optional[int] = ..., namespace: _Optional[str] = ..., pod: _Optional[str] = ..., uid: _Optional[str] = ..., identity: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., addresses: _Optional[_Iterable[bytes]] = ..., state: _Optional[str] = ..., message: _Optional[str] = ..., ingress_enforced: _Optional[bool] = ..., egress_enforced: _Optional[bool] = ..., ingress_policies: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., egress_policies: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., interface: _Optional[str] = ..., attach_mode: _Optional[str] = ...) -> None: ...
+    conditions: _containers.RepeatedCompositeFieldContainer[Condition]
+    def __init__(self, id: _Optional[int] = ..., namespace: _Optional[str] = ..., pod: _Optional[str] = ..., uid: _Optional[str] = ..., identity: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., addresses: _Optional[_Iterable[bytes]] = ..., state: _Optional[str] = ..., message: _Optional[str] = ..., ingress_enforced: _Optional[bool] = ..., egress_enforced: _Optional[bool] = ..., ingress_policies: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., egress_policies: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., interface: _Optional[str] = ..., attach_mode: _Optional[str] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ...) -> None: ...
+
+class Condition(_message.Message):
+    __slots__ = ("type", "status", "reason", "message", "since_unix_ns")
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    SINCE_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
+    type: str
+    status: bool
+    reason: str
+    message: str
+    since_unix_ns: int
+    def __init__(self, type: _Optional[str] = ..., status: _Optional[bool] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., since_unix_ns: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

@@ -10,13 +10,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from meshbridge.agent.metrics import exposition, serve_metrics
 from meshbridge.agent.node import Published
 from meshbridge.errors import SettingsError
+from meshbridge.policy.model import Direction
 from meshbridge.protos import observer_pb2 as pb
 
 
 class Source:
     published = Published(
-        revision=7, endpoints=(pb.EndpointState(state="ready"), pb.EndpointState(state="not-hooked")), problems=("p",)
-    )
+        revision=7, endpoints=(pb.EndpointState(state="ready"), pb.EndpointState(state="not-hooked")), problems=("p",),
+        ghosts={Direction.INGRESS: 2, Direction.EGRESS: 0}, ghosts_found=5,
+    )  # fmt: skip
     connected = True
     revision_received = 8
 
@@ -44,6 +46,8 @@ def test_figures_are_what_the_sources_say() -> None:
     assert found["meshbridge_revision_received", ()] == 8
     assert found["meshbridge_events_lost_total", ()] == 5
     assert found["meshbridge_audited_flows_total", ()] == 3
+    assert found["meshbridge_ghost_bypasses", (("direction", "ingress"),)] == 2
+    assert found["meshbridge_ghost_bypasses_found_total", ()] == 5
     assert found["meshbridge_resident_bytes", ()] > 1e6
 
 

@@ -1,0 +1,48 @@
+"""Ghost bypasses: flows that the specification gives to Envoy, and the rules seen in the pod do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from meshbridge.bypass.sets import IntSet, union
+from meshbridge.bypass.state import CaptureState, Route, Span, Truth
+from meshbridge.identity.model import IpFamily
+from meshbridge.policy.capture import PortClass
+from meshbridge.policy.model import Direction
+
+
+@dataclass(frozen=True, slots=True)
+class GhostBypass:
+    """TCP ports that bypass Envoy by a route that nobody asked for."""
+
+    direction: Direction
+    family: IpFamily
+    ports: IntSet
+    route: Route
+
+    def __str__(self) -> str:
+        family = "IPv4" if self.family is IpFamily.IPV4 else "IPv6"
+        way = "inbound" if self.direction is Direction.INGRESS else "outbound"
+        return f"{way} {family} TCP {self.ports} bypasses Envoy, and nobody asked for it: {self.route}"
+
+
+def ghost_bypasses(state: CaptureState) -> tuple[GhostBypass, ...]:
+    """Those of a pod whose rules were seen; one whose rules were not is closed, and nothing is known of it."""
+    if state.truth is not Truth.RULES:
+        return ()
+    found: list[GhostBypass] = []
+    for family in IpFamily:
+        for direction in Direction:
+            wanted = [s for s in state.of(direction, family, intended=True) if s.port_class is PortClass.CAPTURED]
+            seen = [s for s in state.of(direction, family) if s.port_class is PortClass.EXCLUDED]
+            for route in dict.fromkeys(span.route for span in seen):
+                if ports := _common(wanted, (span for span in seen if span.route == route)):
+                    found.append(GhostBypass(direction, family, ports, route))
+    return tuple(sorted(found, key=lambda ghost: (ghost.direction, ghost.family, ghost.ports.spans)))
+
+
+def _common(wanted: Iterable[Span], seen: Iterable[Span]) -> IntSet:
+    held = list(wanted)
+    boxes = (one.box.both(other.box) for other in seen for one in held)
+    return union(box.port for box in boxes if box is not None)

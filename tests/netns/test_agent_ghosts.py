@@ -1,0 +1,99 @@
+"""A bypass that nobody asked for, on a real node: told, compensated, and told again when it is gone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from agent_harness import NodeHarness, Pod, inside, run
+from click.testing import CliRunner
+from test_agent_capture import ENVOY_PORT, STRICT_AND_A_PATH, eventually, redirect, with_sidecar
+
+from meshbridge.cli import cli
+from meshbridge.observe.flow import Flow, FlowKind
+from meshbridge.protos import observer_pb2 as pb
+
+pytestmark = pytest.mark.root
+
+GHOST_FOUND_S = 10.0
+AUDIT_EVERYTHING = """
+apiVersion: meshbridge.io/v1alpha1
+kind: BypassPolicy
+metadata: {name: all, namespace: shop}
+spec: {mode: audit}
+"""
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[NodeHarness]:
+    harness = NodeHarness(tmp_path, subnet=79)
+    try:
+        harness.open()
+        harness.start_agent()
+        yield harness
+    finally:
+        harness.close()
+
+
+def told(node: NodeHarness) -> list[tuple[str, str, str]]:
+    """Name, family and ports of each of the agent's own events."""
+    found: list[Flow] = [flow for flow in node.flows() if flow.kind is FlowKind.AGENT]
+    details = [(flow.agent.name, dict(flow.agent.details)) for flow in found if flow.agent is not None]
+    return [(name, detail["family"], detail["ports"]) for name, detail in details]
+
+
+def conditions(node: NodeHarness, pod: Pod) -> list[pb.Condition]:
+    return [c for state in node.client.endpoints() if state.pod == pod.workload.name for c in state.conditions]
+
+
+def captured(node: NodeHarness) -> tuple[Pod, Pod]:
+    api, web = with_sidecar(node, "shop", "api"), with_sidecar(node, "shop", "web")
+    redirect(api)
+    redirect(web)
+    node.listen(api, 9090)
+    node.listen(api, ENVOY_PORT)
+    node.apply(STRICT_AND_A_PATH)
+    node.apply(AUDIT_EVERYTHING)
+    node.sync()
+    eventually(lambda: node.reaches(web.netns, api.ipv4, 8080, uid=1337))
+    return api, web
+
+
+def test_a_rule_that_takes_a_port_past_envoy_is_told_and_compensated_even_under_audit(node: NodeHarness) -> None:
+    api, web = captured(node)
+    assert not told(node)
+    assert not conditions(node, api)
+    before = time.time_ns()
+    rule = ["PREROUTING", "-p", "tcp", "--dport", "9090", "-j", "RETURN"]
+    run(*inside(api.netns, "iptables-nft", "-t", "nat", "-I", *rule))
+    eventually(lambda: bool(told(node)), GHOST_FOUND_S)
+    assert told(node) == [("ghost-bypass-found", "ipv4", "9090")]
+    (condition,) = conditions(node, api)
+    assert (condition.type, condition.status, condition.reason) == ("Captured", False, "GhostBypass")
+    assert before < condition.since_unix_ns < time.time_ns()
+    assert "inbound IPv4 TCP 9090" in condition.message
+    assert not conditions(node, web)
+    assert not node.reaches(web.netns, api.ipv4, 9090, uid=1337)
+    shown = CliRunner().invoke(cli, ["monitor", "--type", "agent", "--no-follow", "--socket", str(node.socket)])
+    assert "ghost-bypass-found: pod shop/api" in shown.output
+    listed = CliRunner().invoke(cli, ["endpoint", "list", "-o", "json", "--socket", str(node.socket)])
+    (record,) = [r for r in json.loads(listed.output) if r["pod"] == "api"]
+    assert record["conditions"][0]["reason"] == "GhostBypass"
+    run(*inside(api.netns, "iptables-nft", "-t", "nat", "-D", *rule))
+    eventually(lambda: len(told(node)) == 2, GHOST_FOUND_S)
+    assert told(node)[1] == ("ghost-bypass-gone", "ipv4", "9090")
+    assert not conditions(node, api)
+
+
+def test_rules_that_vanish_and_those_of_another_pod_are_ghosts(node: NodeHarness) -> None:
+    api, web = captured(node)
+    run(*inside(api.netns, "nft", "flush", "ruleset"))
+    eventually(lambda: bool(conditions(node, api)), GHOST_FOUND_S)
+    assert {family for _, family, _ in told(node)} == {"ipv4", "ipv6"}
+    assert not node.reaches(web.netns, api.ipv4, 9090, uid=1337)
+    other = with_sidecar(node, "shop", "other", excludeInboundPorts="9090")
+    redirect(Pod(other.workload, api.netns, api.interface))
+    eventually(lambda: [c.message.count("TCP 9090") for c in conditions(node, api)] == [2], GHOST_FOUND_S)
