@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 from meshbridge.demo import lifecycle
 from meshbridge.demo.layout import KUBELET, MANIFESTS, SAMPLE_MANIFESTS
@@ -32,6 +34,7 @@ COLLEAGUE = Source("finance/client", "in finance, which the policy lets in on 90
 NOT_ACCEPTED = 4
 GHOST_FOUND_S = 10.0
 _TIMEOUT_S = 1.5
+_MONITOR = ("monitor", "--type", "agent", "--no-follow")
 
 
 def run(walk: Walk) -> None:
@@ -111,6 +114,14 @@ def _ghost(walk: Walk) -> None:
             f"after {took:.1f} s" if found else "not found",
             "bypass show, asked until it names 9000",
         )
+        told, condition = poll(lambda: _told(walk, "ghost-bypass-found"), GHOST_FOUND_S), _condition(walk)
+        walk.quote(_MONITOR, told)
+        walk.report.check(
+            "told: an event of the agent, and a condition of the endpoint",
+            bool(told) and condition.get("reason") == "GhostBypass" and f"TCP {API_PORT}" in condition["message"],
+            f"{len(told)} events; {condition.get('message', 'no condition')}",
+            "the command above, endpoint list -o json",
+        )
         made, drop = _knock(walk, STRANGER, API_PORT, FlowKind.DROP)
         walk.report.check(
             "and compensated at once: the kernel stands in on 9000",
@@ -126,6 +137,14 @@ def _ghost(walk: Walk) -> None:
         f"{STRANGER.name} {'403' if back else 'no answer of Envoy'}, {COLLEAGUE.name} {served.calls[0].outcome}",
         "their requests over both families",
     )
+    gone = poll(lambda: _told(walk, "ghost-bypass-gone"), GHOST_FOUND_S)
+    walk.quote(_MONITOR, gone)
+    walk.report.check(
+        "and that it is gone is told as well",
+        bool(gone) and not _condition(walk),
+        f"{len(gone)} events; {_condition(walk).get('message', 'no condition')}",
+        "the command above, endpoint list -o json",
+    )
 
 
 def _plan(walk: Walk, file: Path) -> Output:
@@ -138,6 +157,19 @@ def _plan(walk: Walk, file: Path) -> Output:
 def _known() -> bool:
     return any(item.get("metadata", {}).get("name") == "reports" and item.get("kind") == "Pod"
                for item in lifecycle.STORE.objects())  # fmt: skip
+
+
+def _told(walk: Walk, name: str) -> list[str]:
+    lines = walk.output(*_MONITOR, "--node", walk.pod(REPORTS).node).lines
+    return [line for line in lines if f"{name}: pod {REPORTS}" in line and f"ports {API_PORT}" in line]
+
+
+def _condition(walk: Walk) -> dict[str, Any]:
+    """What the pod's endpoint says of its capture; empty where there is nothing to say."""
+    said = walk.output("endpoint", "list", "-o", "json", "--node", walk.pod(REPORTS).node)
+    endpoints = json.loads("\n".join(said.lines)) if said.code == 0 else []
+    found = (c for e in endpoints if f"{e['namespace']}/{e['pod']}" == REPORTS for c in e["conditions"])
+    return next((condition for condition in found if condition["type"] == "Captured"), {})
 
 
 def _named(walk: Walk) -> list[str]:
