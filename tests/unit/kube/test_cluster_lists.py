@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from meshbridge.kube import cluster
-from meshbridge.kube.cluster import ClusterError, connect, read_cluster
+from meshbridge.kube import api
+from meshbridge.kube.api import ClusterError
+from meshbridge.kube.cluster import connect, read_cluster
 from meshbridge.kube.objects import POLICY_KINDS, STATE_KINDS
 
 PODS = "/api/v1/pods"
@@ -96,7 +97,7 @@ def test_a_list_that_always_grows_too_old_is_an_error_and_no_part_of_it(server: 
 def test_a_server_that_does_not_go_on_is_not_waited_for(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "TIMEOUT_S", (0.3, 0.3))
+    monkeypatch.setattr(api, "TIMEOUT_S", (0.3, 0.3))
     server.answers[PODS] = [(200, None)]
     with pytest.raises(ClusterError, match=r"cannot be reached: .*timed out"):
         read(server, tmp_path)
@@ -125,7 +126,7 @@ def test_an_answer_of_another_form_is_an_error(server: Server, tmp_path: Path, b
 def test_an_answer_that_is_too_long_is_not_taken_in(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "MAX_PAGE_BYTES", 1000)
+    monkeypatch.setattr(api, "MAX_PAGE_BYTES", 1000)
     server.answers[PODS] = [(200, pods("x" * 2000))]
     with pytest.raises(ClusterError, match="more than 1000 bytes"):
         read(server, tmp_path)
