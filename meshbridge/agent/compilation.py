@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 import structlog
 
+from meshbridge.agent.batch import Batch, Compiled, Frontends, Growth
 from meshbridge.agent.view import LocalPod
 from meshbridge.bypass.audit import with_audits
 from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
@@ -19,22 +20,13 @@ from meshbridge.bypass.ghosts import GhostBypass, ghost_bypasses
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.bypass.sets import IntSet
 from meshbridge.bypass.state import CaptureState, capture_of
-from meshbridge.datapath.policysets import PackedSet, RuleIds, pack_map
+from meshbridge.datapath.policysets import RuleIds
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, TcpPorts, Workload
 from meshbridge.policy.capture import Capture, PortClass, PortClasses, sidecar_excluding
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.coverage import denies_by_labels
-from meshbridge.policy.frontends import FrontendPort, restricts, with_frontends
-from meshbridge.policy.model import (
-    Anything,
-    Direction,
-    EndpointPolicy,
-    Judge,
-    Layer,
-    NetworkRule,
-    Origin,
-    PolicyMap,
-)
+from meshbridge.policy.model import Anything, Judge, Layer, NetworkRule
+from meshbridge.policy.peers import PeerIndex
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.xds.exclusions import Exclusions
 
@@ -45,23 +37,6 @@ _FAMILIES: Final[Mapping[int, IpAddress]] = {4: IPv4Address("192.0.2.1"), 6: IPv
 _MAX_CAPTURES: Final = 1024
 MAX_OUTBOUND_NETWORKS: Final = 256
 """Of all pods of a node: each is a prefix in the kernel's tables, and a pod's annotations may name many."""
-
-Frontends = Mapping[int, tuple[FrontendPort, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Compiled:
-    """One pod's policy. ``sets`` None: it could not be compiled, for the reason in ``fault``.
-
-    ``isolating`` are the policies that isolate it, by direction; ``notes`` say where its redirect rules are not what
-    its specification asks for. ``judges_services``: its egress is restricted, so it depends on who is behind Services.
-    """
-
-    sets: tuple[PackedSet, ...] | None
-    isolating: Mapping[Direction, tuple[Origin, ...]] = field(default_factory=dict)
-    fault: str = ""
-    notes: tuple[str, ...] = ()
-    judges_services: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +61,8 @@ class Compilation:
     """The compiled policies of this node's pods.
 
     A pod is compiled again when it changed, when the redirect rules seen of it, a policy that selects it or what of its
-    bypasses is audited did, when identities did that its policies could tell from others, or who is behind Services,
-    where its egress is restricted.
+    bypasses is audited did, or when identities changed or went. Towards identities that came it is compiled where its
+    policies could tell them from others, and towards Services where its egress is restricted.
     """
 
     rules: RuleIds
@@ -100,8 +75,10 @@ class Compilation:
     _captures: CaptureCache = field(default_factory=lambda: CaptureCache())
     _captured: dict[str, tuple[Workload, SeenRules | None, Captured]] = field(default_factory=dict)
     _used: dict[str, Capture] = field(default_factory=dict)
+    _selected: dict[str, PolicySet] = field(default_factory=dict)
     _anywhere: bool = False
     _identities: Mapping[int, Peer] = field(default_factory=dict)
+    _index: PeerIndex | None = None
     _frontends: Frontends = field(default_factory=dict)
 
     def outbound_networks(self, pods: Mapping[str, LocalPod], seen: Mapping[str, SeenRules]) -> frozenset[IpNetwork]:
@@ -167,16 +144,15 @@ class Compilation:
         """
         for uid in self.compiled.keys() - pods.keys():
             del self.compiled[uid], self._pods[uid], self._seen[uid]
-            self._captured.pop(uid, None)
-            self._used.pop(uid, None)
+            for held in (self._captured, self._used, self._selected):
+                held.pop(uid, None)
         rules = seen or {}
-        added = _added(self._identities, identities)
-        self._identities = identities
+        added = self._take_identities(identities)
         # A pod's own address stays the pod's: whoever may write a Service could otherwise open a pod that is denied.
         services = {n: ports for n, ports in (frontends or {}).items() if n in identities and not identities[n].is_pod}
-        moved = services != self._frontends
+        moved = {n for n in services.keys() | self._frontends.keys() if services.get(n) != self._frontends.get(n)}
         self._frontends = services
-        stale = [
+        stale = {
             uid
             for uid, pod in pods.items()
             if changed is None
@@ -186,42 +162,80 @@ class Compilation:
             or pod.fault
             or self._seen.get(uid) != rules.get(uid)
             or self._used.get(uid) != self._capture(uid, pod.workload, rules.get(uid))
-            or (moved and self.compiled[uid].judges_services)
-            or _concerns(changed, pod.workload)
-            or (_concerns_destinations(changed) and self._of(uid, pod.workload, rules.get(uid)).capture.outbound)
-            or (added and self._tells_apart(policies, uid, pod.workload, rules.get(uid), added))
-        ]
+            or changed.concerns(pod.workload)
+            or (_concerns_destinations(changed) and self._used[uid].outbound)
+        }
+        grown = 0
+        if added or moved:
+            growth = self._growth(policies, added or {}, moved)
+            for uid in [uid for uid in pods if uid not in stale]:
+                if (moved and self.compiled[uid].judges_services) or (added and self._tells_apart(uid, added)):
+                    if self._grow(growth, uid):
+                        grown += 1
+                    else:
+                        stale.add(uid)
         if stale:
-            destinations = _destinations(identities) if self.knows_destinations else {}
-            batch = _Batch(Compiler(identities, destinations), policies, services, self.rules)
-            for uid in stale:
+            batch = Batch(self._compiler(), policies, services, self.rules)
+            for uid in [uid for uid in pods if uid in stale]:
                 pod = pods[uid]
                 closed = Compiled(None, fault=f"all its packets are dropped: {pod.fault}") if pod.fault else None
                 self.compiled[uid] = closed or self._compile(batch, uid, pod.workload, rules.get(uid))
                 self._pods[uid], self._seen[uid] = pods[uid].workload, rules.get(uid)
-        return len(stale)
+        return len(stale) + grown
 
-    def _compile(self, batch: _Batch, uid: str, workload: Workload, seen: SeenRules | None) -> Compiled:
+    def _compile(self, batch: Batch, uid: str, workload: Workload, seen: SeenRules | None) -> Compiled:
         captured = self._of(uid, workload, seen)
         fault = captured.fault
         if not fault:
             try:
                 self._used[uid] = self._capture(uid, workload, seen)
-                return replace(batch.compile(workload, self._used[uid]), notes=captured.notes)
+                self._selected[uid] = batch.policies.selecting(workload)
+                compiled = batch.compile(workload, self._selected[uid], self._used[uid])
+                return replace(compiled, notes=captured.notes)
             except Exception as error:  # as above
                 log.exception("endpoint.not_compiled", pod=workload.key)
                 fault = str(error)
         return Compiled(None, fault=f"its policy cannot be compiled, so all its packets are dropped: {fault}")
 
-    def _tells_apart(
-        self, policies: PolicySet, uid: str, workload: Workload, seen: SeenRules | None, added: Mapping[int, Peer]
-    ) -> bool:
+    def _take_identities(self, identities: Mapping[int, Peer]) -> Mapping[int, Peer] | None:
+        """Those that came; None when any changed or went."""
+        added = _added(self._identities, identities)
+        self._identities = identities
+        if added is None or (self._index is not None and not self._index.extend(added)):
+            self._index = None
+        return added
+
+    def _compiler(self) -> Compiler:
+        if self._index is None:
+            self._index = PeerIndex(self._identities)
+        return Compiler(self._index, _destinations(self._identities) if self.knows_destinations else {})
+
+    def _growth(self, policies: PolicySet, added: Mapping[int, Peer], moved: Set[int]) -> Growth:
+        services = {n: self._frontends[n] for n in moved | added.keys() if n in self._frontends}
+        behind = {backend.identity for ports in services.values() for port in ports for backend in port.backends}
+        peers = {n: self._identities[n] for n in (moved | behind | added.keys()) if n in self._identities}
+        compiler = Compiler(peers, _destinations(peers) if self.knows_destinations else {})
+        batch = Batch(compiler, policies, services, self.rules)
+        return Growth(batch, frozenset(added), frozenset(moved), services=bool(self._frontends))
+
+    def _grow(self, growth: Growth, uid: str) -> bool:
+        """Whether it was enough to compile a pod towards some peers."""
+        try:
+            grown = growth.of(self.compiled[uid], self._pods[uid], self._selected[uid], self._used[uid])
+        except Exception:  # whatever it is, it closes the pod if it happens again
+            log.exception("endpoint.not_grown", pod=self._pods[uid].key)
+            return False
+        if grown is not None:
+            self.compiled[uid] = grown
+        return grown is not None
+
+    def _tells_apart(self, uid: str, added: Iterable[int]) -> bool:
         """Whether some policy of the pod may pick one of the new peers by what it is."""
-        selecting = policies.selecting(workload)
+        selecting = self._selected[uid]
         of_mesh = selecting.authorization or selecting.peer_authentication or selecting.request_authentication
-        if of_mesh or selecting.refusals or self._of(uid, workload, seen).capture.outbound:
+        if of_mesh or selecting.refusals or self._used[uid].outbound:
             return True
-        return any(_picks(rule, peer) for rule in selecting.network for peer in added.values())
+        return any(_picks(rule, self._identities[number]) for rule in selecting.network for number in added)
 
 
 @dataclass(slots=True)
@@ -263,44 +277,6 @@ def _settled(state: CaptureState) -> tuple[TcpPorts, ...]:
 
 def _excluded(classes: PortClasses) -> IntSet:
     return IntSet.of(*((r.first, r.last) for r in classes.ranges if r.port_class is PortClass.EXCLUDED))
-
-
-@dataclass(slots=True)
-class _Batch:
-    """What endpoints compiled in one go share: the compiler's layers, and the packed form of equal maps."""
-
-    compiler: Compiler
-    policies: PolicySet
-    frontends: Frontends
-    rules: RuleIds
-    _answering: dict[int, tuple[PolicyMap, PolicyMap]] = field(default_factory=dict)
-    _packed: dict[int, tuple[PolicyMap, PackedSet]] = field(default_factory=dict)
-    _by_content: dict[PackedSet, PackedSet] = field(default_factory=dict)
-
-    def compile(self, workload: Workload, capture: Capture) -> Compiled:
-        policy = self.compiler.endpoint(workload, self.policies, capture)
-        judges = any(restricts(policy.map(Direction.EGRESS, family)) for family in IpFamily)
-        isolating = {direction: _isolating(policy, direction) for direction in Direction}
-        return Compiled(self._pack(policy), isolating, judges_services=judges)
-
-    def _pack(self, policy: EndpointPolicy) -> tuple[PackedSet, ...]:
-        ingress = tuple(self._pack_map(policy.map(Direction.INGRESS, family)) for family in IpFamily)
-        return ingress + tuple(
-            self._pack_map(self._with_services(policy.map(Direction.EGRESS, family))) for family in IpFamily
-        )
-
-    def _with_services(self, egress: PolicyMap) -> PolicyMap:
-        known = self._answering.get(id(egress))
-        if known is None:
-            known = self._answering[id(egress)] = (egress, with_frontends(egress, self.frontends))
-        return known[1]
-
-    def _pack_map(self, policy: PolicyMap) -> PackedSet:
-        known = self._packed.get(id(policy))
-        if known is None:
-            packed = pack_map(policy, self.rules)
-            known = self._packed[id(policy)] = (policy, self._by_content.setdefault(packed, packed))
-        return known[1]
 
 
 def _destinations(identities: Mapping[int, Peer]) -> dict[int, Mapping[IpFamily, PortClasses]]:
@@ -359,20 +335,9 @@ def _added(before: Mapping[int, Peer], after: Mapping[int, Peer]) -> Mapping[int
     """The identities that came; None when any changed or went."""
     if before is after:
         return {}
-    if any(after.get(number) != peer for number, peer in before.items()):
+    if any((known := after.get(number)) is not peer and known != peer for number, peer in before.items()):
         return None
     return {number: peer for number, peer in after.items() if number not in before}
-
-
-def _concerns(changed: PolicySet, workload: Workload) -> bool:
-    selecting = changed.selecting(workload)
-    return bool(
-        selecting.network
-        or selecting.authorization
-        or selecting.peer_authentication
-        or selecting.request_authentication
-        or selecting.refusals
-    )
 
 
 def _picks(rule: NetworkRule, peer: Peer) -> bool:
@@ -384,12 +349,3 @@ def _picks(rule: NetworkRule, peer: Peer) -> bool:
     if Entity.UNMANAGED in peer.entities and denies_by_labels(rule):
         return True
     return any(selector.matches(peer) for selector in rule.peers)
-
-
-def _isolating(policy: EndpointPolicy, direction: Direction) -> tuple[Origin, ...]:
-    """The policies that isolate the pod in a direction, of both families."""
-    found: set[Origin] = set()
-    for family in IpFamily:
-        for layer in Layer:
-            found.update(policy.map(direction, family).default(layer).origins)
-    return tuple(sorted(found))

@@ -222,7 +222,8 @@ class Node:
             # what is captured now stays captured when an agent takes over
             self._seen = self.first_look(self._sidecars())
         self._number_peers(pods)
-        touched = None if self._pending.everything else PolicySet.of_parsed(self._pending.policies, self._view.mesh)
+        view, pending = self._view, self._pending
+        touched = None if pending.everything else view.policies.among(pending.policies, view.mesh)
         compiled = self._compilation.update(
             pods, self._policies, self._peers.identities, touched, self._seen.rules,
             self._view.services.frontends(self._peers.number),
