@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -31,6 +32,7 @@ log = structlog.get_logger()
 SETTLE_S: Final = 0.004  # objects that change together are taken in together
 WATCH_S: Final = 300
 ABSENT_AGAIN_S: Final = 10.0  # how soon a definition that is installed later is noticed
+BRIEF_S: Final = 1.0  # a list or a watch that the server ends sooner is not begun anew at once
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.25, 30.0
 
 _OF_TEMPLATES: Final = frozenset({"apps", "batch"})
@@ -38,13 +40,15 @@ _OF_TEMPLATES: Final = frozenset({"apps", "batch"})
 
 
 class Follower:
-    """The objects of a cluster, kept up to date; ``documents`` is what was told last."""
+    """The objects of a cluster, kept up to date; ``documents`` is what was told last. Only ``kinds`` are followed."""
 
-    def __init__(self, api: Api, istio_namespace: str) -> None:
+    def __init__(
+        self, api: Api, istio_namespace: str, kinds: Set[tuple[str, str]] = POLICY_KINDS | STATE_KINDS
+    ) -> None:
         self._api = api
         self._kinds = [
             _Kind(group, kind, istio_namespace if (group, kind) == ("", "ConfigMap") else "")
-            for group, kind in sorted(POLICY_KINDS | STATE_KINDS)
+            for group, kind in sorted(kinds)
             if group not in _OF_TEMPLATES
         ]
         self.documents: dict[Key, tuple[Document, ...]] = {}
@@ -98,9 +102,12 @@ class Follower:
     def _follow(self, kind: _Kind) -> None:
         failures = 0
         while not self._stop.is_set():
+            began = time.monotonic()
             try:
                 self._follow_once(kind)
-                failures = 0
+                failures = _in_a_row(failures, began)
+                if failures > 1:
+                    self._stop.wait(_backoff_s(failures))
             except _Absent:
                 self._absent(kind)
                 self._stop.wait(ABSENT_AGAIN_S)
@@ -122,11 +129,16 @@ class Follower:
         try:
             version = self._list(kind, found[0])
             self._resolve(kind)
+            brief = 0
             while not self._stop.is_set():
+                began = time.monotonic()
                 version = self._watch(kind, found[0], version)
+                brief = _in_a_row(brief, began)
+                if brief:
+                    self._stop.wait(_backoff_s(brief))
         except RefusedError as refused:
             if refused.code == GONE:
-                return  # listed anew at once
+                return  # listed anew
             if refused.code == NOT_FOUND:
                 raise _Absent from None
             raise self._refusal(kind, found[0], refused) from None
@@ -221,6 +233,11 @@ class _Kind:
 
     def __str__(self) -> str:
         return f"{self.kind}.{self.group}" if self.group else self.kind
+
+
+def _in_a_row(before: int, began: float) -> int:
+    """How often something has now ended soon after it began; whoever asks again at once would ask for ever."""
+    return before + 1 if time.monotonic() - began < BRIEF_S else 0
 
 
 def _backoff_s(failures: int) -> float:

@@ -1,0 +1,198 @@
+"""``meshbridge webhook``: what the API server asks about pods and policies before they are in force."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import click
+import structlog
+
+from meshbridge import log as logs
+from meshbridge.controller.http import serve_http
+from meshbridge.controller.meshconfig import MeshConfigError, read_mesh_config
+from meshbridge.errors import SettingsError
+from meshbridge.kube.api import Api
+from meshbridge.kube.cluster import ISTIO_NAMESPACE, connect
+from meshbridge.kube.follow import Follower
+from meshbridge.kube.objects import MESH_CONFIG, POLICY_KINDS
+from meshbridge.policy.mesh import DEFAULT_MESH
+from meshbridge.webhook.admission import mutate, validate
+from meshbridge.webhook.certificates import OwnCertificates
+from meshbridge.webhook.server import WebhookServer
+from meshbridge.webhook.surroundings import Surroundings
+from meshbridge.xds.auth import write_private_file
+
+log = structlog.get_logger()
+
+CERTIFICATE_CHECK_S: Final = 10.0
+NAMES: Final = ("meshbridge-webhook.meshbridge-system.svc", "localhost", "127.0.0.1", "::1")
+KINDS: Final = POLICY_KINDS | {("", kind) for kind in ("Namespace", "Pod", "Service", "ConfigMap")}
+
+
+@click.command(name="webhook", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--listen", default="127.0.0.1:9443", show_default=True, metavar="HOST:PORT", help="Where HTTPS is served."
+)
+@click.option("--kubeconfig", type=click.Path(path_type=Path), help="In a pod its own is taken.")
+@click.option("--context", help="A context of the kubeconfig.")
+@click.option("--istio-namespace", default=ISTIO_NAMESPACE, show_default=True, help="Where Istio's ConfigMap is.")
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain, PEM; read again when it changes.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, PEM.")
+@click.option(
+    "--state-dir",
+    "state",
+    default="/var/lib/meshbridge/webhook",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where, without --tls-cert, a CA and a certificate are made and renewed.",
+)
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="NAME|ADDRESS",
+    help=f"What that certificate is for; may be given again. [{', '.join(NAMES)}]",
+)
+@click.option(
+    "--ca-bundle-file", type=click.Path(path_type=Path), help="Write what API servers verify that certificate by, PEM."
+)
+@click.option(
+    "--deny-refused",
+    is_flag=True,
+    help="Deny policies of other owners' kinds that MeshBridge does not understand; else their authors are warned.",
+)
+@click.option("--metrics", "http_address", metavar="HOST:PORT", help="Serve /metrics, /problems, /healthz on loopback.")
+@click.option(
+    "--linger",
+    "linger_s",
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="After SIGTERM, how long to go on answering while API servers still may ask.",
+)
+@click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
+def command(
+    listen: str,
+    kubeconfig: Path | None,
+    context: str | None,
+    istio_namespace: str,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    state: Path,
+    names: tuple[str, ...],
+    ca_bundle_file: Path | None,
+    deny_refused: bool,
+    http_address: str | None,
+    linger_s: float,
+    log_level: str,
+) -> None:
+    """Answer admission reviews of pods, templates and policies over HTTPS, until SIGTERM.
+
+    /validate warns of what a pod's bypasses lose, denies what BypassPolicies deny, and refuses BypassPolicies that are
+    not understood. /mutate gives pods annotated 'meshbridge.io/bypass: auto' their exclusions. deploy/webhook has the
+    configurations that make an API server ask.
+
+    \b
+    Examples:
+      meshbridge webhook --kubeconfig ~/.kube/config --ca-bundle-file /tmp/ca.pem
+      meshbridge webhook --listen 0.0.0.0:9443 --tls-cert /tls/tls.crt --tls-key /tls/tls.key --metrics 127.0.0.1:9403
+    """
+    logs.configure(log_level)
+    if (tls_cert is None) is not (tls_key is None):
+        raise SettingsError("only one of certificate and key", where="--tls-cert, --tls-key", fix="give both")
+    if tls_cert is not None and (names or ca_bundle_file):
+        raise SettingsError(
+            "are for a certificate that is made here", where="--name, --ca-bundle-file", fix="leave them out"
+        )
+    follower = Follower(Api(connect(kubeconfig, context)), istio_namespace, KINDS)
+    around = Surroundings()
+    judges = {
+        "/validate": lambda request: validate(request, around, datetime.now(UTC), deny_refused=deny_refused),
+        "/mutate": lambda request: mutate(request, around, datetime.now(UTC)),
+    }
+    server = WebhookServer(*_address(listen), judges, lambda: {"synced": around.synced})
+    own = OwnCertificates(state, names or NAMES)
+    renew = partial(_renew_own, server, own, ca_bundle_file)
+    if tls_cert is not None:
+        renew = partial(server.use_certificate, tls_cert, tls_key)
+    renew()
+    http = serve_http(http_address, lambda: follower.problems, lambda: around.synced) if http_address else None
+    try:
+        asyncio.run(_serve(server, follower, around, istio_namespace, renew, linger_s))
+    finally:
+        if http is not None:
+            http.shutdown()
+
+
+async def _serve(
+    server: WebhookServer,
+    follower: Follower,
+    around: Surroundings,
+    istio_namespace: str,
+    renew: Callable[[], None],
+    linger_s: float,
+) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    threading.Thread(target=server.serve_forever, name="https", daemon=True).start()
+    log.info("webhook.started")
+    running = [
+        asyncio.create_task(_follow(follower, around, istio_namespace), name="follow-cluster"),
+        asyncio.create_task(_look_after(renew), name="renew-certificates"),
+    ]
+    stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
+    done, _ = await asyncio.wait([*running, stopped], return_when=asyncio.FIRST_COMPLETED)
+    log.info("webhook.draining")
+    server.draining = True
+    if stopped in done:
+        await asyncio.sleep(linger_s)
+    await asyncio.to_thread(server.drain)
+    for task in (*running, stopped):
+        task.cancel()
+    await asyncio.gather(*running, stopped, return_exceptions=True)
+    for task in done - {stopped}:
+        task.result()
+
+
+async def _follow(follower: Follower, around: Surroundings, istio_namespace: str) -> None:
+    """Keep what is around at what the API server says. Settings of the mesh that are not understood change nothing."""
+    key, mesh = ("", "ConfigMap", istio_namespace, MESH_CONFIG), DEFAULT_MESH
+    async for changes in follower.changes():
+        if key in changes.documents:
+            try:
+                mesh = next(map(read_mesh_config, changes.documents[key]), DEFAULT_MESH)
+            except MeshConfigError as error:
+                log.error("mesh_config.refused", reason=str(error))
+        await asyncio.to_thread(around.apply, changes.documents, mesh, None)
+
+
+def _renew_own(server: WebhookServer, own: OwnCertificates, bundle: Path | None) -> None:
+    own.renew(datetime.now(UTC))
+    if bundle is not None and (not bundle.exists() or bundle.read_bytes() != own.bundle):
+        write_private_file(bundle, own.bundle)
+    server.use_certificate(own.serving)
+
+
+def _address(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()):
+        raise SettingsError(f"{listen!r} is no HOST:PORT", where="--listen", fix="write 127.0.0.1:9443")
+    return host.strip("[]"), int(port)
+
+
+async def _look_after(renew: Callable[[], None]) -> None:
+    """Serve with what the certificate's files say, which may have changed; where they cannot be used, as before."""
+    while True:
+        await asyncio.sleep(CERTIFICATE_CHECK_S)
+        try:
+            await asyncio.to_thread(renew)
+        except (SettingsError, OSError) as error:
+            log.error("certificate.not_renewed", reason=str(error))

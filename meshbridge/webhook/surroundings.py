@@ -1,0 +1,171 @@
+"""What a cluster holds, as far as an admission asks for it, parsed once and kept by where it matters.
+
+The verdict on a pod's bypasses needs only what can select the pod: the policies and Services of its namespace, the
+mesh's root and what is cluster-scoped. ``meshbridge.io/bypass: auto`` asks as well who may call the pod; for that, pods
+that no policy and no Service can tell apart are one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Final
+
+from meshbridge.bypass.annotations import MeshDefaults
+from meshbridge.bypass.inventory import Inventory, inventory_of
+from meshbridge.identity.model import IpFamily, IpNetwork, Workload
+from meshbridge.identity.networks import NetworkIndex
+from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
+from meshbridge.policy.model import Document
+from meshbridge.policy.parse import Parsed, parse
+from meshbridge.policy.parse.cluster import Service
+from meshbridge.policy.policyset import PolicySet
+
+Key = tuple[str, str, str, str]
+
+_CLUSTER: Final = ""
+_ENDED: Final = ("Succeeded", "Failed")
+_DOMAINS: Final = ("istio.io", "meshbridge.io")
+"""Whose annotations decide what bypasses; others are often those of one pod alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Distinctions:
+    """By what any policy or Service can tell two pods apart."""
+
+    labels: frozenset[str] = frozenset()
+    networks: NetworkIndex = NetworkIndex(())  # noqa: RUF009 - never changed
+
+    def group(self, pod: Workload) -> Hashable:
+        """Equal for pods that are the same to every policy, Service and redirection."""
+        networks: frozenset[IpNetwork] = frozenset().union(*map(self.networks.containing, pod.addresses))
+        families = frozenset(map(IpFamily.of, pod.addresses))
+        labels = {name: value for name, value in pod.labels.items() if name in self.labels}
+        asked = {name: value for name, value in pod.annotations.items() if name.partition("/")[0].endswith(_DOMAINS)}
+        anonymous = replace(pod, name="", uid="", node="", addresses=(), labels=labels, annotations=asked)
+        return anonymous, networks, families, frozenset(labels.items())
+
+
+class Surroundings:
+    """The objects of a cluster; ``apply`` takes changes in, from one thread, and every other may ask.
+
+    Cost: a change of a pod costs its parsing; a review costs what its namespace and the mesh's root hold of policies
+    and Services, whatever there is elsewhere; ``auto`` costs one pass over the kinds of pods there are.
+    """
+
+    def __init__(self) -> None:
+        self.synced = False
+        self._lock = threading.Lock()
+        self._mesh = DEFAULT_MESH
+        self._defaults: MeshDefaults | None = None
+        self._scopes: dict[str, dict[Key, Parsed]] = {}
+        self._pods: dict[Key, Parsed] = {}
+        self._groups: dict[Hashable, dict[Key, Parsed]] = {}
+        self._group_of: dict[Key, Hashable] = {}
+        self._distinctions: _Distinctions | None = None
+        self._everything: Inventory | None = None
+
+    def apply(
+        self, changed: Mapping[Key, tuple[Document, ...]], mesh: MeshSettings, defaults: MeshDefaults | None
+    ) -> None:
+        """These objects are so now, or gone. The first time tells everything there is."""
+        parsed = {key: parse(documents[0]) if documents else None for key, documents in changed.items()}
+        with self._lock:
+            if (mesh, defaults) != (self._mesh, self._defaults):
+                self._mesh, self._defaults, self._everything = mesh, defaults, None
+            for key, found in parsed.items():
+                if key[1] == "Pod":
+                    self._put_pod(key, found)
+                else:
+                    self._put(key, found)
+            self.synced = True
+
+    def near(self, reviewed: Document, now: datetime) -> Inventory:
+        """One object, with what can select its pods; who else there is is left out."""
+        namespace = reviewed.namespace
+        with self._lock:
+            scopes = dict.fromkeys((namespace, self._mesh.root_namespace, _CLUSTER))
+            around = [
+                parsed
+                for scope in scopes
+                for key, parsed in self._scopes.get(scope, {}).items()
+                if not parsed.network and (scope != _CLUSTER or key[1] != "Namespace" or key[3] == namespace)
+            ]
+            mesh, defaults = self._mesh, self._defaults
+        return inventory_of([*around, parse(reviewed)], mesh=mesh, defaults=defaults, now=now)
+
+    def with_others(self, workload: Workload, near: Inventory) -> Inventory:
+        """``workload`` among one pod of every kind there is, under every policy; its older self is not among them."""
+        with self._lock:
+            base = self._current()
+        others = tuple(other for other in base.workloads if other.key != workload.key)
+        states = {**base.states, workload.key: near.states[workload.key]}
+        return replace(base, workloads=(*others, workload), states=states, bypass_policies=near.bypass_policies)
+
+    def _put(self, key: Key, found: Parsed | None) -> None:
+        scope = key[2] if key[1] != "Namespace" else _CLUSTER
+        if found is None:
+            self._scopes.get(scope, {}).pop(key, None)
+        else:
+            self._scopes.setdefault(scope, {})[key] = found
+        self._everything = None
+
+    def _put_pod(self, key: Key, found: Parsed | None) -> None:
+        """Of a pod its object is not kept: nobody asks for more than what was read of it."""
+        self._forget(key)
+        pod = _workload(found)
+        if found is None or pod is None or pod.phase in _ENDED:
+            return
+        self._pods[key] = replace(found, document=replace(found.document, data={}))
+        if self._distinctions is not None:
+            self._join(key, self._distinctions)
+
+    def _join(self, key: Key, distinctions: _Distinctions) -> None:
+        pod = _workload(self._pods[key])
+        assert pod is not None
+        group = self._group_of[key] = distinctions.group(pod)
+        members = self._groups.setdefault(group, {})
+        if not members:
+            self._everything = None
+        members[key] = self._pods[key]
+
+    def _forget(self, key: Key) -> None:
+        self._pods.pop(key, None)
+        group = self._group_of.pop(key, None)
+        if group is None:
+            return
+        members = self._groups[group]
+        if next(iter(members)) == key:
+            self._everything = None  # it stood for the others
+        del members[key]
+        if not members:
+            del self._groups[group]
+
+    def _current(self) -> Inventory:
+        if self._everything is not None:
+            return self._everything
+        every = [parsed for scope in self._scopes.values() for parsed in scope.values()]
+        policies = PolicySet.of_parsed(every, self._mesh)
+        services = [found for parsed in every for found in parsed.objects if isinstance(found, Service)]
+        labels = policies.referenced_labels().pod.union(*(service.selector or () for service in services))
+        self._tell_apart(_Distinctions(labels, NetworkIndex(policies.referenced_networks())))
+        cluster = [parsed for parsed in every if parsed.objects]
+        pods = [next(iter(members.values())) for members in self._groups.values()]
+        found = inventory_of([*cluster, *pods], mesh=self._mesh, defaults=self._defaults)
+        self._everything = replace(found, policies=policies)
+        return self._everything
+
+    def _tell_apart(self, distinctions: _Distinctions) -> None:
+        known = self._distinctions
+        if known and (known.labels, known.networks.networks) == (distinctions.labels, distinctions.networks.networks):
+            return
+        self._distinctions = distinctions
+        self._groups, self._group_of = {}, {}
+        for key in self._pods:
+            self._join(key, distinctions)
+
+
+def _workload(parsed: Parsed | None) -> Workload | None:
+    return next((found for found in parsed.objects if isinstance(found, Workload)), None) if parsed else None
