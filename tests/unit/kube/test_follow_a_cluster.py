@@ -118,6 +118,30 @@ def test_after_a_watch_that_ended_nothing_is_missed(end: Exception | None) -> No
     run(script, steps)
 
 
+@pytest.mark.parametrize("end", [None, RefusedError(410, "too old")], ids=["hangs up", "forgets"])
+def test_a_server_that_ends_every_watch_at_once_is_asked_less_and_less_often(
+    end: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[int] = []
+
+    def backoff_s(failures: int) -> float:
+        pauses.append(failures)
+        return 0.01
+
+    async def steps(follower: Follower, changes: Any) -> None:
+        await until(changes, lambda: names(follower) == {"a"})
+        for _ in range(5):
+            script.events_now.put(end)
+        script.events_now.put(Event("2", document("b")))
+        await until(changes, lambda: "b" in names(follower))
+
+    monkeypatch.setattr(follow, "_backoff_s", backoff_s)
+    script = Script()
+    run(script, steps)
+    assert pauses[:4] == sorted(set(pauses[:4]))
+    assert len(pauses) >= 4
+
+
 def test_while_the_server_is_away_what_is_known_stays_and_the_problem_is_named() -> None:
     async def steps(follower: Follower, changes: Any) -> None:
         await until(changes, lambda: names(follower) == {"a"})
