@@ -63,6 +63,15 @@ class AddressBook:
         self._claims: dict[IpAddress, dict[str, Holder]] = {}
         self._views: dict[Distinctions, dict[str, Resource]] = {}
         self._stale: set[IpAddress] = set()
+        self._marks: dict[IpAddress, frozenset[Entity]] = {}
+
+    def mark(self, address: IpAddress, entities: frozenset[Entity]) -> None:
+        """Say what else an address is, whoever holds it; of a pod it says nothing. None at all: it is that no more."""
+        if self._marks.get(address, frozenset()) != entities:
+            self._marks[address] = entities
+            if not entities:
+                del self._marks[address]
+            self._stale.add(address)
 
     def claim(self, address: IpAddress, claimant: str, holder: Holder | None) -> bool:
         """Say that ``claimant`` holds ``address``, or, with None, no longer does; whether that is news."""
@@ -83,7 +92,11 @@ class AddressBook:
         claims = self._claimants(address)
         if not claims:
             return None
-        return next(iter(claims.values())) if len(claims) == 1 else CONTESTED
+        holder = next(iter(claims.values())) if len(claims) == 1 else CONTESTED
+        marks = self._marks.get(address)
+        if marks is None or holder.peer.is_pod or holder is CONTESTED:
+            return holder
+        return replace(holder, peer=replace(holder.peer, entities=holder.peer.entities | marks))
 
     def contested(self, address: IpAddress) -> tuple[Holder, ...]:
         """All who claim ``address``, when it is more than one."""

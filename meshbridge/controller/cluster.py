@@ -31,6 +31,8 @@ from meshbridge.policy.selectors import ServiceReference
 from meshbridge.xds.exclusions import Exclusions
 
 TERMINAL_PHASES: Final = frozenset({"Succeeded", "Failed"})
+API_SERVER: Final = ("default", "kubernetes")
+"""The Service behind which the API servers are."""
 EXTRA_ADDRESSES: Final = "meshbridge.io/extra-addresses"
 
 _ClassKey = tuple[str, frozenset[tuple[str, str]], frozenset[tuple[str, str]], str]
@@ -241,6 +243,7 @@ class Cluster:
             case ("discovery.k8s.io", "EndpointSlice"):
                 service_name = read.service if isinstance(read, EndpointSlice) else ""
                 self._service_changed(key, documents if service_name else (), service_name, touched)
+                self._put_slice(key, read if isinstance(read, EndpointSlice) else None, touched)
             case ("", "Service"):
                 self._service_changed(key, documents if isinstance(read, Service) else (), key[3], touched)
                 touched.sidecars = touched.destinations = True
@@ -252,6 +255,21 @@ class Cluster:
                     self.services.pop(key, None)
             case _:
                 pass  # pod templates and service accounts: nothing here asks for them yet
+
+    def _put_slice(self, key: Key, part: EndpointSlice | None, touched: Touched) -> None:
+        """Its addresses are somebody's, if only the world's; those behind default/kubernetes are API servers."""
+        before = self.service_book.put_slice(key, part)
+        gone = before.addresses if before is not None else ()
+        listed = part.addresses if part is not None else ()
+        for address in gone:
+            self.addresses.claim(address, f"slice {key[2]}/{key[3]}", None)
+        for address in listed:
+            world = frozenset({Entity.WORLD, Entity.WORLD_IPV4 if address.version == 4 else Entity.WORLD_IPV6})
+            self.addresses.claim(address, f"slice {key[2]}/{key[3]}", Holder(Peer(entities=world), guessed=True))
+        for address in (*gone, *listed):
+            serves = self.service_book.is_behind(*API_SERVER, address)
+            self.addresses.mark(address, frozenset({Entity.KUBE_APISERVER} if serves else ()))
+        touched.addresses |= before != part
 
     def _put_policies(self, key: Key, documents: tuple[Document, ...], touched: Touched) -> None:
         touched.sidecars |= (key[0], key[1]) not in BYPASS_KINDS

@@ -86,8 +86,8 @@ def address_message(
     )
 
 
-def service_message(service: Service, pods: Iterable[Workload]) -> agent_pb2.Service:
-    """A Service with those of ``pods``, all of its own, that answer behind each port."""
+def service_message(service: Service, pods: Iterable[Workload], listed: Iterable[IpAddress] = ()) -> agent_pb2.Service:
+    """A Service with those of ``pods``, all of its own, that answer behind each port, and what its slices list."""
     backends = sorted(pods, key=lambda pod: pod.key)
     message = agent_pb2.Service(namespace=service.namespace, name=service.name)
     message.addresses.extend(address.packed for address in dict.fromkeys(service.addresses))
@@ -100,6 +100,9 @@ def service_message(service: Service, pods: Iterable[Workload]) -> agent_pb2.Ser
             target = port.target_at(pod.ports)
             if target is not None:
                 by_target.setdefault(target, []).extend(address.packed for address in pod.addresses)
+        if isinstance(port.target, int):
+            for address in listed:
+                by_target.setdefault(port.target, []).append(address.packed)
         found = [agent_pb2.ServiceBackends(port=target, addresses=by_target[target]) for target in sorted(by_target)]
         message.ports.append(agent_pb2.ServicePort(protocol=port.protocol, port=port.port, backends=found))
     return message

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from meshbridge.controller.messages import resource, service_message
-from meshbridge.identity.model import Workload
+from meshbridge.identity.model import IpAddress, Workload
 from meshbridge.kube.manifests import Key
-from meshbridge.policy.parse.cluster import Service
+from meshbridge.policy.parse.cluster import EndpointSlice, Service
 from meshbridge.xds.snapshot import Resource, Resources
 
 _Pair = tuple[str, str]
@@ -21,6 +21,8 @@ class ServiceBook:
     A pod counts as a backend from its first address to its end, ready or not: readiness changes faster than it travels,
     and a frontend passes only where every backend would.
 
+    Behind a Service without a selector are the addresses that its EndpointSlices list, at the ports it names by number.
+
     Cost: a pod that comes, goes or changes is looked at by the Services of its namespace; those that select it are made
     anew together, with one pass over the namespace's pods.
     """
@@ -28,6 +30,7 @@ class ServiceBook:
     resources: Resources = field(default_factory=dict)
     """By ``namespace/name``; the same mapping until something changes."""
     _by_namespace: dict[str, dict[str, Service]] = field(default_factory=dict)
+    _slices: dict[Key, EndpointSlice] = field(default_factory=dict)
     _stale: dict[str, set[str]] = field(default_factory=dict)
 
     def put(self, key: Key, service: Service | None) -> None:
@@ -39,6 +42,29 @@ class ServiceBook:
         else:
             services[name] = service
         self._stale.setdefault(namespace, set()).add(name)
+
+    def put_slice(self, key: Key, part: EndpointSlice | None) -> EndpointSlice | None:
+        """This is the slice now, or, with None, there is none; returns what it was."""
+        before = self._slices.pop(key, None)
+        if part is not None and part.service:
+            self._slices[key] = part
+        for each in (before, part):
+            if each is not None and each.service:
+                self._stale.setdefault(each.namespace, set()).add(each.service)
+        return before
+
+    def is_behind(self, namespace: str, name: str, address: IpAddress) -> bool:
+        """Whether a slice of the Service lists ``address``."""
+        return any(address in part.addresses for part in self._parts(namespace, name))
+
+    def _parts(self, namespace: str, name: str) -> list[EndpointSlice]:
+        return [part for part in self._slices.values() if (part.namespace, part.service) == (namespace, name)]
+
+    def _listed(self, service: Service) -> list[IpAddress]:
+        if service.selector is not None:
+            return []
+        listed = {address for part in self._parts(service.namespace, service.name) for address in part.addresses}
+        return sorted(listed, key=lambda address: (address.version, int(address)))
 
     def pod_changed(self, old: Workload | None, new: Workload | None) -> None:
         """A pod came, went or is another now."""
@@ -62,7 +88,8 @@ class ServiceBook:
             for name, pods in _selected(known, pods_in(namespace)).items():
                 service = known[name]
                 if service.addresses or service.outside_addresses:
-                    updated[f"{namespace}/{name}"] = resource(service_message(service, pods))
+                    message = service_message(service, pods, self._listed(service))
+                    updated[f"{namespace}/{name}"] = resource(message)
                 else:
                     updated.pop(f"{namespace}/{name}", None)
         if updated != self.resources:
