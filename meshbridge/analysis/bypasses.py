@@ -12,9 +12,10 @@ from meshbridge.analysis.scene import Scene
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.findings import FindingCode
 from meshbridge.bypass.guarantees import Fate, GuaranteeKind
+from meshbridge.bypass.halfreport import half_bypasses
 from meshbridge.bypass.halves import Delivered
 from meshbridge.bypass.inventory import Inventory
-from meshbridge.bypass.report import Report, half_bypasses, report
+from meshbridge.bypass.report import Report, report
 from meshbridge.bypass.state import CaptureState
 from meshbridge.identity.model import IpFamily
 from meshbridge.policy.capture import PortClass
@@ -85,7 +86,7 @@ def lost_guarantees(scene: Scene) -> Iterator[Finding]:
 
 def halves(scene: Scene) -> Iterator[Finding]:
     """Connections of which one side bypasses its sidecar and the other does not."""
-    for half in _report(scene).halves:
+    for half in (half for half in _report(scene).halves if half.delivery.half):
         via = f" through {half.via}" if half.via else ""
         text = f"{listed(half.clients)} to port {half.port}{via}: {half.delivery.why}"
         broken = half.delivery.outcome is Delivered.BROKEN
@@ -101,7 +102,10 @@ def _report(scene: Scene) -> Report:
     """The report on one of each kind of pods; what bypasses nothing only takes part as the other end."""
     kinds = tuple(pods.pod for pods in scene.pods)
     states = {pod.key: capture_state(pod) for pod in kinds}
-    everybody = Inventory(kinds, scene.services, scene.policies, states, bypass_policies=scene.bypass_policies)
+    everybody = Inventory(
+        kinds, scene.services, scene.policies, states, bypass_policies=scene.bypass_policies,
+        registry=scene.cluster.registry,
+    )  # fmt: skip
     bypassing = tuple(pod for pod in kinds if _bypasses(states[pod.key], scene.families_of(pod)))
     if not bypassing:
         return Report()

@@ -16,9 +16,10 @@ from meshbridge.bypass.annotations import (
     INCLUDE_INBOUND_PORTS,
 )
 from meshbridge.bypass.capture import capture_state
+from meshbridge.bypass.halfreport import half_bypasses
 from meshbridge.bypass.halves import Delivered
 from meshbridge.bypass.inventory import Inventory
-from meshbridge.bypass.report import half_bypasses, rows_of
+from meshbridge.bypass.report import rows_of
 from meshbridge.bypass.sets import IntSet
 from meshbridge.identity.model import ProxyClass, Workload
 from meshbridge.policy.capture import ISTIO_PORTS, PortClass
@@ -122,7 +123,7 @@ def _objection(workload: Workload, inventory: Inventory, ports: Mapping[Directio
             kinds = ", ".join(dict.fromkeys(guarantee.kind.value for guarantee in row.ruling.unaccepted))
             return f"it would lose {kinds}, which nobody accepted"
     for half in half_bypasses(then, possible=True, of=workload.key):
-        if half.delivery.outcome is Delivered.BROKEN:
+        if half.delivery.half and half.delivery.outcome is Delivered.BROKEN:
             inbound = half.server == workload.key and half.port in ports.get(Direction.INGRESS, ())
             if inbound or (workload.key in half.clients and ports.get(Direction.EGRESS)):
                 return f"{half.server}:{half.port} would break for {', '.join(half.clients)}: {half.delivery.why}"

@@ -7,25 +7,26 @@ Spec: ISTIO.md §b; istio: portLevelSettings of a DestinationRule, portLevelMtls
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from meshbridge.bypass.annotations import EXCLUDE_INBOUND_PORTS
 from meshbridge.bypass.compensated import subject_of
+from meshbridge.bypass.halfreport import SCRAPE, SCRAPE_PORT, HalfBypass, half_bypasses, via_service
 from meshbridge.bypass.halves import Delivered
 from meshbridge.bypass.inventory import Inventory, target_port
-from meshbridge.bypass.report import HalfBypass, half_bypasses
 from meshbridge.identity.model import IpFamily, ProxyClass, Workload
 from meshbridge.policy.capture import ISTIO_PORTS, PortClass
-from meshbridge.policy.mesh import MtlsMode
+from meshbridge.policy.mesh import MtlsMode, scopes_of
 from meshbridge.policy.model import Document
+from meshbridge.policy.parse.cluster import Service
+from meshbridge.policy.registry import CLUSTER_DOMAIN, TlsMode
 
 Object = dict[str, Any]
 
 MANAGED_BY: Final = {"app.kubernetes.io/managed-by": "meshbridge"}
-_CLUSTER_DOMAIN = "svc.cluster.local"
-_SCRAPE, _SCRAPE_PORT = "prometheus.io/scrape", "prometheus.io/port"
+_MADE: Final = ("DestinationRule", "PeerAuthentication")
 _REWRITE_PROBES = "sidecar.istio.io/rewriteAppHTTPProbers"
 
 
@@ -56,7 +57,7 @@ def advice(inventory: Inventory) -> list[Advice]:
             continue
         for port in _excluded_ports(workload, inventory):
             given = workload.annotations
-            if given.get(_SCRAPE) == "true" and given.get(_SCRAPE_PORT) == str(port):
+            if given.get(SCRAPE) == "true" and given.get(SCRAPE_PORT) == str(port):
                 text = (
                     "Istio merges the application's metrics into its own on port 15020, and serves both with mutual "
                     "TLS on ENVOY_SECURE_MERGED_METRICS_PORT (proxyMetadata, Istio 1.31): nothing has to be excluded "
@@ -74,21 +75,19 @@ def fixes(inventory: Inventory, documents: Iterable[Document]) -> list[Fix]:
     """What mends every half bypass that breaks, in an order that does not depend on the objects' order.
 
     Args:
-        documents: all objects, among which a DestinationRule for the same host may stand already.
+        documents: all objects, among which those may stand that earlier fixes made.
     """
-    rules = {
-        (document.namespace, host): document
+    ours = frozenset(
+        (document.kind, document.namespace, document.name)
         for document in documents
-        if document.kind == "DestinationRule" and isinstance(host := _spec(document).get("host"), str)
-    }
-    workloads = {workload.key: workload for workload in inventory.workloads}
+        if document.kind in _MADE and MANAGED_BY.items() <= _labels(document).items()
+    )
+    mender = _Mender(inventory, ours)
     found: dict[str, Fix] = {}
     for half in half_bypasses(inventory):
         if half.delivery.outcome is not Delivered.BROKEN:
             continue
-        server = workloads[half.server]
-        captured = half.port not in _excluded_ports(server, inventory)
-        fix = _missing_annotation(half, server) if captured else _plaintext(half, server, inventory, rules)
+        fix = mender.fix(half)
         key = repr((fix.apply["kind"], fix.apply["metadata"])) if fix.apply else fix.todo
         found[key] = _both(found[key], fix) if key in found else fix
     return list(found.values())
@@ -114,71 +113,96 @@ def _about(half: HalfBypass) -> str:
     return f"{', '.join(half.clients)} → {half.server}:{half.port}{via}"
 
 
-def _plaintext(half: HalfBypass, server: Workload, inventory: Inventory, rules: dict[tuple[str, str], Document]) -> Fix:
-    """The server does not see the port: clients' Envoys have to send plaintext there."""
-    if not half.via:
-        return _port_level_mtls(half, server, inventory)
-    name, _, number = half.via.removeprefix("Service ").rpartition(":")
-    namespace, _, service = name.partition("/")
-    host = f"{service}.{namespace}.{_CLUSTER_DOMAIN}"
-    settings = {"port": {"number": int(number)}, "tls": {"mode": "DISABLE"}}
-    known = (host, f"{service}.{namespace}.svc", f"{service}.{namespace}", service)
-    existing = next((rules[namespace, name] for name in known if (namespace, name) in rules), None)
-    if existing is not None:
-        todo = (
-            f"add to DestinationRule {existing.namespace}/{existing.name}, trafficPolicy.portLevelSettings: "
-            f"{{port: {{number: {number}}}, tls: {{mode: DISABLE}}}}; a second rule for the host would not count"
-        )
-        return Fix(_about(half), half.delivery.why, todo=todo)
-    return Fix(
-        _about(half),
-        half.delivery.why,
-        {
-            "apiVersion": "networking.istio.io/v1",
-            "kind": "DestinationRule",
-            "metadata": {"name": f"meshbridge-{service}"[:63], "namespace": namespace, "labels": dict(MANAGED_BY)},
-            "spec": {"host": host, "trafficPolicy": {"portLevelSettings": [settings]}},
-        },
-    )
+class _Mender:
+    def __init__(self, inventory: Inventory, ours: frozenset[tuple[str, str, str]]) -> None:
+        self._inventory, self._ours = inventory, ours
+        self._workloads = {workload.key: workload for workload in inventory.workloads}
 
+    def fix(self, half: HalfBypass) -> Fix:
+        server = self._workloads[half.server]
+        if half.port in _excluded_ports(server, self._inventory):
+            return self._plaintext(half, server)
+        if half.delivery.half:
+            return _missing_annotation(half, server)
+        by = f" ({half.delivery.origin.kind} {half.delivery.origin.policy})" if half.delivery.origin else ""
+        return Fix(_about(half), half.delivery.why, todo=f"{half.delivery.fix}{by}")
 
-def _port_level_mtls(half: HalfBypass, server: Workload, inventory: Inventory) -> Fix:
-    """Clients go by the server's PeerAuthentication; the one that is oldest in a scope is the only one that counts."""
-    own = [
-        policy
-        for policy in inventory.policies.selecting(server).peer_authentication
-        if policy.selector is not None
-        and policy.namespace == server.namespace
-        and policy.selector.matches(server.peer())
-    ]
-    if own:
-        oldest = min(own, key=lambda policy: (policy.created, policy.name))
-        todo = (
-            f"add to PeerAuthentication {oldest.namespace}/{oldest.name}: "
-            f"portLevelMtls: {{{half.port}: {{mode: DISABLE}}}}; a second policy for the pod would not count"
+    def _plaintext(self, half: HalfBypass, server: Workload) -> Fix:
+        """The server does not see the port: clients' Envoys have to send plaintext there."""
+        registry, found = self._inventory.registry, self._service(half, server)
+        if found is None or registry is None or registry.mesh.own_sidecars:
+            return self._port_level_mtls(half, server)
+        service, number = found
+        host = f"{service.name}.{service.namespace}.{CLUSTER_DOMAIN}"
+        rule = registry.rule_for(self._workloads[half.clients[0]], service)
+        if rule is not None and rule.fqdn != host and rule.namespace in (
+            service.namespace, registry.mesh.root_namespace,
+        ):  # fmt: skip
+            rule = None  # one for the host itself, in the Service's namespace, comes before it
+        if rule is not None and ("DestinationRule", rule.namespace, rule.name) not in self._ours:
+            if half.delivery.origin is None and not service.headless:
+                return self._port_level_mtls(half, server)
+            todo = (
+                f"add to DestinationRule {rule.namespace}/{rule.name}, trafficPolicy.portLevelSettings: "
+                f"{{port: {{number: {number}}}, tls: {{mode: DISABLE}}}}; a second rule for the host would not count"
+            )
+            return Fix(_about(half), half.delivery.why, todo=todo)
+        ports = sorted({number, *(rule.port_tls if rule is not None else ())})
+        settings = [{"port": {"number": port}, "tls": {"mode": TlsMode.DISABLE.value}} for port in ports]
+        return Fix(
+            _about(half),
+            half.delivery.why,
+            {
+                "apiVersion": "networking.istio.io/v1",
+                "kind": "DestinationRule",
+                "metadata": {
+                    "name": rule.name if rule is not None else f"meshbridge-{service.name}"[:63],
+                    "namespace": service.namespace,
+                    "labels": dict(MANAGED_BY),
+                },
+                "spec": {"host": host, "trafficPolicy": {"portLevelSettings": settings}},
+            },
         )
-        return Fix(_about(half), half.delivery.why, todo=todo)
-    labels = dict(subject_of(server).labels)
-    if not labels:
-        return Fix(_about(half), half.delivery.why, todo=f"give pod {server.key} a label, then ask again")
-    return Fix(
-        _about(half),
-        half.delivery.why,
-        {
-            "apiVersion": "security.istio.io/v1",
-            "kind": "PeerAuthentication",
-            "metadata": {
-                "name": f"meshbridge-{server.name}"[:63],
-                "namespace": server.namespace,
-                "labels": dict(MANAGED_BY),
+
+    def _service(self, half: HalfBypass, server: Workload) -> tuple[Service, int] | None:
+        """The Service that clients call, also where they call it by the pod's own address."""
+        for service, number in self._inventory.frontends(server, half.port):
+            if half.via == via_service(service, number) or (not half.via and service.headless and number == half.port):
+                return service, number
+        return None
+
+    def _port_level_mtls(self, half: HalfBypass, server: Workload) -> Fix:
+        """Clients go by the server's PeerAuthentication; of those in a scope only the oldest counts."""
+        ports = {half.port}
+        name = f"meshbridge-{server.name}"[:63]
+        own = scopes_of(
+            self._inventory.policies.selecting(server).peer_authentication, server.peer(), self._inventory.policies.mesh
+        )[2]
+        if own is not None and ("PeerAuthentication", own.namespace, own.name) in self._ours:
+            ports, name = ports | own.port_modes.keys(), own.name
+        elif own is not None:
+            todo = (
+                f"add to PeerAuthentication {own.namespace}/{own.name}: "
+                f"portLevelMtls: {{{half.port}: {{mode: DISABLE}}}}; a second policy for the pod would not count"
+            )
+            return Fix(_about(half), half.delivery.why, todo=todo)
+        labels = dict(subject_of(server).labels)
+        if not labels:
+            return Fix(_about(half), half.delivery.why, todo=f"give pod {server.key} a label, then ask again")
+        return Fix(
+            _about(half),
+            half.delivery.why,
+            {
+                "apiVersion": "security.istio.io/v1",
+                "kind": "PeerAuthentication",
+                "metadata": {"name": name, "namespace": server.namespace, "labels": dict(MANAGED_BY)},
+                "spec": {
+                    "selector": {"matchLabels": labels},
+                    "mtls": {"mode": MtlsMode.UNSET.value},
+                    "portLevelMtls": {str(port): {"mode": MtlsMode.DISABLE.value} for port in sorted(ports)},
+                },
             },
-            "spec": {
-                "selector": {"matchLabels": labels},
-                "mtls": {"mode": MtlsMode.UNSET.value},
-                "portLevelMtls": {str(half.port): {"mode": MtlsMode.DISABLE.value}},
-            },
-        },
-    )
+        )
 
 
 def _missing_annotation(half: HalfBypass, server: Workload) -> Fix:
@@ -202,6 +226,7 @@ def _excluded_ports(workload: Workload, inventory: Inventory) -> list[int]:
     ]
 
 
-def _spec(document: Document) -> Object:
-    spec = document.data.get("spec")
-    return spec if isinstance(spec, dict) else {}
+def _labels(document: Document) -> Mapping[str, Any]:
+    metadata = document.data.get("metadata")
+    labels = metadata.get("labels") if isinstance(metadata, Mapping) else None
+    return labels if isinstance(labels, Mapping) else {}

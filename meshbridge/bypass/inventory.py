@@ -10,6 +10,7 @@ from functools import cached_property
 from meshbridge.bypass.annotations import TRAFFIC, MeshDefaults
 from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
 from meshbridge.bypass.capture import capture_state
+from meshbridge.bypass.clients import Registry
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.bypass.state import CaptureState, Truth
 from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, ProxyClass, Workload
@@ -29,6 +30,8 @@ class Inventory:
     """``predicted`` says that the capture states are those of the specification, not of rules seen.
 
     ``others`` are further sources by name: pods of which only labels are known. ``defaults`` None: not known.
+    ``registry`` None: nobody knows what clients' Envoys know, as on a node; then every destination is a Service's to
+    them, without a DestinationRule.
     """
 
     workloads: tuple[Workload, ...]
@@ -39,6 +42,7 @@ class Inventory:
     others: Mapping[str, Peer] = field(default_factory=dict, hash=False)
     bypass_policies: BypassPolicies = NO_BYPASS_POLICIES
     defaults: MeshDefaults | None = None
+    registry: Registry | None = field(default=None, hash=False)
 
     def peer(self, workload: Workload) -> Peer:
         """The workload as policies see it, with the CIDRs that contain its addresses."""
@@ -127,18 +131,22 @@ def inventory_of(
     rules = seen or {}
     workloads = workloads_of(parsed)
     named = {o.name for item in parsed for o in item.objects if isinstance(o, Namespace)}
+    policies = PolicySet.of_parsed(parsed, mesh or MeshSettings())
+    services = tuple(o for item in parsed for o in item.objects if isinstance(o, Service))
+    known = (o for item in parsed for o in item.registry)
     states = {
         w.key: capture_state(w if w.namespace in named else _expecting(w), mesh=defaults, seen=rules.get(w.key))
         for w in workloads
     }
     return Inventory(
         tuple(_injected(workload, states[workload.key]) for workload in workloads),
-        tuple(o for item in parsed for o in item.objects if isinstance(o, Service)),
-        PolicySet.of_parsed(parsed, mesh or MeshSettings()),
+        services,
+        policies,
         states,
         predicted=seen is None,
         bypass_policies=NO_BYPASS_POLICIES if now is None else BypassPolicies.of((p.document for p in parsed), now),
         defaults=defaults,
+        registry=Registry(known, services, policies.mesh, policies.peer_authentication),
     )
 
 

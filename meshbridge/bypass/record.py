@@ -9,7 +9,8 @@ from meshbridge.bypass.automatic import Automatic
 from meshbridge.bypass.bypasspolicy import Ruling
 from meshbridge.bypass.compensation import Compensation
 from meshbridge.bypass.guarantees import Guarantee
-from meshbridge.bypass.report import HalfBypass, Report, Row
+from meshbridge.bypass.halfreport import HalfBypass
+from meshbridge.bypass.report import Report, Row
 from meshbridge.bypass.sets import IntSet
 from meshbridge.identity.model import IpFamily
 from meshbridge.policy.model import Origin
@@ -146,6 +147,7 @@ def _half(half: HalfBypass) -> dict[str, Any]:
         "delivery": half.delivery.outcome.value,
         "why": half.delivery.why,
         "fix": half.delivery.fix,
+        "origin": origin_record(half.delivery.origin) if half.delivery.origin else None,
     }
 
 

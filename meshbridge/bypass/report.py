@@ -6,32 +6,25 @@ probes, Services, rules) get rows of their own; the rest of a wide exclusion is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from meshbridge.bypass.bypasspolicy import Ruling
 from meshbridge.bypass.compensation import Compensation, excluded_outcome, inbound_compensation
 from meshbridge.bypass.findings import Finding, FindingCode
 from meshbridge.bypass.guarantees import Fate, Guarantee, inbound_guarantees, outbound_guarantees
-from meshbridge.bypass.halves import Delivered, Delivery, Side, delivery
+from meshbridge.bypass.halfreport import MAX_SINGLE_PORTS, HalfBypass, half_bypasses, ports_of_rules
 from meshbridge.bypass.inventory import Inventory, target_port
 from meshbridge.bypass.isolation import Isolation, isolations
-from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, IntSet, networks, union
-from meshbridge.bypass.state import CaptureState, Route, Span
-from meshbridge.identity.model import IpAddress, IpFamily, Peer, ProxyClass, Workload
-from meshbridge.policy.baseline import Flow, Guard, mesh_verdict
-from meshbridge.policy.capture import ISTIO_PORTS, AppProtocol, Capture, PortClass
-from meshbridge.policy.compile import Compiler
-from meshbridge.policy.evaluate import evaluate
-from meshbridge.policy.lowering import guard_of, guard_of_peer, own_principal
-from meshbridge.policy.mesh import Action, Attribute
-from meshbridge.policy.model import Direction, EndpointPolicy, Verdict
+from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, IntSet, networks
+from meshbridge.bypass.state import Route, Span
+from meshbridge.identity.model import IpFamily, Peer, ProxyClass, Workload
+from meshbridge.policy.baseline import Guard
+from meshbridge.policy.capture import PortClass
+from meshbridge.policy.lowering import guard_of, guard_of_peer
+from meshbridge.policy.model import Direction, Verdict
 from meshbridge.policy.policyset import PolicySet
 
-MAX_SINGLE_PORTS = 16
 MAX_RANGES = 8
-_FIRST_IDENTITY = 256
-_TCP = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +47,6 @@ class Row:
 
     def with_fate(self, fate: Fate) -> tuple[Guarantee, ...]:
         return tuple(guarantee for guarantee in self.guarantees if guarantee.fate is fate)
-
-
-@dataclass(frozen=True, slots=True)
-class HalfBypass:
-    """Clients that will meet the same outcome at a server's port; ``via`` is the Service they use, or empty."""
-
-    server: str
-    port: int
-    via: str
-    clients: tuple[str, ...]
-    delivery: Delivery
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +94,7 @@ def rows_of(workload: Workload, inventory: Inventory) -> list[Row]:
     families = {IpFamily.of(address) for address in workload.addresses} or {IpFamily.IPV4}
     selected = inventory.policies.selecting(workload)
     guard = guard_of(workload, selected)
-    named = IntSet.of(*inventory.declared_ports(workload), *_ports_of_rules(guard))
+    named = IntSet.of(*inventory.declared_ports(workload), *ports_of_rules(guard))
     merged: dict[Row, set[IpFamily]] = {}
     for family in families:
         for span in state.of(Direction.INGRESS, family, intended=inventory.predicted):
@@ -136,14 +118,6 @@ def _cut(ports: IntSet, named: IntSet) -> list[IntSet]:
     rest = ports - singles
     found = [IntSet.of(port) for first, last in singles for port in range(first, last + 1)]
     return [*found, rest] if rest else found
-
-
-def _ports_of_rules(guard: Guard) -> Iterable[int]:
-    yield from guard.mtls.ports
-    for rule in guard.rules:
-        for condition in rule.all_conditions:
-            if condition.attribute is Attribute.PORTS:
-                yield from (int(value) for value in (*condition.values, *condition.not_values))
 
 
 def _inbound_row(
@@ -239,7 +213,7 @@ def _refusing_elsewhere(sender: Peer, span: Span, inventory: Inventory) -> list[
             continue
         excluded = IntSet.of(*((p.first, p.last) for p in peer.excluded if p.family is span.family)) & span.box.port
         guard = guard_of_peer(peer, inventory.policies.selecting(peer))
-        asked = excluded if len(excluded) <= MAX_SINGLE_PORTS else excluded & IntSet.of(*_ports_of_rules(guard))
+        asked = excluded if len(excluded) <= MAX_SINGLE_PORTS else excluded & IntSet.of(*ports_of_rules(guard))
         found += [
             f"{name}:{port}"
             for first, last in asked
@@ -247,137 +221,3 @@ def _refusing_elsewhere(sender: Peer, span: Span, inventory: Inventory) -> list[
             if excluded_outcome(guard, port, sender).verdict is Verdict.DENY
         ]
     return found
-
-
-def half_bypasses(inventory: Inventory, *, possible: bool = False, of: str = "") -> list[HalfBypass]:
-    """Every server port where a client's side and the server's do not agree, with the clients that will meet it.
-
-    Clients are those of which something says that they use the port: a Service in front of it, a policy that lets them
-    in where others are kept out, or an exclusion of their own that names it.
-
-    Args:
-        possible: Take every client that no policy keeps away.
-        of: Only what concerns this workload, server or client; the cost is then that of one pass over the others.
-    """
-    found = []
-    admits = _Admission(inventory, of)
-    only = tuple(workload for workload in inventory.workloads if workload.key == of)
-    bypassing = {
-        workload.key
-        for workload in inventory.workloads
-        if any(
-            inventory.states[workload.key].outbound_bypasses(family, intended=inventory.predicted)
-            for family in _families(workload)
-        )
-    }
-    for server in inventory.workloads:
-        if server.proxy is not ProxyClass.SIDECAR or server.host_network:
-            continue
-        guard = guard_of(server, inventory.policies.selecting(server))
-        classes = inventory.states[server.key].inbound(intended=inventory.predicted)
-        for port in inventory.declared_ports(server):
-            if port in ISTIO_PORTS:
-                continue  # captured by no sidecar, and called as plaintext by whoever knows them
-            captured = any(classes[f].at(port) is PortClass.CAPTURED for f in _families(server))
-            mode, _ = guard.mtls.at(port)
-            for via, dialled, vips in _ways(server, port, inventory):
-                meets: dict[Delivery, list[str]] = {}
-                for client in inventory.workloads if of in ("", server.key) else only:
-                    if client.key == server.key or client.proxy is not ProxyClass.SIDECAR:
-                        continue
-                    if captured and client.key not in bypassing:
-                        continue  # both sides see everything
-                    sends = client_captures(inventory, client, vips, dialled)
-                    outcome = delivery(Side(True, sends), Side(True, captured), mode)
-                    if not outcome.half or not admits.may_connect(client, server, guard, port):
-                        continue
-                    if (
-                        possible
-                        or via
-                        or admits.lets_in_only_some(server, guard)
-                        or _names_port(inventory, client, port)
-                    ):
-                        meets.setdefault(outcome, []).append(client.key)
-                found += [
-                    HalfBypass(server.key, port, via, tuple(clients), outcome) for outcome, clients in meets.items()
-                ]
-    return sorted(found, key=lambda h: (h.delivery.outcome is not Delivered.BROKEN, h.server, h.port, h.via, h.clients))
-
-
-class _Admission:
-    """Whether any policy leaves a connection open, as far as it can be known before it is made."""
-
-    def __init__(self, inventory: Inventory, of: str) -> None:
-        self._inventory, self._of = inventory, of
-        self._peers = {w.key: inventory.peer(w) for w in inventory.workloads}
-        self._numbers = {key: _FIRST_IDENTITY + position for position, key in enumerate(self._peers)}
-        self._compiler = Compiler({self._numbers[key]: peer for key, peer in self._peers.items()})
-        # where all is about one workload, it is the only peer that the policies of others are asked about
-        self._of_others = Compiler({self._numbers[of]: self._peers[of]}) if of else self._compiler
-        self._compiled: dict[str, EndpointPolicy] = {}
-
-    def may_connect(self, client: Workload, server: Workload, guard: Guard, port: int) -> bool:
-        peer = self._peers[client.key]
-        flow = Flow(peer.networks & guard.networks, port, own_principal(peer))
-        if mesh_verdict(guard, flow, AppProtocol.AUTO).verdict is Verdict.DENY:
-            return False
-        ends = ((server, client, Direction.INGRESS), (client, server, Direction.EGRESS))
-        return any(all(self._network(*end, family, port) for end in ends) for family in IpFamily)
-
-    def lets_in_only_some(self, server: Workload, guard: Guard) -> bool:
-        """Whether policies keep anybody away from the port, so that who may connect is meant to."""
-        if any(p.action is Action.ALLOW and not p.dry_run for p in guard.policies):
-            return True
-        policy = self._policy(server)
-        return any(policy.map(Direction.INGRESS, f).network_default.verdict is Verdict.DENY for f in IpFamily)
-
-    def _network(self, endpoint: Workload, peer: Workload, direction: Direction, family: IpFamily, port: int) -> bool:
-        decision = evaluate(self._policy(endpoint).map(direction, family), self._numbers[peer.key], _TCP, port)
-        return decision.network.verdict is not Verdict.DENY
-
-    def _policy(self, endpoint: Workload) -> EndpointPolicy:
-        policy = self._compiled.get(endpoint.key)
-        if policy is None:
-            compiler = self._compiler if endpoint.key == self._of else self._of_others
-            policy = compiler.endpoint(endpoint, self._inventory.policies, Capture.none())
-            self._compiled[endpoint.key] = policy
-        return policy
-
-
-def _names_port(inventory: Inventory, client: Workload, port: int) -> bool:
-    """Whether a client excludes a port by name, not together with thousands of others."""
-    spans = (
-        span
-        for family in IpFamily
-        for span in inventory.states[client.key].outbound_bypasses(family, intended=inventory.predicted)
-    )
-    return any(port in span.box.port and len(span.box.port) <= MAX_SINGLE_PORTS for span in spans)
-
-
-def _families(workload: Workload) -> list[IpFamily]:
-    return sorted({IpFamily.of(address) for address in workload.addresses}) or [IpFamily.IPV4]
-
-
-def _ways(server: Workload, port: int, inventory: Inventory) -> list[tuple[str, int, tuple[IpAddress, ...]]]:
-    """How a port is dialled: the pod's own address, and each Service in front of it."""
-    ways: list[tuple[str, int, tuple[IpAddress, ...]]] = [("", port, server.addresses)]
-    for service, number in inventory.frontends(server, port):
-        ways.append((f"Service {service.namespace}/{service.name}:{number}", number, service.addresses))
-    return ways
-
-
-def client_captures(inventory: Inventory, client: Workload, addresses: Sequence[IpAddress], port: int) -> bool:
-    """Whether the client's Envoy sees a connection of its application to an address and port.
-
-    Without a known address every destination has to be captured.
-    """
-    state: CaptureState = inventory.states[client.key]
-    bypassed = {
-        family: [s for s in state.outbound_bypasses(family, intended=inventory.predicted) if port in s.box.port]
-        for family in IpFamily
-    }
-    reachable = [address for address in addresses if IpFamily.of(address) in _families(client)]
-    for address in reachable:
-        if any(int(address) in span.box.destination for span in bypassed[IpFamily.of(address)]):
-            return False
-    return bool(reachable) or not union(span.box.destination for span in bypassed[IpFamily.IPV4])

@@ -17,6 +17,7 @@ from meshbridge.bypass.record import automatic_record, merged_records, report_re
 from meshbridge.bypass.report import report
 from meshbridge.cli import bypassaudit, bypassfix, bypasspromote
 from meshbridge.cli.agents import answering
+from meshbridge.cli.documents import mesh_settings
 from meshbridge.cli.files import ManifestError, read_manifests
 from meshbridge.cli.observe import print_lines
 from meshbridge.observe.client import find_agents
@@ -202,7 +203,8 @@ def _record(
         return merged_records(json.loads(agent.bypasses()) for agent in answering(find_agents(socket, node)))
     given = read_manifests(files)
     keys = {document.key for document in given}
-    found = inventory([*given, *(d for d in read_manifests(context) if d.key not in keys)], now=datetime.now(UTC))
+    objects = [*given, *(d for d in read_manifests(context) if d.key not in keys)]
+    found = inventory(objects, mesh=mesh_settings(objects), now=datetime.now(UTC))
     automatic = [
         automatic_record(workload.key, automatic_exclusions(workload, found))
         for workload in found.workloads

@@ -11,7 +11,7 @@ import yaml
 
 from meshbridge.bypass.fixes import Advice, Fix, advice, fixes
 from meshbridge.bypass.inventory import inventory
-from meshbridge.cli.documents import DocumentSource, document_options
+from meshbridge.cli.documents import DocumentSource, document_options, mesh_settings
 from meshbridge.cli.observe import print_lines
 from meshbridge.observe.text import printable
 
@@ -36,7 +36,7 @@ def command(output: str, documents: DocumentSource) -> None:
     be read.
     """
     given = documents.read()
-    found = inventory(given, now=datetime.now(UTC))
+    found = inventory(given, mesh=mesh_settings(given), now=datetime.now(UTC))
     unnecessary, ways = advice(found), fixes(found, given)
     if output == "json":
         items = [_record(fix) for fix in ways]

@@ -13,6 +13,8 @@ from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings, PathNormalization
 from meshbridge.policy.model import Document
 
 NAMESPACE: Final = "istio-system"
+SIDECARS: Final = "meshbridge.io/sidecars"
+"""On the ConfigMap: who configures the mesh's sidecars, ``istio`` or ``meshbridge``."""
 _PROVIDER = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _TRUST_DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9._]{0,253}[a-z0-9])?")
 
@@ -55,6 +57,7 @@ def read_mesh_config(document: Document) -> MeshSettings:
         auto_mtls=at.boolean("enableAutoMtls", True),
         trusted_proxies=default.mapping("gatewayTopology").count("numTrustedProxies"),
         interception=default.choice("interceptionMode", ("REDIRECT", "TPROXY", "NONE")) or DEFAULT_MESH.interception,
+        own_sidecars=_annotations(document.data, where).choice(SIDECARS, ("istio", "meshbridge")) == "meshbridge",
     )
 
 
@@ -107,6 +110,12 @@ class _At:
         if not isinstance(value, str) or not _TRUST_DOMAIN.fullmatch(value):
             self.refuse(field, f"{str(value)[:80]!r} is no name", "use letters, digits, '-', '.'")
         return value
+
+
+def _annotations(data: Mapping[str, Any], where: str) -> _At:
+    metadata = data.get("metadata")
+    found = metadata.get("annotations") if isinstance(metadata, Mapping) else None
+    return _At(found if isinstance(found, Mapping) else {}, where)
 
 
 def _providers(at: _At) -> tuple[tuple[str, ProviderKind], ...]:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from meshbridge.bypass.admission import review
 from meshbridge.bypass.inventory import inventory
+from meshbridge.controller.meshconfig import read_mesh_config
 from meshbridge.demo.errors import DemoError
 from meshbridge.demo.store import Store
 from meshbridge.kube.manifests import is_manifest
-from meshbridge.kube.objects import read_objects
+from meshbridge.kube.objects import MESH_CONFIG, read_objects
 from meshbridge.kube.yaml import YamlError
+from meshbridge.policy.mesh import DEFAULT_MESH
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse.workloads import TEMPLATE_KINDS
 
@@ -25,7 +27,10 @@ def admit(store: Store, source: Path) -> list[str]:
     applied = _documents(source)
     keys = {document.key for document in applied}
     others = [d for path in store.files() if is_manifest(path.name) for d in _documents(path) if d.key not in keys]
-    found = inventory([*others, *applied], now=datetime.now(UTC))
+    objects = [*others, *applied]
+    configs = [d for d in objects if d.kind == "ConfigMap" and d.name == MESH_CONFIG]
+    mesh = read_mesh_config(configs[0]) if configs else DEFAULT_MESH
+    found = inventory(objects, mesh=mesh, now=datetime.now(UTC))
     pods = {f"{d.namespace}/{d.name}" for d in applied if d.kind == "Pod" or d.kind in TEMPLATE_KINDS}
     warnings: list[str] = []
     for workload in found.workloads:

@@ -52,6 +52,7 @@ def answer_record(answer: Answer) -> dict[str, Any]:
         "network": answer.network.name,
         "mesh": answer.mesh.name,
         "path": {"egress": answer.egress, "ingress": answer.ingress},
+        "delivery": answer.delivery.value if answer.delivery is not None else None,
         "kernel": "PASS" if answer.passes_kernel else "DROP",
         "verdict": answer.verdict.name,
         "reasons": [_reason_record(reason) for reason in answer.reasons],

@@ -10,9 +10,9 @@ from typing import Final
 
 from meshbridge.bypass.annotations import MeshDefaults
 from meshbridge.bypass.capture import capture_state
+from meshbridge.bypass.clients import Registry
 from meshbridge.bypass.inventory import workloads_of
 from meshbridge.bypass.state import CaptureState, Truth, capture_of
-from meshbridge.evaluation.clients import Registry
 from meshbridge.evaluation.question import LabelledPod, Question, QuestionError, address_of
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, ProxyClass, Workload
 from meshbridge.policy.capture import AppProtocol, Capture
@@ -57,7 +57,12 @@ class Cluster:
         objects = [found for item in parsed for found in item.objects]
         self.policies = PolicySet.of_parsed(parsed, mesh)
         self.services = tuple(found for found in objects if isinstance(found, Service))
-        self.registry = Registry((found for item in parsed for found in item.registry), self.services, mesh)
+        self.registry = Registry(
+            (found for item in parsed for found in item.registry),
+            self.services,
+            mesh,
+            self.policies.peer_authentication,
+        )
         self._namespaces = {found.name: found for found in objects if isinstance(found, Namespace)}
         self._nodes = {found.name: found for found in objects if isinstance(found, Node)}
         self._workloads = {workload.key: workload for workload in workloads_of(parsed)}

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from typing import Final
 
+from meshbridge.bypass.halves import Delivered, Delivery
 from meshbridge.evaluation.ambient import ztunnel_guard, ztunnel_mtls
 from meshbridge.evaluation.cluster import Cluster, Party
-from meshbridge.evaluation.deliveries import undelivered
+from meshbridge.evaluation.deliveries import delivery_of
 from meshbridge.evaluation.mesh import Facts, mesh_verdict_on, normalized_http
 from meshbridge.evaluation.numbers import Numbers
 from meshbridge.evaluation.question import Question
@@ -42,7 +43,10 @@ _SEEN: Final = {PortClass.CAPTURED: "captured", PortClass.EXCLUDED: "bypassed"}
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """``egress`` and ``ingress`` say whether the sidecar of that end sees the flow; None: there is none to see it."""
+    """``egress`` and ``ingress`` say whether the sidecar of that end sees the flow; None: there is none to see it.
+
+    ``delivery`` is what the two ends' sidecars make of a connection, whatever policies say; None: nobody can tell.
+    """
 
     network: Verdict
     mesh: Verdict
@@ -51,6 +55,7 @@ class Answer:
     passes_kernel: bool
     verdict: Verdict
     reasons: tuple[Reason, ...] = ()
+    delivery: Delivered | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,7 @@ class Trace:
 
     ``egress`` and ``ingress`` are the kernel's at either end, None where no pod is. ``http`` is what the HTTP rules of
     network policies say once the kernel leaves the flow to them, ``mesh`` what Envoy would say of the port's policies.
-    ``undelivered`` is why the two ends' sidecars do not fit together.
+    ``undelivered`` is why nothing of what the kernel passes is delivered, ``delivery`` what the two ends' sidecars do.
     """
 
     leg: Leg
@@ -93,6 +98,7 @@ class Trace:
     http: LayerDecision | None = None
     mesh: MeshVerdict = _UNRESTRICTED
     undelivered: Reason | None = None
+    delivery: Delivery | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,7 @@ class Evaluator:
         self._guards: dict[int, Guarded] = {}
         self._equal_guards: dict[tuple[object, ...], Guarded] = {}
         self._verdicts: dict[tuple[object, ...], MeshVerdict] = {}
-        self._deliveries: dict[tuple[object, ...], Reason | None] = {}
+        self._deliveries: dict[tuple[object, ...], Delivery | None] = {}
 
     def prepare(self, question: Question) -> Prepared:
         """Find the ends of a question.
@@ -221,7 +227,8 @@ class Evaluator:
         if receiver is not None and port_class in (PortClass.CAPTURED, PortClass.EXCLUDED):
             mesh = self._mesh(leg, receiver)
         seen = self._seen_at_source(leg) if tcp and sender is not None else None
-        broken = self._broken(leg, seen, port_class) if passes else None
+        delivery = self._delivery(leg, seen, port_class) if tcp else None
+        broken = self._broken(leg, port_class, delivery) if passes else None
         if not passes or network is Verdict.DENY or broken is not None:
             verdict = Verdict.DENY
         else:
@@ -236,8 +243,9 @@ class Evaluator:
             passes_kernel=passes,
             verdict=verdict,
             reasons=reasons_of(verdict, decisions, mesh, port_class, broken),
+            delivery=delivery.outcome if delivery is not None else None,
         )
-        return Trace(leg, answer, egress, ingress, port_class, http, mesh, broken)
+        return Trace(leg, answer, egress, ingress, port_class, http, mesh, broken, delivery)
 
     def peer(self, number: int) -> Peer:
         """Who has an identity number, as policies see it."""
@@ -256,25 +264,29 @@ class Evaluator:
                 return "bypassed"
         return "captured"
 
-    def _broken(self, leg: Leg, seen: str | None, port_class: PortClass) -> Reason | None:
-        """Why the two ends' sidecars, or the lack of one, do not fit together; None where they do."""
-        client, receiver = leg.sender.endpoint, leg.receiver.endpoint
+    def _broken(self, leg: Leg, port_class: PortClass, delivery: Delivery | None) -> Reason | None:
+        """Why nothing of what the kernel passes is delivered; None where it is."""
         http, how = leg.question.http, self._cluster.policies.mesh.path_normalization
         path = http.path if http is not None and port_class is PortClass.CAPTURED else None
         if path is not None and normalized(path, how) is None:
             return Reason(f"Envoy answers 400 to a path that it cannot normalize ({how.value})")
-        if client is None or seen is None or client.proxy is not ProxyClass.SIDECAR:
+        if delivery is None or delivery.outcome is not Delivered.BROKEN:
             return None
-        question = leg.question
+        return Reason(f"{delivery.why}; {delivery.fix}", delivery.origin)
+
+    def _delivery(self, leg: Leg, seen: str | None, port_class: PortClass) -> Delivery | None:
+        client, receiver, question = leg.sender.endpoint, leg.receiver.endpoint, leg.question
         key = (
             id(client), id(receiver) if receiver is not None else leg.receiver.address, leg.receiver.services,
-            leg.port, question.port, question.destination_ip, question.principal, seen, port_class,
+            leg.port, question.destination, question.port, question.destination_ip, question.principal,
+            question.http is not None and question.http.host is not None, seen, port_class,
         )  # fmt: skip
         if key not in self._deliveries:
             mode = self._guarded(receiver).guard.mtls.at(leg.port)[0] if receiver is not None else MtlsMode.PERMISSIVE
             captured = (seen == "captured", port_class is PortClass.CAPTURED)
-            found = undelivered(self._cluster.registry, question, client, leg.receiver, leg.port, captured, mode)
-            self._deliveries[key] = Reason(*found) if found is not None else None
+            self._deliveries[key] = delivery_of(
+                self._cluster.registry, question, client, leg.receiver, leg.port, captured, mode
+            )
         return self._deliveries[key]
 
     def guarded(self, leg: Leg, receiver: Workload) -> tuple[Guarded, Facts, AppProtocol]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from meshbridge.bypass.halves import ClientTls, Delivered, Delivery, Side, delivery
+from meshbridge.bypass.halves import AUTOMATIC, Delivered, Delivery, Sending, Side, delivery
 from meshbridge.evaluation.cluster import Cluster, Party
 from meshbridge.evaluation.deliveries import sendings
 from meshbridge.evaluation.evaluator import UNSPECIFIED, Evaluator, Leg, Trace
@@ -248,15 +248,16 @@ class _Explainer:
         server = self._side(self._receiver, captured=self._trace.port_class is PortClass.CAPTURED)
         if not client.sidecar and not server.sidecar:
             return None
-        found = [delivery(client, server, self._mode()[0], tls) for tls in self._sent(client)]
-        return next((each for each in found if each.outcome is not Delivered.BROKEN), found[0])
+        tried = (delivery(client, server, self._mode()[0], way) for way in self._sent(client))
+        found = [each for each in tried if each is not None]
+        return next((each for each in found if each.outcome is not Delivered.BROKEN), found[0] if found else None)
 
-    def _sent(self, client: Side) -> list[ClientTls]:
+    def _sent(self, client: Side) -> list[Sending]:
         """What the source's sidecar may send, by the ways it knows the destination."""
-        if self._sender is None or not client.through_envoy:
-            return [ClientTls.AUTO]
-        ways = sendings(self._cluster.registry, self._leg.question, self._sender, self._leg.receiver, self._leg.port)
-        return [way.tls for way in ways if way.tls is not None] or [ClientTls.AUTO]
+        if self._sender is None or not client.through_envoy or self._sender.proxy is not ProxyClass.SIDECAR:
+            return [AUTOMATIC]
+        leg = self._leg
+        return list(sendings(self._cluster.registry, leg.question, self._sender, leg.receiver, leg.port))
 
     @staticmethod
     def _side(workload: Workload | None, *, captured: bool) -> Side:

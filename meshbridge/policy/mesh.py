@@ -49,6 +49,7 @@ class MeshSettings:
     ``asked_providers`` are the CUSTOM providers that Envoy itself asks; any other that is not us denies. ``providers``
     are those the mesh defines, None where nobody has said: then any name may be one. ``trusted_proxies`` are those
     before a gateway whose x-forwarded-for counts. ``interception`` is how sidecars capture where a pod does not say.
+    ``own_sidecars``: MeshBridge configures the sidecars, not istiod; they know addresses, and no registry.
     """
 
     root_namespace: str = "istio-system"
@@ -62,6 +63,7 @@ class MeshSettings:
     auto_mtls: bool = True
     trusted_proxies: int = 0
     interception: str = "REDIRECT"
+    own_sidecars: bool = False
 
     def provider(self, name: str) -> ProviderKind | None:
         """What a provider is; None where nobody has said which there are."""

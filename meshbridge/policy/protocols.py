@@ -7,7 +7,7 @@ from typing import Final
 
 from meshbridge.identity.model import Workload
 from meshbridge.policy.capture import AppProtocol
-from meshbridge.policy.parse.cluster import Service
+from meshbridge.policy.parse.cluster import Service, ServicePort
 
 _HTTP: Final = frozenset({"http", "http2", "grpc", "grpc-web", "kubernetes.io/h2c", "kubernetes.io/ws"})
 _TCP: Final = frozenset({"tcp", "tls", "https", "mongo", "mysql", "redis", "kubernetes.io/wss"})
@@ -30,13 +30,22 @@ def declared_protocols(
             target = port.target_at(workload.ports)
             if target is None or port.protocol != "TCP":
                 continue
-            word = (port.app_protocol or port.name.partition("-")[0]).lower()
+            word = _word(port)
             declared.setdefault(target, set()).add(protocol_of(word))
             if word in _SERVER_FIRST:
                 server_first.add(target)
     agreed = {port: found.pop() for port, found in sorted(declared.items()) if len(found) == 1}
     known = {port: protocol for port, protocol in agreed.items() if protocol is not AppProtocol.AUTO}
     return known, frozenset(port for port in server_first if known.get(port) is AppProtocol.TCP)
+
+
+def declared_protocol(port: ServicePort) -> AppProtocol:
+    """What one port of a Service is declared to be."""
+    return protocol_of(_word(port))
+
+
+def _word(port: ServicePort) -> str:
+    return (port.app_protocol or port.name.partition("-")[0]).lower()
 
 
 def protocol_of(word: str) -> AppProtocol:

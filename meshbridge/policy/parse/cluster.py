@@ -43,7 +43,8 @@ class Service:
     """``selector`` None: its endpoints are somebody else's business.
 
     ``addresses`` are its ClusterIPs, ``outside_addresses`` further ones that nodes translate: external IPs and those
-    of a load balancer, but where its packets have to pass through the load balancer itself.
+    of a load balancer, but where its packets have to pass through the load balancer itself. ``headless``: it never has
+    any, and its name stands for its pods' addresses.
     """
 
     namespace: str
@@ -53,6 +54,7 @@ class Service:
     selector: Mapping[str, str] | None = field(default=None, hash=False)
     outside_addresses: tuple[IpAddress, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    headless: bool = False
 
     def selects(self, pod: Workload) -> bool:
         """Whether the pod is one of its endpoints, as far as labels say; an empty selector picks nobody."""

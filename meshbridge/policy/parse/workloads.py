@@ -212,6 +212,7 @@ def _service(document: Document, root: Reader) -> Service:
         _strings(spec, "selector") if selector.value is not None else None,
         () if external_name else tuple(dict.fromkeys(map(_address, _outside_addresses(root, spec)))),
         _strings(_child(root, "metadata"), "labels"),
+        headless="None" in (single.value, *(item.value for item in _list(spec, "clusterIPs"))),
     )
 
 

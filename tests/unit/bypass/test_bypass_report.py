@@ -18,6 +18,7 @@ from meshbridge.cli.bypass import command
 from meshbridge.identity.model import IpFamily, TcpPorts
 from meshbridge.kube.objects import read_objects
 from meshbridge.policy.capture import PortClass
+from meshbridge.policy.mesh import DEFAULT_MESH
 from meshbridge.policy.model import Direction
 
 INPUTS = Path(__file__).parents[3] / "manifests/inputs"
@@ -255,6 +256,111 @@ spec: {selector: {app: api}, ports: [{port: 80, targetPort: 8080}]}
     (half,) = found.halves
     assert (half.via, half.clients) == ("Service finance/api:80", ("monitoring/prometheus",))
     assert "TLS hello" in half.delivery.why
+
+
+def service(ports: str, cluster_ip: str = "10.96.0.9") -> str:
+    return f"""
+apiVersion: v1
+kind: Service
+metadata: {{name: api, namespace: finance}}
+spec: {{clusterIP: {cluster_ip}, selector: {{app: api}}, ports: [{ports}]}}
+---
+"""
+
+
+def rule(policy: str, host: str = "api.finance.svc.cluster.local", namespace: str = "istio-system") -> str:
+    return f"""
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: r, namespace: {namespace}}}
+spec: {{host: "{host}", trafficPolicy: {policy}}}
+---
+"""
+
+
+OFF, MUTUAL = "{tls: {mode: DISABLE}}", "{tls: {mode: ISTIO_MUTUAL}}"
+OF_80 = "{portLevelSettings: [{port: {number: 80}, tls: {mode: DISABLE}}]}"
+HTTP, TCP = "{name: http, port: 8080}", "{name: tcp, port: 8080}"
+NOT_MTLS = """
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: api, namespace: finance}
+spec: {selector: {matchLabels: {app: api}}, portLevelMtls: {"8080": {mode: DISABLE}}}
+---
+"""
+SCRAPED = '{prometheus.io/scrape: "true", prometheus.io/port: "8080"}'
+WEB, SCRAPER = pod("finance/web", "10.0.0.2", ports="1"), pod("monitoring/prometheus", "10.0.1.1", ports="9090")
+SERVER, EXCLUDING = pod("finance/api", "10.0.0.1"), pod("finance/api", "10.0.0.1", EXCLUDED)
+ASKING = pod("finance/api", "10.0.0.1", SCRAPED)
+BY_SERVICE = "Service finance/api:8080"
+
+HALVES: dict[str, tuple[tuple[str, ...], list[tuple[str, str]]]] = {
+    "by its Service, what excludes the port gets a TLS hello": (
+        (EXCLUDING, WEB, service(HTTP)), [(BY_SERVICE, "broken")]),
+    "by its address plaintext, where a policy says that it is used": (
+        (EXCLUDING, SCRAPER, STRICT, ONLY_MONITORING), [("", "plaintext")]),
+    "a DestinationRule that switches TLS off mends it": (
+        (EXCLUDING, WEB, service(HTTP), rule(OFF)), [(BY_SERVICE, "plaintext")]),
+    "also of that port alone": (
+        (EXCLUDING, WEB, service("{name: http, port: 80, targetPort: 8080}"), rule(OF_80)),
+        [("Service finance/api:80", "plaintext")]),
+    "not of another": ((EXCLUDING, WEB, service(HTTP), rule(OF_80)), [(BY_SERVICE, "broken")]),
+    "not one of a namespace that does not concern it": (
+        (EXCLUDING, WEB, service(HTTP), rule(OFF, namespace="monitoring")), [(BY_SERVICE, "broken")]),
+    "a PeerAuthentication mends it": ((EXCLUDING, WEB, service(HTTP), NOT_MTLS), [(BY_SERVICE, "plaintext")]),
+    "but not for a headless Service, whose clients go by the label": (
+        (EXCLUDING, WEB, service(TCP, "None"), NOT_MTLS), [(BY_SERVICE, "broken")]),
+    "a headless Service's TCP port is also what its pods' addresses are": (
+        (EXCLUDING, SCRAPER, service(TCP, "None"), STRICT, ONLY_MONITORING), [("", "broken"), (BY_SERVICE, "broken")]),
+    "an HTTP port is not": (
+        (EXCLUDING, SCRAPER, service(HTTP, "None"), STRICT, ONLY_MONITORING),
+        [(BY_SERVICE, "broken"), ("", "plaintext")]),
+    "TLS that is switched off meets STRICT": (
+        (SERVER, WEB, service(HTTP), STRICT, rule(OFF)), [(BY_SERVICE, "broken")]),
+    "and is nobody's trouble where both are taken": ((SERVER, WEB, service(HTTP), rule(OFF)), []),
+    "a scrape by address meets STRICT though nobody excludes anything": (
+        (ASKING, SCRAPER, STRICT), [("", "broken")]),
+    "also beside a Service": ((ASKING, SCRAPER, service(HTTP), STRICT), [("", "broken")]),
+    "not where both are taken": ((ASKING, SCRAPER), []),
+    "not of a headless Service's TCP port": ((ASKING, SCRAPER, service(TCP, "None"), STRICT), []),
+    "of other pods nothing says that they scrape": ((ASKING, WEB, STRICT), []),
+    "of other pods that a policy lets in it does": (
+        (ASKING, WEB, STRICT, ONLY_MONITORING.replace("[monitoring]", "[finance]")), [("", "broken")]),
+    "without asking to be scraped, where a policy names the port and no Service leads there": (
+        (SERVER, SCRAPER, STRICT, ONLY_MONITORING), [("", "broken")]),
+    "but not beside a Service": ((SERVER, SCRAPER, STRICT, ONLY_MONITORING, service(HTTP)), []),
+    "what a Sidecar leaves out is not called": (
+        (SERVER, WEB, service(HTTP), STRICT, """
+apiVersion: networking.istio.io/v1
+kind: Sidecar
+metadata: {name: default, namespace: finance}
+spec: {egress: [{hosts: ["istio-system/*"]}]}
+---
+"""), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("texts", "expected"), HALVES.values(), ids=HALVES.keys())
+def test_what_clients_will_meet(texts: tuple[str, ...], expected: list[tuple[str, str]]) -> None:
+    halves = of(NAMESPACES, *texts).halves
+    assert [(half.via, half.delivery.outcome.value) for half in halves] == expected
+    assert all(half.delivery.fix for half in halves if half.delivery.outcome is Delivered.BROKEN)
+
+
+def test_what_makes_the_clients_envoy_send_it_is_named() -> None:
+    (half,) = of(NAMESPACES, SERVER, WEB, service(HTTP), STRICT, rule(OFF)).halves
+    assert half.delivery.origin is not None
+    assert (half.delivery.origin.kind, half.delivery.origin.policy) == ("DestinationRule", "istio-system/r")
+    assert not half.delivery.half
+
+
+def test_sidecars_of_ours_send_mutual_tls_by_address_and_read_no_rules() -> None:
+    documents = read_objects(
+        "".join((NAMESPACES, EXCLUDING, SCRAPER, STRICT, ONLY_MONITORING, rule(OFF))).encode(), "a"
+    )
+    known = inventory(documents.documents, mesh=replace(DEFAULT_MESH, own_sidecars=True))
+    (half,) = report(known).halves
+    assert (half.via, half.delivery.outcome) == ("", Delivered.BROKEN)
 
 
 def test_clients_a_policy_keeps_away_are_no_half_bypass() -> None:

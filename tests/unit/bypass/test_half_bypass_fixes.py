@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from meshbridge.bypass.fixes import Fix, advice, fixes
 from meshbridge.bypass.inventory import inventory
 from meshbridge.cli.bypass import command
 from meshbridge.kube.objects import read_objects
+from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 
 NAMESPACE = """
 apiVersion: v1
@@ -60,24 +62,47 @@ status: {{podIP: {address}}}
 """
 
 
+def rule(name: str, host: str, policy: str) -> str:
+    return f"""
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{name: {name}, namespace: finance}}
+spec: {{host: {host}, trafficPolicy: {policy}}}
+---
+"""
+
+
 EXCLUDED = 'traffic.sidecar.istio.io/excludeInboundPorts: "8080,9090"'
 LEDGER, CLIENT = pod("ledger", "10.0.0.1", EXCLUDED), pod("client", "10.0.0.2")
 
 
-def found(*texts: str) -> list[Fix]:
+OWN_SIDECARS = replace(DEFAULT_MESH, own_sidecars=True)
+
+
+def found(*texts: str, mesh: MeshSettings = DEFAULT_MESH) -> list[Fix]:
     documents = read_objects("".join(texts).encode(), "all.yaml").documents
-    return fixes(inventory(documents), documents)
+    return fixes(inventory(documents, mesh=mesh), documents)
 
 
-def applied(*texts: str) -> dict[str, Any]:
-    return {fix.apply["kind"]: fix.apply for fix in found(*texts) if fix.apply}
+def applied(*texts: str, mesh: MeshSettings = DEFAULT_MESH) -> dict[str, Any]:
+    return {fix.apply["kind"]: fix.apply for fix in found(*texts, mesh=mesh) if fix.apply}
 
 
-def test_a_server_that_does_not_see_its_ports_gets_one_rule_for_its_service_and_one_for_its_address() -> None:
-    objects = applied(NAMESPACE, LEDGER, CLIENT, SERVICE, STRICT, OPEN)
-    rule, authentication = objects["DestinationRule"], objects["PeerAuthentication"]
+def dumped(objects: dict[str, Any]) -> str:
+    return "".join(f"{yaml.safe_dump(item)}---\n" for item in objects.values())
+
+
+def test_a_server_that_does_not_see_its_ports_gets_one_rule_for_its_service() -> None:
+    (rule,) = applied(NAMESPACE, LEDGER, CLIENT, SERVICE, STRICT, OPEN).values()
+    assert rule["kind"] == "DestinationRule"
     assert rule["spec"]["host"] == "ledger.finance.svc.cluster.local"
     assert [item["port"]["number"] for item in rule["spec"]["trafficPolicy"]["portLevelSettings"]] == [80, 9090]
+
+
+def test_by_its_address_it_gets_plaintext_from_istios_sidecars_and_mutual_tls_from_ours() -> None:
+    texts = (NAMESPACE, LEDGER, CLIENT, STRICT, OPEN)
+    assert found(*texts) == []
+    (authentication,) = applied(*texts, mesh=OWN_SIDECARS).values()
     assert authentication["spec"] == {
         "selector": {"matchLabels": {"app": "ledger"}},
         "mtls": {"mode": "UNSET"},
@@ -85,23 +110,43 @@ def test_a_server_that_does_not_see_its_ports_gets_one_rule_for_its_service_and_
     }
 
 
-def test_with_the_fixes_applied_nothing_is_left_to_fix() -> None:
-    texts = (NAMESPACE, LEDGER, CLIENT, STRICT, OPEN)
-    documents = "---\n".join(yaml.safe_dump(item) for item in applied(*texts).values())
-    assert found(*texts)
-    assert found(*texts, documents) == []
+HEADLESS = SERVICE.replace("10.96.0.9", "None").replace("port: 80,", "port: 8080,").replace("name: http", "name: tcp")
+MENDED = {
+    "by its Service": ((SERVICE,), DEFAULT_MESH, "DestinationRule"),
+    "by its headless Service, whatever PeerAuthentication says": ((HEADLESS,), DEFAULT_MESH, "DestinationRule"),
+    "by a Service with a DestinationRule of somebody else": (
+        (SERVICE, rule("mine", "ledger", "{connectionPool: {tcp: {maxConnections: 1}}}")),
+        DEFAULT_MESH, "PeerAuthentication",
+    ),
+    "by a Service with a rule for all hosts of its namespace": (
+        (SERVICE, rule("all", '"*.finance.svc.cluster.local"', "{tls: {mode: ISTIO_MUTUAL}}")),
+        DEFAULT_MESH, "DestinationRule",
+    ),
+    "of sidecars that are ours": ((SERVICE,), OWN_SIDECARS, "PeerAuthentication"),
+}  # fmt: skip
 
 
-def test_a_rule_that_is_there_is_named_and_not_doubled() -> None:
-    rule = """
-apiVersion: networking.istio.io/v1
-kind: DestinationRule
-metadata: {name: mine, namespace: finance}
-spec: {host: ledger}
----
-"""
-    ways = found(NAMESPACE, LEDGER, CLIENT, SERVICE, rule)
-    assert "DestinationRule" not in {fix.apply["kind"] for fix in ways if fix.apply}
+@pytest.mark.parametrize(("more", "mesh", "kind"), MENDED.values(), ids=MENDED.keys())
+def test_with_the_fixes_applied_nothing_is_left_to_fix(more: tuple[str, ...], mesh: MeshSettings, kind: str) -> None:
+    texts = (NAMESPACE, LEDGER, CLIENT, STRICT, OPEN, *more)
+    objects = applied(*texts, mesh=mesh)
+    assert set(objects) == {kind}
+    assert not any(fix.todo for fix in found(*texts, mesh=mesh))
+    assert found(*texts, dumped(objects), mesh=mesh) == []
+
+
+@pytest.mark.parametrize("mesh", [DEFAULT_MESH, OWN_SIDECARS], ids=["istio", "own"])
+def test_a_port_that_is_excluded_later_is_added_to_the_object_there_is(mesh: MeshSettings) -> None:
+    one = pod("ledger", "10.0.0.1", 'traffic.sidecar.istio.io/excludeInboundPorts: "8080"')
+    first = applied(NAMESPACE, one, CLIENT, SERVICE, STRICT, mesh=mesh)
+    both = applied(NAMESPACE, LEDGER, CLIENT, SERVICE, STRICT, mesh=mesh)
+    assert first != both
+    assert applied(NAMESPACE, LEDGER, CLIENT, SERVICE, STRICT, dumped(first), mesh=mesh) == both
+
+
+def test_a_rule_that_says_something_else_is_named_and_not_doubled() -> None:
+    ways = found(NAMESPACE, LEDGER, CLIENT, SERVICE, rule("mine", "ledger", "{tls: {mode: ISTIO_MUTUAL}}"))
+    assert all(fix.apply is None for fix in ways)
     assert any("add to DestinationRule finance/mine" in fix.todo for fix in ways)
 
 
@@ -113,9 +158,16 @@ metadata: {name: mine, namespace: finance}
 spec: {selector: {matchLabels: {app: ledger}}, mtls: {mode: STRICT}}
 ---
 """
-    (eight, nine) = found(NAMESPACE, LEDGER, CLIENT, own, OPEN)
+    (eight, nine) = found(NAMESPACE, LEDGER, CLIENT, own, OPEN, mesh=OWN_SIDECARS)
     assert eight.apply is nine.apply is None
     assert "add to PeerAuthentication finance/mine: portLevelMtls: {8080: {mode: DISABLE}}" in eight.todo
+
+
+def test_a_rule_that_switches_tls_off_where_it_is_demanded_is_a_person_to_decide_on() -> None:
+    plain = rule("plain", "ledger", "{tls: {mode: DISABLE}}")
+    ways = found(NAMESPACE, pod("ledger", "10.0.0.1"), CLIENT, SERVICE, STRICT, plain)
+    assert all(fix.apply is None for fix in ways)
+    assert "ISTIO_MUTUAL for the port (DestinationRule finance/plain)" in ways[0].todo
 
 
 def test_a_client_that_excludes_alone_is_a_person_to_decide_on() -> None:
@@ -149,7 +201,7 @@ def test_the_command_prints_objects_that_apply_and_says_what_is_left(tmp_path: P
     (tmp_path / "all.yaml").write_text(NAMESPACE + LEDGER + CLIENT + SERVICE + STRICT + OPEN)
     result = CliRunner().invoke(command, ["fix", "-f", str(tmp_path)])
     assert result.exit_code == 0
-    assert {item["kind"] for item in yaml.safe_load_all(result.output)} == {"DestinationRule", "PeerAuthentication"}
+    assert {item["kind"] for item in yaml.safe_load_all(result.output)} == {"DestinationRule"}
 
 
 def test_clients_of_which_nothing_says_that_they_use_the_port_are_left_alone() -> None:

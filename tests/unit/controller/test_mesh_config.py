@@ -21,6 +21,17 @@ def provider(name: str, body: str) -> str:
     return f"extensionProviders: [{{name: {name}, {body}}}]"
 
 
+def test_who_configures_the_sidecars_stands_on_the_config_map() -> None:
+    def read(value: str) -> MeshSettings:
+        metadata = {"name": "istio", "annotations": {"meshbridge.io/sidecars": value}}
+        return read_mesh_config(Document("ConfigMap", "v1", "istio-system", "istio", {"metadata": metadata}))
+
+    assert read("meshbridge") == replace(EMPTY, own_sidecars=True)
+    assert read("istio") == EMPTY
+    with pytest.raises(MeshConfigError, match="meshbridge.io/sidecars 'mine' is not known"):
+        read("mine")
+
+
 READ: dict[str, tuple[str, MeshSettings]] = {
     "nothing said is Istio's defaults": ("", EMPTY),
     "names": (

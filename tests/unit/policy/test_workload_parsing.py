@@ -154,5 +154,5 @@ spec: {clusterIP: None, ports: [{port: 80}]}
             "shop", "api", (ip_address("10.96.0.1"), ip_address("fd00:96::1")),
             (ServicePort("http-web", 80, "http", "TCP", "http"), ServicePort("", 53, 53, "UDP")), {"app": "api"},
         ),
-        Service("shop", "headless", (), (ServicePort("", 80, 80),), None),
+        Service("shop", "headless", (), (ServicePort("", 80, 80),), None, headless=True),
     ]  # fmt: skip

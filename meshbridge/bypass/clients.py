@@ -1,20 +1,21 @@
 """What a sidecar knows of a destination, and what it sends there.
 
-Spec: ISTIO.md §b, the 2×2 table; istio, pilot/pkg/model/push_context.go, destinationRule; sidecar.go.
+Spec: ISTIO.md §b, the 2×2 table; istio, pilot/pkg/model/push_context.go, destinationRule and
+BestEffortInferServiceMTLSMode; sidecar.go; pilot/pkg/networking/core/listener.go, headless Services.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
-from meshbridge.bypass.halves import ClientTls
-from meshbridge.identity.model import IpAddress, Workload
+from meshbridge.bypass.halves import AUTOMATIC, ClientTls, Sending
+from meshbridge.identity.model import IpAddress, Peer, Workload
 from meshbridge.policy.capture import AppProtocol
-from meshbridge.policy.mesh import MeshSettings
-from meshbridge.policy.model import Origin
+from meshbridge.policy.mesh import MeshSettings, MtlsMode, PeerAuthentication, effective_mtls
 from meshbridge.policy.parse.cluster import Service
+from meshbridge.policy.protocols import declared_protocol
 from meshbridge.policy.registry import (
     CLUSTER_DOMAIN,
     DestinationRule,
@@ -30,28 +31,32 @@ from meshbridge.policy.registry import (
 _Registered = TypeVar("_Registered", bound=RegistryObject)
 
 
-@dataclass(frozen=True, slots=True)
-class Sending:
-    """``tls`` is what the client's Envoy does; None: something other than plaintext and the mesh's mutual TLS.
+class Registry:
+    """Istio's registry, as the documents say it is; their order never matters.
 
-    ``blocked``: it forwards nothing, as its registry has no such destination. ``origin`` is the object that says so.
+    Sidecars that MeshBridge configures (``own_sidecars``) have none: they send mutual TLS to every address of a pod
+    with a sidecar, and whatever these objects say does not reach them (docs/adr/0033).
     """
 
-    tls: ClientTls | None
-    origin: Origin | None = None
-    blocked: bool = False
-
-
-class Registry:
-    """Istio's registry, as the documents say it is; their order never matters."""
-
-    def __init__(self, objects: Iterable[RegistryObject], services: Iterable[Service], mesh: MeshSettings) -> None:
+    def __init__(
+        self,
+        objects: Iterable[RegistryObject],
+        services: Iterable[Service],
+        mesh: MeshSettings,
+        peer_authentication: Iterable[PeerAuthentication] = (),
+    ) -> None:
         self.mesh = mesh
         self._objects = sorted(objects, key=lambda found: found.origin)
-        self._entries = {entry.address: entry for entry in self._of(WorkloadEntry) if entry.address is not None}
         self._services: dict[str, list[Service]] = {}
         for service in services:
             self._services.setdefault(service.namespace, []).append(service)
+        self._entries = {entry.address: entry for entry in self._of(WorkloadEntry) if entry.address is not None}
+        self._modes = tuple(policy for policy in peer_authentication if policy.selector is None)
+
+    @cached_property
+    def tells_clients_apart(self) -> bool:
+        """Whether some object selects clients by their labels; else those of a namespace send the same."""
+        return any(isinstance(found, DestinationRule | SidecarScope) and found.selector for found in self._objects)
 
     def selecting(self, pod: Workload) -> list[Service]:
         """The Services in front of a pod."""
@@ -59,19 +64,36 @@ class Registry:
 
     def to_service(self, client: Workload, service: Service, port: int) -> Sending:
         """What ``client``'s Envoy sends to a port of a Service."""
+        if self.mesh.own_sidecars:
+            return AUTOMATIC
         scope = self.scope_of(client)
-        host = f"{service.name}.{service.namespace}.{CLUSTER_DOMAIN}"
+        host = _host(service)
         if scope is not None and not _knows(scope, client.namespace, service.namespace, host, port):
             return self._unknown(scope)
         rule = self._rule(client, service.namespace, host)
         tls = rule.tls_at(port) if rule is not None else None
-        if tls is None:
-            return Sending(ClientTls.AUTO if self.mesh.auto_mtls else ClientTls.DISABLE)
-        origin = rule.origin if rule is not None else None
-        return Sending(_SENDS.get(tls), origin)
+        if rule is None or tls is None:
+            return Sending(self._automatic(service))
+        return Sending(_SENDS.get(tls), rule.origin)
+
+    def to_pod(self, client: Workload, pod: Workload, address: IpAddress | None, port: int) -> Sending:
+        """What it sends to a pod's own address: through a headless Service that has it there, else past them all.
+
+        A port that a headless Service declares HTTP is told by the request's host, and an address is no host of it.
+        """
+        if self.mesh.own_sidecars:
+            return AUTOMATIC
+        scope = self.scope_of(client)
+        for service, served in self.leading_to(pod, port):
+            known = scope is None or _knows(scope, client.namespace, service.namespace, _host(service), served)
+            if service.headless and served == port and known and not _is_http(service, served):
+                return self.to_service(client, service, served)
+        return self.to_address(client, address, port)
 
     def to_address(self, client: Workload, address: IpAddress | None, port: int) -> Sending:
-        """What it sends to an address that is no Service's, and to a pod that no Service leads to."""
+        """What it sends to an address that is no Service's."""
+        if self.mesh.own_sidecars:
+            return AUTOMATIC
         scope = self.scope_of(client)
         for entry in self._of(ServiceEntry):
             own = "*" in entry.export_to or not entry.export_to
@@ -84,6 +106,10 @@ class Registry:
             if any(number == port for number, _ in entry.ports) and _is_at(entry, address):
                 return Sending(ClientTls.DISABLE, entry.origin)
         return self._unknown(scope)
+
+    def rule_for(self, client: Workload, service: Service) -> DestinationRule | None:
+        """The DestinationRule that is in force for a client of a Service."""
+        return self._rule(client, service.namespace, _host(service))
 
     def scope_of(self, client: Workload) -> SidecarScope | None:
         """The Sidecar of a workload: by labels in its namespace, its namespace's, the mesh's."""
@@ -118,7 +144,17 @@ class Registry:
     def _unknown(self, scope: SidecarScope | None) -> Sending:
         said = scope is not None and scope.registry_only is not None
         blocked = scope.registry_only if scope is not None and said else self.mesh.registry_only
-        return Sending(ClientTls.DISABLE, scope.origin if scope is not None else None, bool(blocked))
+        origin = scope.origin if scope is not None else None
+        return Sending(ClientTls.DISABLE, origin, unknown=True, blocked=bool(blocked))
+
+    def _automatic(self, service: Service) -> ClientTls:
+        """A headless Service's cluster has no endpoints to tell apart: its namespace's mode and labels decide."""
+        if not self.mesh.auto_mtls:
+            return ClientTls.DISABLE
+        if not service.headless:
+            return ClientTls.AUTO
+        mode = effective_mtls(self._modes, Peer(namespace=service.namespace), self.mesh).mode
+        return ClientTls.DISABLE if mode is MtlsMode.DISABLE else ClientTls.LABEL
 
     def _rule(self, client: Workload, namespace: str, host: str) -> DestinationRule | None:
         """The client's own namespace first, then what the Service's and the root namespace export to it."""
@@ -144,6 +180,18 @@ class Registry:
 _SENDS = {TlsMode.DISABLE: ClientTls.DISABLE, TlsMode.ISTIO_MUTUAL: ClientTls.ISTIO_MUTUAL}
 
 
+def _host(service: Service) -> str:
+    return f"{service.name}.{service.namespace}.{CLUSTER_DOMAIN}"
+
+
+def _is_http(service: Service, number: int) -> bool:
+    return any(
+        declared_protocol(port) is AppProtocol.HTTP
+        for port in service.ports
+        if (port.port, port.protocol) == (number, "TCP")
+    )
+
+
 def _knows(scope: SidecarScope, own: str, namespace: str, host: str, port: int) -> bool:
     return scope.egress is None or any(listener.knows(own, namespace, host, port) for listener in scope.egress)
 
@@ -163,6 +211,3 @@ def _is_at(entry: ServiceEntry, address: IpAddress | None) -> bool:
     if not entry.addresses:
         return True
     return address is not None and any(address in network for network in entry.addresses)
-
-
-__all__ = ["Registry", "Sending"]
