@@ -25,6 +25,8 @@ from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Pe
 from meshbridge.policy.capture import Capture, PortClass, PortClasses, sidecar_excluding
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.coverage import denies_by_labels
+from meshbridge.policy.egressregistry import Known
+from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Anything, Judge, Layer, NetworkRule
 from meshbridge.policy.peers import PeerIndex
 from meshbridge.policy.policyset import PolicySet
@@ -70,6 +72,9 @@ class Compilation:
     knows_destinations: bool = False
     """Whether the policies are all of the mesh's, so that it is known what destinations refuse."""
     bypass_policies: BypassPolicies = NO_BYPASS_POLICIES
+    known: Known | None = None
+    """What REGISTRY_ONLY lets pods send to past their Envoys."""
+    mesh: MeshSettings = DEFAULT_MESH
     _pods: dict[str, Workload] = field(default_factory=dict)
     _seen: dict[str, SeenRules | None] = field(default_factory=dict)
     _captures: CaptureCache = field(default_factory=lambda: CaptureCache())
@@ -94,9 +99,20 @@ class Compilation:
         return frozenset() if self._anywhere else frozenset(found)
 
     def exclusions(self, pods: Mapping[str, LocalPod], seen: Mapping[str, SeenRules]) -> Exclusions:
-        """The ports on which these pods' Envoys are passed by for sure, by UID."""
-        found = {uid: self._of(uid, pod.workload, seen.get(uid)).excluded for uid, pod in pods.items() if not pod.fault}
+        """The ports on which these pods' Envoys are passed by for sure, by UID.
+
+        Without those that are audited: nothing is dropped in Envoy's place there, so nothing may be at the source.
+        """
+        found = {uid: self._enforced(uid, pod.workload, seen.get(uid)) for uid, pod in pods.items() if not pod.fault}
         return {uid: excluded for uid, excluded in found.items() if excluded}
+
+    def _enforced(self, uid: str, workload: Workload, seen: SeenRules | None) -> tuple[TcpPorts, ...]:
+        excluded = self._of(uid, workload, seen).excluded
+        audited = self._capture(uid, workload, seen).audited if excluded else ()
+        if not audited:
+            return excluded
+        kept = {f: _ports_of(excluded, f) - _ports_of(audited, f) for f in IpFamily}
+        return tuple(TcpPorts(family, first, last) for family in IpFamily for first, last in kept[family])
 
     def ghosts(
         self, pods: Mapping[str, LocalPod], seen: Mapping[str, SeenRules]
@@ -123,6 +139,8 @@ class Compilation:
         if captured.state is not None and self.bypass_policies.policies:
             audited = with_audits(captured.state, workload.peer(), self.bypass_policies)
             capture = capture if audited is captured.state else capture_of(audited, judges=_JUDGES)
+        if capture.outbound and self.known is not None:
+            capture = replace(capture, registry=self.known.registry_of(workload, self.mesh))
         return capture.anywhere() if self._anywhere else capture
 
     def update(
@@ -277,6 +295,10 @@ def _settled(state: CaptureState) -> tuple[TcpPorts, ...]:
 
 def _excluded(classes: PortClasses) -> IntSet:
     return IntSet.of(*((r.first, r.last) for r in classes.ranges if r.port_class is PortClass.EXCLUDED))
+
+
+def _ports_of(ports: Iterable[TcpPorts], family: IpFamily) -> IntSet:
+    return IntSet.of(*((p.first, p.last) for p in ports if p.family is family))
 
 
 def _destinations(identities: Mapping[int, Peer]) -> dict[int, Mapping[IpFamily, PortClasses]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -12,6 +13,7 @@ from meshbridge.agent.compilation import MAX_OUTBOUND_NETWORKS, Compilation
 from meshbridge.agent.view import LocalPod
 from meshbridge.bypass import annotations as a
 from meshbridge.bypass.annotations import MeshDefaults
+from meshbridge.bypass.bypasspolicy import BypassPolicies
 from meshbridge.bypass.initargs import parse_init_args
 from meshbridge.bypass.iptables import parse_iptables_save
 from meshbridge.bypass.redirect_config import restore_text
@@ -59,6 +61,18 @@ def test_a_report_says(given: LocalPod, seen: SeenRules | None, expected: tuple[
     seen_of = {"api": seen} if seen is not None else {}
     found = Compilation(RuleIds()).exclusions({"api": given}, seen_of)
     assert found == ({"api": expected} if expected else {})
+
+
+def test_a_report_leaves_out_what_is_audited_as_nothing_is_dropped_there() -> None:
+    given = pod(excludeInboundPorts="9090,9100")
+    version = "meshbridge.io/v1alpha1"
+    spec = {"mode": "audit", "routes": [{"direction": "inbound", "ports": [9090]}]}
+    data = {"apiVersion": version, "kind": "BypassPolicy", "metadata": {}, "spec": spec}
+    policies = [Document("BypassPolicy", version, "shop", "p", data)]
+    kept = Compilation(RuleIds(), bypass_policies=BypassPolicies.of(policies, datetime.now(UTC)))
+    assert kept.exclusions({"api": given}, {"api": rules(given)}) == {
+        "api": (TcpPorts(V4, 9100, 9100), TcpPorts(IpFamily.IPV6, 9100, 9100))
+    }
 
 
 def sender(ranges: str) -> LocalPod:
