@@ -22,7 +22,8 @@ TIMEOUT_S: Final = (5.0, 60.0)  # to connect, and between two pieces of an answe
 _Request = tuple[str, str, dict[str, str], str | None, list[str]]
 """Method, address, headers, body and form fields."""
 
-OK, UNAUTHORIZED, FORBIDDEN, NOT_FOUND, GONE = 200, 401, 403, 404, 410
+OK, CREATED, UNAUTHORIZED, FORBIDDEN, NOT_FOUND, CONFLICT, GONE = 200, 201, 401, 403, 404, 409, 410
+FIELD_MANAGER: Final = "meshbridge"
 
 
 class ClusterError(MeshBridgeError):
@@ -200,6 +201,24 @@ class Api:
         path = f"{resource.path(namespace)}/{quote(name, safe='')}"
         self._answer(path, self._request("PATCH", path, {}, patch))
 
+    def apply(self, resource: Resource, body: Mapping[str, Any], *, dry_run: bool = False) -> None:
+        """The object exists and is what ``body`` says; what others say of it stays.
+
+        Args:
+            dry_run: Only have the server say what it would.
+
+        Raises:
+            RefusedError: the server says no; with CONFLICT where somebody else says otherwise.
+            ClusterError: it cannot be reached, or answers something else.
+
+        Spec: Kubernetes, "Server-Side Apply", without force.
+        """
+        metadata = body["metadata"]
+        path = f"{resource.path(metadata.get('namespace', ''))}/{quote(metadata['name'], safe='')}"
+        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
+        text = json.dumps({**body, "apiVersion": resource.api_version})  # JSON is YAML
+        self._answer(path, self._request("PATCH", path, query, text, "application/apply-patch+yaml"))
+
     def _answer(self, path: str, request: _Request) -> Mapping[str, Any]:
         from urllib3.exceptions import HTTPError
 
@@ -211,7 +230,7 @@ class Api:
             raise self._unreachable(error) from error
         if len(content) > MAX_PAGE_BYTES:
             raise ClusterError(f"an answer of more than {MAX_PAGE_BYTES} bytes to {path}", where=self.where)
-        if response.status != OK:
+        if response.status not in (OK, CREATED):
             raise RefusedError(response.status, _message(content))
         try:
             answer = json.loads(content)
@@ -242,9 +261,14 @@ class Api:
             raise self._unreachable(error) from error
 
     def _request(
-        self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: Mapping[str, Any] | str | None = None,
+        content_type: str = "application/merge-patch+json",
     ) -> _Request:
-        headers = {"Accept": "application/json"} | ({"Content-Type": "application/merge-patch+json"} if body else {})
+        headers = {"Accept": "application/json"} | ({"Content-Type": content_type} if body else {})
         return self._client.param_serialize(
             method, path, query_params=list(query.items()), header_params=headers, body=body,
             auth_settings=["BearerToken"],
