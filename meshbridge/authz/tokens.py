@@ -153,7 +153,7 @@ class TokenVerifier:
             return BadToken(f"the token is not valid: {type(error).__name__}")
         if claims is None:
             return BadToken("the token is signed with no key of its issuer")
-        return _check_claims(claims, rule, now_s) or _normalized(claims, rule)
+        return _check_claims(claims, rule, now_s) or rule.as_policies_see(claims)
 
     def _key_set(self, jwks: str) -> tuple[_Key, ...]:
         with self._lock:
@@ -199,12 +199,6 @@ def _first_valid(token: str, keys: Sequence[_Key]) -> Claims | None:
         except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError, jwt.InvalidKeyError):
             continue
     return None
-
-
-def _normalized(claims: Claims, rule: JwtRule) -> Claims:
-    """Claims that are lists of words in one text as lists, as jwt_authn leaves them for policies."""
-    texts = {name: value for name in rule.space_delimited if isinstance(value := claims.get(name), str)}
-    return {**claims, **{name: value.split(" ") for name, value in texts.items()}} if texts else claims
 
 
 def _check_claims(claims: Claims, rule: JwtRule, now_s: float) -> BadToken | None:

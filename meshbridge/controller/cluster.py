@@ -19,10 +19,11 @@ from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import Problem, ProblemReason
 from meshbridge.policy.anchors import Anchor, anchors_at
 from meshbridge.policy.cilium import DEFAULT_SETTINGS
+from meshbridge.policy.egressregistry import REGISTRY_ONLY_KINDS
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse import CILIUM_CONFIG, POLICY_KINDS, parse
-from meshbridge.policy.parse.cluster import EndpointSlice, Namespace, Node, Service
+from meshbridge.policy.parse.cluster import API_SERVER, EndpointSlice, Namespace, Node, Service
 from meshbridge.policy.parse.clusternetworkpolicy import CLUSTER_POLICY_KINDS
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.priorities import equal_priorities
@@ -31,9 +32,10 @@ from meshbridge.policy.selectors import ServiceReference
 from meshbridge.xds.exclusions import Exclusions
 
 TERMINAL_PHASES: Final = frozenset({"Succeeded", "Failed"})
-API_SERVER: Final = ("default", "kubernetes")
-"""The Service behind which the API servers are."""
 EXTRA_ADDRESSES: Final = "meshbridge.io/extra-addresses"
+
+_SENT_KINDS: Final = frozenset(POLICY_KINDS) | BYPASS_KINDS | REGISTRY_ONLY_KINDS
+"""Objects that travel as they are."""
 
 _ClassKey = tuple[str, frozenset[tuple[str, str]], frozenset[tuple[str, str]], str]
 
@@ -83,7 +85,7 @@ class Cluster:
         self.addresses = AddressBook()
         self.policies: dict[str, PolicyItem] = {}
         self.services: dict[Key, Service] = {}
-        self.service_book = ServiceBook()
+        self.service_book = ServiceBook(headless=mesh.registry_only)
         self._names: dict[Key, tuple[str, ...]] = {}
         self._policies_at: dict[Anchor, set[str]] = {}
         self._for_all: set[str] = set()
@@ -222,7 +224,7 @@ class Cluster:
 
     def _put(self, key: Key, documents: tuple[Document, ...], touched: Touched) -> None:
         self._problems.pop(key, None)
-        if (key[0], key[1]) in POLICY_KINDS or (key[0], key[1]) in BYPASS_KINDS or key == CILIUM_CONFIG:
+        if key[:2] in _SENT_KINDS or key == CILIUM_CONFIG:
             self._put_policies(key, documents, touched)
             return
         parsed = parse(documents[0]) if documents else None

@@ -27,6 +27,8 @@ class ServiceBook:
     anew together, with one pass over the namespace's pods.
     """
 
+    headless: bool = False
+    """Whether Services without addresses are told of as well, for those behind them."""
     resources: Resources = field(default_factory=dict)
     """By ``namespace/name``; the same mapping until something changes."""
     _by_namespace: dict[str, dict[str, Service]] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class ServiceBook:
         return any(address in part.addresses for part in self._parts(namespace, name))
 
     def _parts(self, namespace: str, name: str) -> list[EndpointSlice]:
-        return [part for part in self._slices.values() if (part.namespace, part.service) == (namespace, name)]
+        return [part for part in self._slices.values() if part.of(namespace, name)]
 
     def _listed(self, service: Service) -> list[IpAddress]:
         if service.selector is not None:
@@ -87,7 +89,7 @@ class ServiceBook:
                 updated.pop(f"{namespace}/{name}", None)
             for name, pods in _selected(known, pods_in(namespace)).items():
                 service = known[name]
-                if service.addresses or service.outside_addresses:
+                if service.addresses or service.outside_addresses or (self.headless and service.selector):
                     message = service_message(service, pods, self._listed(service))
                     updated[f"{namespace}/{name}"] = resource(message)
                 else:

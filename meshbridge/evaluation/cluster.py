@@ -19,7 +19,7 @@ from meshbridge.policy.capture import AppProtocol, Capture
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Document, Judge
 from meshbridge.policy.parse import parse
-from meshbridge.policy.parse.cluster import Namespace, Node, Service
+from meshbridge.policy.parse.cluster import API_SERVER, EndpointSlice, Namespace, Node, Service
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.protocols import declared_protocols
 
@@ -63,6 +63,8 @@ class Cluster:
             mesh,
             self.policies.peer_authentication,
         )
+        self._slices = tuple(found for found in objects if isinstance(found, EndpointSlice))
+        self.api_servers = frozenset(a for part in self._slices if part.of(*API_SERVER) for a in part.addresses)
         self._namespaces = {found.name: found for found in objects if isinstance(found, Namespace)}
         self._nodes = {found.name: found for found in objects if isinstance(found, Node)}
         self._workloads = {workload.key: workload for workload in workloads_of(parsed)}
@@ -217,6 +219,14 @@ class Cluster:
         """The pods behind a Service."""
         found = (self._pod(w.key) for w in self._workloads.values() if service.selects(w) and w.phase not in _ENDED)
         return [workload for workload in found if workload is not None]
+
+    def listed(self, service: Service, family: IpFamily) -> list[Party]:
+        """Who answers behind a Service without a selector, as its EndpointSlices list them."""
+        if service.selector is not None:
+            return []
+        parts = (part for part in self._slices if part.of(service.namespace, service.name))
+        found = dict.fromkeys(address for part in parts for address in part.addresses)
+        return [self._at(a) for a in found if IpFamily.of(a) is family and a not in self._services_at]
 
     def capture(self, workload: Workload) -> Capture:
         """How the pod's TCP will reach its Envoy once its redirect rules are seen."""

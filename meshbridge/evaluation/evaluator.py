@@ -165,6 +165,7 @@ class Evaluator:
         outside = any(frontend.address in service.outside_addresses for service in frontend.services)
         for service in frontend.services:
             pods = self._cluster.backends(service)
+            listed = self._cluster.listed(service, family)
             for port in service.ports:
                 protocol = PROTOCOLS.get(port.protocol)
                 if protocol is None:
@@ -177,6 +178,10 @@ class Evaluator:
                         party = Party(pod.key, address, pod, pod.node)
                         backends.add(Backend(self._numbers.of(party, "", family), target))
                         self._backends.setdefault((number, protocol, port.port), []).append((party, target))
+                for party in listed:
+                    if isinstance(port.target, int):
+                        backends.add(Backend(self._numbers.of(party, "", family), port.target))
+                        self._backends.setdefault((number, protocol, port.port), []).append((party, port.target))
         self._frontends[number] = tuple(
             FrontendPort(protocol, port, tuple(sorted(backends)), outside)
             for (protocol, port), backends in sorted(ports.items())

@@ -88,6 +88,9 @@ def mesh_verdict_on(
         protocol = AppProtocol.HTTP
     if question.token is Token.BAD and jwt_rules and protocol is AppProtocol.HTTP:
         return MeshVerdict(FALSE, tuple(sorted({rule.origin for rule in jwt_rules})), DropReason.MESH_POLICY_DENY)
+    for rule in jwt_rules if question.claims is not None else ():
+        if rule.space_delimited and question.claims is not None and question.claims.get("iss") in (None, rule.issuer):
+            question = replace(question, claims=rule.as_policies_see(question.claims))
     if guard.mtls.at(facts.port)[0] is MtlsMode.DISABLE:
         question = replace(question, principal=None)
     if question.http is not None and protocol is AppProtocol.HTTP:

@@ -57,6 +57,8 @@ class Numbers:
             of_family = Entity.WORLD_IPV4 if family is IpFamily.IPV4 else Entity.WORLD_IPV6
             entities |= {of_family}
             networks = frozenset(n for n in self._index.networks if n.prefixlen == 0 and IpFamily.of(n) is family)
+        if address in self._cluster.api_servers:
+            entities |= {Entity.KUBE_APISERVER}
         service = ", ".join(f"{s.namespace}/{s.name}" for s in party.services)
         return Peer(labels=labels, entities=entities, networks=networks, service=service)
 

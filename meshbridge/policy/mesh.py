@@ -267,6 +267,11 @@ class JwtRule:
             return None
         return KeySource(f"{self.issuer.removesuffix('/')}/.well-known/openid-configuration", True, self.timeout_s)
 
+    def as_policies_see(self, claims: Claims) -> Claims:
+        """Claims that are lists of words in one text as lists, as jwt_authn leaves them for policies."""
+        texts = {name: value for name in self.space_delimited if isinstance(value := claims.get(name), str)}
+        return {**claims, **{name: value.split(" ") for name, value in texts.items()}} if texts else claims
+
 
 @dataclass(frozen=True, slots=True)
 class RequestAuthentication:

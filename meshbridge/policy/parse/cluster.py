@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from meshbridge.identity.model import ContainerPort, IpAddress, IpNetwork, Workload
 
@@ -69,6 +70,10 @@ class ServiceAccount:
     name: str
 
 
+API_SERVER: Final = ("default", "kubernetes")
+"""The Service behind which the API servers are."""
+
+
 @dataclass(frozen=True, slots=True)
 class EndpointSlice:
     """A part of the endpoints of the Service ``service``, which is in the same namespace."""
@@ -76,6 +81,10 @@ class EndpointSlice:
     namespace: str
     service: str
     addresses: tuple[IpAddress, ...] = ()
+
+    def of(self, namespace: str, service: str) -> bool:
+        """Whether it is a part of that Service's endpoints."""
+        return (self.namespace, self.service) == (namespace, service)
 
 
 @dataclass(frozen=True, slots=True)
