@@ -6,7 +6,7 @@ Spec: ``cidrGroupRef``, ``cidrGroupSelector`` and ``toServices`` as Cilium 1.20 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Final
@@ -125,7 +125,7 @@ class Resolver:
             if requirement.operator in _NEGATIVE:
                 cut += held
             else:
-                networks = [inner for one in networks for other in held if (inner := _inner(one, other)) is not None]
+                networks = _common(networks, held)
         return networks, cut
 
     def services_of(self, reference: ServiceReference) -> list[Service]:
@@ -182,10 +182,18 @@ def _opposite(requirement: Requirement) -> Requirement:
     return replace(requirement, operator=operator)
 
 
-def _inner(one: IpNetwork, other: IpNetwork) -> IpNetwork | None:
-    """Where both are: two CIDRs are nested or apart."""
-    if one.version != other.version:
-        return None
-    if one.subnet_of(other):  # type: ignore[arg-type]
-        return one
-    return other if other.subnet_of(one) else None  # type: ignore[arg-type]
+def _common(some: Iterable[IpNetwork], others: Iterable[IpNetwork]) -> list[IpNetwork]:
+    """Where both are, no longer than both: of two CIDRs, which are nested or apart, the narrower."""
+    first, second = dict.fromkeys(some), dict.fromkeys(others)
+    narrower = [*_inside(first, second), *_inside(second, first)]
+    return list(dict.fromkeys(narrower))
+
+
+def _inside(some: Iterable[IpNetwork], others: Collection[IpNetwork]) -> list[IpNetwork]:
+    """Those that lie in one of ``others``."""
+    lengths = sorted({other.prefixlen for other in others})
+    return [
+        one
+        for one in some
+        if any(one.supernet(new_prefix=length) in others for length in lengths if length <= one.prefixlen)
+    ]

@@ -7,7 +7,7 @@ import pytest
 from policycast import AGENT, API, LEDGER, NODE, PRIVATE, REMOTE, WEB, WEB6, WORLD, WORLD6, allowed, policies
 
 from meshbridge.identity.model import Entity, Peer, Workload
-from meshbridge.policy.model import Direction
+from meshbridge.policy.model import Anything, Direction
 
 CNP = """
 apiVersion: cilium.io/v2
@@ -164,3 +164,22 @@ def test_an_unknown_mode_is_refused_and_leaves_the_default() -> None:
     (refusal,) = policies(text).refusals
     assert "data.enable-policy: unknown value 'sometimes'" in str(refusal)
     assert reaching(text) == {"node"}
+
+
+def test_a_selector_of_many_labels_over_nested_cidrs_costs_no_more_than_these() -> None:
+    nested = ", ".join(f"203.0.112.0/{length}" for length in range(20, 33))
+    asked = ", ".join(f"{{key: l{n}, operator: Exists}}" for n in range(9))
+    labels = ", ".join(f'l{n}: ""' for n in range(9))
+    group = f"""
+apiVersion: cilium.io/v2
+kind: CiliumCIDRGroup
+metadata: {{name: deep, labels: {{{labels}}}}}
+spec: {{externalCIDRs: [{nested}, "2001:db8::/32"]}}
+---
+"""
+    found = policies(
+        group + CNP % f"ingress: [{{fromCIDRSet: [{{cidrGroupSelector: {{matchExpressions: [{asked}]}}}}]}}]"
+    )
+    (rule,) = found.network
+    assert not isinstance(rule.peers, Anything)
+    assert len(rule.peers) == len(set(rule.peers)) == 14
