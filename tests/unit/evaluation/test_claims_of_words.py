@@ -21,7 +21,7 @@ apiVersion: security.istio.io/v1
 kind: RequestAuthentication
 metadata: {name: tokens, namespace: shop}
 spec:
-  jwtRules: [{issuer: good, jwks: '{"keys": []}', spaceDelimitedClaims: [roles]}, {issuer: other, jwks: '{"keys": []}'}]
+  jwtRules: [{issuer: "https://good", spaceDelimitedClaims: [roles]}, {issuer: "https://other"}]
 ---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -29,9 +29,9 @@ metadata: {name: admins, namespace: shop}
 spec: {rules: [{when: [{key: "request.auth.claims[roles]", values: [admin]}]}]}
 """
 CLAIMS = {
-    "one of the words": ({"iss": "good", "roles": "user admin"}, "ALLOW"),
-    "none of the words": ({"iss": "good", "roles": "user administrator"}, "DENY"),
-    "of an issuer whose words are not parted": ({"iss": "other", "roles": "user admin"}, "DENY"),
+    "one of the words": ({"iss": "https://good", "roles": "user admin"}, "ALLOW"),
+    "none of the words": ({"iss": "https://good", "roles": "user administrator"}, "DENY"),
+    "of an issuer whose words are not parted": ({"iss": "https://other", "roles": "user admin"}, "DENY"),
     "of nobody in particular": ({"roles": "user admin"}, "ALLOW"),
 }
 
