@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+from urllib.parse import quote
 
 import click
 import structlog
@@ -18,13 +20,15 @@ from meshbridge import log as logs
 from meshbridge.controller.http import serve_http
 from meshbridge.controller.meshconfig import MeshConfigError, read_mesh_config
 from meshbridge.errors import SettingsError
-from meshbridge.kube.api import Api
+from meshbridge.kube.api import Api, ClusterError, RefusedError
 from meshbridge.kube.cluster import ISTIO_NAMESPACE, connect
 from meshbridge.kube.follow import Follower
 from meshbridge.kube.objects import MESH_CONFIG, POLICY_KINDS
 from meshbridge.policy.mesh import DEFAULT_MESH
+from meshbridge.policy.parse.registry import REGISTRY_KINDS
 from meshbridge.webhook.admission import mutate, validate
 from meshbridge.webhook.certificates import OwnCertificates
+from meshbridge.webhook.injector import CONFIG_MAP, mesh_defaults
 from meshbridge.webhook.server import WebhookServer
 from meshbridge.webhook.surroundings import Surroundings
 from meshbridge.xds.auth import write_private_file
@@ -32,8 +36,9 @@ from meshbridge.xds.auth import write_private_file
 log = structlog.get_logger()
 
 CERTIFICATE_CHECK_S: Final = 10.0
+INJECTOR_CHECK_S: Final = 60.0
 NAMES: Final = ("meshbridge-webhook.meshbridge-system.svc", "localhost", "127.0.0.1", "::1")
-KINDS: Final = POLICY_KINDS | {("", kind) for kind in ("Namespace", "Pod", "Service", "ConfigMap")}
+KINDS: Final = POLICY_KINDS | REGISTRY_KINDS | {("", kind) for kind in ("Namespace", "Pod", "Service", "ConfigMap")}
 
 
 @click.command(name="webhook", context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,6 +48,10 @@ KINDS: Final = POLICY_KINDS | {("", kind) for kind in ("Namespace", "Pod", "Serv
 @click.option("--kubeconfig", type=click.Path(path_type=Path), help="In a pod its own is taken.")
 @click.option("--context", help="A context of the kubeconfig.")
 @click.option("--istio-namespace", default=ISTIO_NAMESPACE, show_default=True, help="Where Istio's ConfigMap is.")
+@click.option(
+    "--injector-config", default=CONFIG_MAP, show_default=True, metavar="NAME",
+    help="The injector's ConfigMap there, whose mesh-wide values are read; a revision has its own.",
+)  # fmt: skip
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain, PEM; read again when it changes.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, PEM.")
 @click.option(
@@ -83,6 +92,7 @@ def command(
     kubeconfig: Path | None,
     context: str | None,
     istio_namespace: str,
+    injector_config: str,
     tls_cert: Path | None,
     tls_key: Path | None,
     state: Path,
@@ -111,7 +121,9 @@ def command(
         raise SettingsError(
             "are for a certificate that is made here", where="--name, --ca-bundle-file", fix="leave them out"
         )
-    follower = Follower(Api(connect(kubeconfig, context)), istio_namespace, KINDS)
+    api = Api(connect(kubeconfig, context))
+    follower = Follower(api, istio_namespace, KINDS)
+    injector = partial(_injector, api, istio_namespace, injector_config)
     around = Surroundings()
     judges = {
         "/validate": lambda request: validate(request, around, datetime.now(UTC), deny_refused=deny_refused),
@@ -125,19 +137,14 @@ def command(
     renew()
     http = serve_http(http_address, lambda: follower.problems, lambda: around.synced) if http_address else None
     try:
-        asyncio.run(_serve(server, follower, around, istio_namespace, renew, linger_s))
+        asyncio.run(_serve(server, _follow(follower, around, istio_namespace, injector), renew, linger_s))
     finally:
         if http is not None:
             http.shutdown()
 
 
 async def _serve(
-    server: WebhookServer,
-    follower: Follower,
-    around: Surroundings,
-    istio_namespace: str,
-    renew: Callable[[], None],
-    linger_s: float,
+    server: WebhookServer, following: Coroutine[Any, Any, None], renew: Callable[[], None], linger_s: float
 ) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -145,7 +152,7 @@ async def _serve(
     threading.Thread(target=server.serve_forever, name="https", daemon=True).start()
     log.info("webhook.started")
     running = [
-        asyncio.create_task(_follow(follower, around, istio_namespace), name="follow-cluster"),
+        asyncio.create_task(following, name="follow-cluster"),
         asyncio.create_task(_look_after(renew), name="renew-certificates"),
     ]
     stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
@@ -162,16 +169,35 @@ async def _serve(
         task.result()
 
 
-async def _follow(follower: Follower, around: Surroundings, istio_namespace: str) -> None:
+async def _follow(
+    follower: Follower, around: Surroundings, istio_namespace: str, injector: Callable[[], Mapping[str, Any]]
+) -> None:
     """Keep what is around at what the API server says. Settings of the mesh that are not understood change nothing."""
     key, mesh = ("", "ConfigMap", istio_namespace, MESH_CONFIG), DEFAULT_MESH
+    values: Mapping[str, Any] = {}
+    ask_at_s = 0.0
     async for changes in follower.changes():
         if key in changes.documents:
             try:
                 mesh = next(map(read_mesh_config, changes.documents[key]), DEFAULT_MESH)
             except MeshConfigError as error:
                 log.error("mesh_config.refused", reason=str(error))
-        await asyncio.to_thread(around.apply, changes.documents, mesh, None)
+        if time.monotonic() >= ask_at_s:
+            ask_at_s = time.monotonic() + INJECTOR_CHECK_S
+            try:
+                values = await asyncio.to_thread(injector)
+            except ClusterError as error:
+                log.warning("injector.not_read", reason=str(error))
+        await asyncio.to_thread(around.apply, changes.documents, mesh, mesh_defaults(values, mesh))
+
+
+def _injector(api: Api, namespace: str, name: str) -> Mapping[str, Any]:
+    """The injector's ConfigMap; empty where there is none, or none that may be read."""
+    try:
+        return api.get(f"/api/v1/namespaces/{quote(namespace, safe='')}/configmaps/{quote(name, safe='')}")
+    except RefusedError as refused:
+        log.warning("injector.not_read", reason=refused.message)
+        return {}
 
 
 def _renew_own(server: WebhookServer, own: OwnCertificates, bundle: Path | None) -> None:

@@ -7,6 +7,7 @@ server does what ``failurePolicy`` says.
 
 from __future__ import annotations
 
+import io
 import json
 import ssl
 import threading
@@ -30,7 +31,8 @@ from meshbridge.webhook.admission import Answer, Request, ReviewError, answered,
 log = structlog.get_logger()
 
 MAX_BODY_BYTES: Final = 3 << 20  # the API server's own limit of a request
-IO_TIMEOUT_S: Final = 15.0
+REQUEST_S: Final = 15.0  # for all of a handshake, and of a request from its first byte to its last
+IDLE_S: Final = 100.0  # between requests; the API server lets go of an idle connection after 90
 MAX_CONNECTIONS: Final = 256
 DRAIN_S: Final = 10.0
 _JSON: Final = "application/json"
@@ -90,7 +92,7 @@ class WebhookServer(ThreadingMixIn, TCPServer):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
-            request.settimeout(IO_TIMEOUT_S)
+            request.settimeout(REQUEST_S)
             secured = self._secured(request)
             if secured is not None:
                 super().process_request_thread(secured, client_address)
@@ -123,11 +125,41 @@ class WebhookServer(ThreadingMixIn, TCPServer):
             self._idle.wait_for(lambda: self._busy == 0, DRAIN_S)
 
 
+class _Incoming(io.RawIOBase):
+    """What a connection sends, until a point in time, however little comes how often."""
+
+    def __init__(self, connection: socket) -> None:
+        self._connection, self._until_s = connection, 0.0
+
+    def allow(self, seconds: float) -> None:
+        self._until_s = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._connection.settimeout(max(self._until_s - time.monotonic(), 0.001))
+        return self._connection.recv_into(buffer)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: WebhookServer
     protocol_version = "HTTP/1.1"
-    timeout = IO_TIMEOUT_S
     server_version, sys_version = "meshbridge", ""
+
+    def setup(self) -> None:
+        super().setup()
+        self._incoming = _Incoming(self.connection)
+        self.rfile = self._buffered = io.BufferedReader(self._incoming)
+
+    def handle_one_request(self) -> None:
+        try:
+            self._incoming.allow(IDLE_S)
+            self._buffered.peek(1)
+            self._incoming.allow(REQUEST_S)
+            super().handle_one_request()
+        except OSError:  # too slow, or gone
+            self.close_connection = True
 
     def do_GET(self) -> None:
         if self.path != "/healthz":
@@ -213,6 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
+        self.connection.settimeout(REQUEST_S)
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -8,9 +8,10 @@ that no policy and no Service can tell apart are one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Final
 
 from meshbridge.bypass.annotations import MeshDefaults
@@ -20,8 +21,6 @@ from meshbridge.identity.networks import NetworkIndex
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse import Parsed, parse
-from meshbridge.policy.parse.cluster import Service
-from meshbridge.policy.policyset import PolicySet
 
 Key = tuple[str, str, str, str]
 
@@ -31,16 +30,20 @@ _DOMAINS: Final = ("istio.io", "meshbridge.io")
 """Whose annotations decide what bypasses; others are often those of one pod alone."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Distinctions:
-    """By what any policy or Service can tell two pods apart."""
+    """By what any policy, Service or object of Istio's registry can tell two pods apart."""
 
-    labels: frozenset[str] = frozenset()
-    networks: NetworkIndex = NetworkIndex(())  # noqa: RUF009 - never changed
+    labels: frozenset[str]
+    networks: frozenset[IpNetwork]
+
+    @cached_property
+    def _index(self) -> NetworkIndex:
+        return NetworkIndex(self.networks)
 
     def group(self, pod: Workload) -> Hashable:
         """Equal for pods that are the same to every policy, Service and redirection."""
-        networks: frozenset[IpNetwork] = frozenset().union(*map(self.networks.containing, pod.addresses))
+        networks: frozenset[IpNetwork] = frozenset().union(*map(self._index.containing, pod.addresses))
         families = frozenset(map(IpFamily.of, pod.addresses))
         labels = {name: value for name, value in pod.labels.items() if name in self.labels}
         asked = {name: value for name, value in pod.annotations.items() if name.partition("/")[0].endswith(_DOMAINS)}
@@ -90,8 +93,8 @@ class Surroundings:
             around = [
                 parsed
                 for scope in scopes
-                for key, parsed in self._scopes.get(scope, {}).items()
-                if not parsed.network and (scope != _CLUSTER or key[1] != "Namespace" or key[3] == namespace)
+                for parsed in self._scopes.get(scope, {}).values()
+                if not parsed.network and not parsed.registry  # those have no say in what a bypass loses
             ]
             mesh, defaults = self._mesh, self._defaults
         return inventory_of([*around, parse(reviewed)], mesh=mesh, defaults=defaults, now=now)
@@ -105,7 +108,7 @@ class Surroundings:
         return replace(base, workloads=(*others, workload), states=states, bypass_policies=near.bypass_policies)
 
     def _put(self, key: Key, found: Parsed | None) -> None:
-        scope = key[2] if key[1] != "Namespace" else _CLUSTER
+        scope = key[3] if key[1] == "Namespace" else key[2]
         if found is None:
             self._scopes.get(scope, {}).pop(key, None)
         else:
@@ -144,27 +147,34 @@ class Surroundings:
             del self._groups[group]
 
     def _current(self) -> Inventory:
-        if self._everything is not None:
-            return self._everything
-        every = [parsed for scope in self._scopes.values() for parsed in scope.values()]
-        policies = PolicySet.of_parsed(every, self._mesh)
-        services = [found for parsed in every for found in parsed.objects if isinstance(found, Service)]
-        labels = policies.referenced_labels().pod.union(*(service.selector or () for service in services))
-        self._tell_apart(_Distinctions(labels, NetworkIndex(policies.referenced_networks())))
-        cluster = [parsed for parsed in every if parsed.objects]
-        pods = [next(iter(members.values())) for members in self._groups.values()]
-        found = inventory_of([*cluster, *pods], mesh=self._mesh, defaults=self._defaults)
-        self._everything = replace(found, policies=policies)
+        if self._everything is None:
+            every = [parsed for scope in self._scopes.values() for parsed in scope.values()]
+            found = self._one_of_each(every)
+            if self._tell_apart(_distinctions(every, found)):
+                found = self._one_of_each(every)
+            self._everything = found
         return self._everything
 
-    def _tell_apart(self, distinctions: _Distinctions) -> None:
-        known = self._distinctions
-        if known and (known.labels, known.networks.networks) == (distinctions.labels, distinctions.networks.networks):
-            return
+    def _one_of_each(self, every: Sequence[Parsed]) -> Inventory:
+        pods = (next(iter(members.values())) for members in self._groups.values())
+        return inventory_of([*every, *pods], mesh=self._mesh, defaults=self._defaults)
+
+    def _tell_apart(self, distinctions: _Distinctions) -> bool:
+        """Have pods grouped by these. True: they were not."""
+        if self._distinctions == distinctions:
+            return False
         self._distinctions = distinctions
         self._groups, self._group_of = {}, {}
         for key in self._pods:
             self._join(key, distinctions)
+        return True
+
+
+def _distinctions(every: Iterable[Parsed], found: Inventory) -> _Distinctions:
+    selecting = [*found.services, *(each for parsed in every for each in parsed.registry)]
+    selectors = (getattr(each, "selector", None) or () for each in selecting)
+    labels = found.policies.referenced_labels().pod.union(*selectors)
+    return _Distinctions(labels, found.policies.referenced_networks())
 
 
 def _workload(parsed: Parsed | None) -> Workload | None:
