@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from meshbridge.bypass.guarantees import may_concern
@@ -65,19 +65,29 @@ def compensated_ports(inventory: Inventory) -> tuple[list[Compensated], list[Omi
     found: dict[Compensated, None] = {}
     omissions: list[Omission] = []
     excluded = {w.key: _excluded(w, inventory) for w in inventory.workloads if not w.host_network}
+    groups: dict[str, list[Compensated]] = {}
     for workload in inventory.workloads:
         if workload.proxy is not ProxyClass.SIDECAR or not any(excluded.get(workload.key, ())):
             continue
-        subject = subject_of(workload)
         try:
             ports = _common(excluded[workload.key])
-            _check_reach(workload, subject, inventory.workloads, excluded)
         except InexpressibleError as error:
             omissions.append(Omission(workload.key, error))
             continue
         guard = guard_of(workload, inventory.policies.selecting(workload))
-        for group in _groups(workload, subject, guard, ports, omissions):
-            found.setdefault(group)
+        groups[workload.key] = _groups(workload, subject_of(workload), guard, ports, omissions)
+    lets_in = {
+        key: {(group.ports, group.partition, group.probed) for group in of_pod} for key, of_pod in groups.items()
+    }
+    for workload in inventory.workloads:
+        if not groups.get(workload.key):
+            continue
+        try:
+            _check_reach(workload, inventory.workloads, excluded, lets_in)
+        except InexpressibleError as error:
+            omissions.append(Omission(workload.key, error))
+            continue
+        found.update(dict.fromkeys(groups[workload.key]))
     return list(found), omissions
 
 
@@ -111,14 +121,26 @@ def subject_of(workload: Workload) -> Subject:
 
 
 def _check_reach(
-    workload: Workload, subject: Subject, others: Iterable[Workload], excluded: dict[str, tuple[IntSet, ...]]
+    workload: Workload,
+    others: Iterable[Workload],
+    excluded: Mapping[str, tuple[IntSet, ...]],
+    lets_in: Mapping[str, set[tuple[IntSet, Partition, bool]]],
 ) -> None:
-    """A rule must not reach another pod that is captured on these ports: there it would not only subtract."""
+    """A rule must not reach another pod that is captured on these ports, or lets others in: there it would not only
+    subtract."""
+    subject = subject_of(workload)
     for other in others:
-        if other.key in excluded and subject.selects(other) and excluded[other.key] != excluded[workload.key]:
+        if other.key not in excluded or not subject.selects(other):
+            continue
+        if excluded[other.key] != excluded[workload.key]:
             raise InexpressibleError(
                 f"no label tells it from {other.key}, whose excluded ports are others",
                 fix="give pods with different exclusions a label that differs",
+            )
+        if lets_in.get(other.key) != lets_in[workload.key]:
+            raise InexpressibleError(
+                f"no label tells it from {other.key}, which lets others in",
+                fix="give pods with different policies a label that differs",
             )
 
 

@@ -146,17 +146,18 @@ def _expression(key: str, operator: str, values: tuple[str, ...]) -> Object:
 _IN_A_NAMESPACE: Final = {"key": _CILIUM_NAMESPACE, "operator": "Exists"}
 
 
-# ClusterNetworkPolicy: in the Admin tier, Pass and then Deny; never Accept, which would overrule users' policies
+# ClusterNetworkPolicy: denials in the Admin tier; an Accept would overrule users' policies, and so would a Pass: all
+# that come after it in the tier
 
 
 def _cluster_network_policy(item: Compensated) -> Object:
     parts = item.partition
     ports = [{"tcp": {"destinationPort": _port_or_range(first, last)}} for first, last in item.ports if last]
-    if parts.anonymous:
-        rules = [_admin_rule("Deny", [_admin_pods(pods)], ports) for pods in parts.denied]
-    else:
-        passing = [_admin_rule("Pass", [_admin_pods(pods)], ports) for pods in parts.allowed]
-        rules = [*passing, _admin_rule("Deny", [{"namespaces": {}}], ports)]
+    denied = [_admin_pods(pods) for pods in parts.denied]
+    if not parts.anonymous:
+        without = {"matchExpressions": [_expression(MESH_LABEL, "NotIn", ("istio",))]}
+        denied.append({"pods": {"namespaceSelector": {}, "podSelector": without}})
+    rules = [{"action": "Deny", "from": [pods], "protocols": ports} for pods in denied]
     if len(rules) > _ADMIN_ITEMS or len(ports) > _ADMIN_ITEMS:
         raise InexpressibleError(
             f"needs {max(len(rules), len(ports))} rules or ports, and a ClusterNetworkPolicy holds {_ADMIN_ITEMS}",
@@ -172,10 +173,6 @@ def _cluster_network_policy(item: Compensated) -> Object:
         "metadata": _metadata(item),
         "spec": {"tier": "Admin", "priority": _ADMIN_PRIORITY, "subject": {"pods": pods}, "ingress": rules},
     }
-
-
-def _admin_rule(action: str, peers: list[Object], ports: list[Object]) -> Object:
-    return {"action": action, "from": peers, "protocols": ports}
 
 
 def _admin_pods(pods: MeshPods) -> Object:

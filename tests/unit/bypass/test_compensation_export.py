@@ -138,7 +138,7 @@ def test_a_cluster_network_policy_drops_the_same_pods(world: World, excluded: li
     objects, omissions = export(found, Dialect.CLUSTER_NETWORK_POLICY)
     policies = PolicySet.of(documents(objects))
     assert not policies.refusals
-    assert all(rule["action"] in ("Pass", "Deny") for o in objects for rule in o["spec"]["ingress"])
+    assert all(rule["action"] == "Deny" for o in objects for rule in o["spec"]["ingress"])
     kernel = compensated(found, excluded)
     exported = _drops(found, policies, Capture.none(), PORTS, mesh=False)
     left_out = unsaid_ports([o for o in omissions if "nodes and the world" not in str(o)], excluded)
@@ -221,6 +221,24 @@ def test_a_namespace_and_an_account_of_another_are_written_as_what_is_denied() -
     assert sorted(name for (name, _), drops in exported.items() if not drops) == ["pay/ledger", "shop/worker"]
 
 
+def test_what_users_deny_behind_an_exported_policy_stays_denied() -> None:
+    theirs = {
+        "apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy", "metadata": {"name": "u"},
+        "spec": {
+            "tier": "Admin", "priority": 1000, "subject": {"namespaces": {}},
+            "ingress": [{
+                "action": "Deny",
+                "from": [{"namespaces": {"matchLabels": {"kubernetes.io/metadata.name": "pay"}}}],
+            }],
+        },
+    }  # fmt: skip
+    found = cluster([allow({"namespaces": ["pay"]})], [8080])
+    objects, _ = export(found, Dialect.CLUSTER_NETWORK_POLICY)
+    assert objects
+    drops = _drops(found, PolicySet.of(documents([*objects, theirs])), Capture.none(), [8080], mesh=False)
+    assert drops["pay/ledger", 8080]
+
+
 NOT_SAID = {
     "an address": (allow({"ipBlocks": ["10.0.0.0/8"]}), Dialect.CILIUM, "asks for source.ip"),
     "a pattern": (allow({"namespaces": ["pay*"]}), Dialect.CILIUM, "'pay*' is a pattern inside a name"),
@@ -245,6 +263,18 @@ def test_pods_that_no_label_tells_apart_are_left_out_where_only_one_is_excluded(
     objects, (omission,) = export(cluster([STRICT, twin], [8080]), Dialect.CILIUM)
     assert objects == []
     assert "no label tells it from shop/api-2" in str(omission)
+
+
+def test_a_rule_reaches_no_pod_that_other_policies_let_others_in_at() -> None:
+    twin = pod("shop/api-2", "10.1.0.9", [8080])
+    twin["metadata"]["labels"] |= {"app": "api", "version": "v2"}
+    lab = allow({"namespaces": ["lab"]})
+    lab["metadata"]["name"] = "lab"
+    lab["spec"]["selector"] = {"matchLabels": {"version": "v2"}}
+    objects, (omission,) = export(cluster([allow({"namespaces": ["pay"]}), lab, twin], [8080]), Dialect.CILIUM)
+    assert "no label tells it from shop/api-2, which lets others in" in str(omission)
+    assert omission.pod == "shop/api"
+    assert [o["spec"]["endpointSelector"]["matchLabels"].get("k8s:version") for o in objects] == ["v2"]
 
 
 def test_a_proxy_that_no_label_shows_is_named() -> None:
