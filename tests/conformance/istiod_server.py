@@ -40,6 +40,13 @@ _HTTP_KEPT = {
 @contextlib.contextmanager
 def istiod(program: Path, kubeconfig: Path, directory: Path) -> Iterator[grpc.Channel]:
     """Run istiod on the cluster of ``kubeconfig`` until it is ready; it is ended afterwards. Yields its ADS."""
+    with istiod_at(program, kubeconfig, directory) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+
+
+@contextlib.contextmanager
+def istiod_at(program: Path, kubeconfig: Path, directory: Path, **settings: str) -> Iterator[int]:
+    """The same, for who connects to its port; ``settings`` are further ones of its environment."""
     grpc_port, http_port = free_port(), free_port()
     command = [
         str(program), "discovery", f"--kubeconfig={kubeconfig}", f"--grpcAddr=127.0.0.1:{grpc_port}",
@@ -49,7 +56,7 @@ def istiod(program: Path, kubeconfig: Path, directory: Path) -> Iterator[grpc.Ch
     environment = {
         "PATH": os.environ["PATH"], "HOME": str(directory), "POD_NAMESPACE": ROOT_NAMESPACE, "POD_NAME": "istiod",
         "ENABLE_CA_SERVER": "false", "PILOT_CERT_PROVIDER": "none", "INJECTION_WEBHOOK_CONFIG_NAME": "",
-        "VALIDATION_WEBHOOK_CONFIG_NAME": "", "PILOT_ENABLE_GATEWAY_API": "false",
+        "VALIDATION_WEBHOOK_CONFIG_NAME": "", "PILOT_ENABLE_GATEWAY_API": "false", **settings,
     }  # fmt: skip
     with (directory / "istiod.log").open("wb") as log:
         process = subprocess.Popen(["nice", *command], stdout=log, stderr=log, env=environment, cwd=directory)
@@ -60,8 +67,7 @@ def istiod(program: Path, kubeconfig: Path, directory: Path) -> Iterator[grpc.Ch
             assert process.poll() is None, f"istiod ended:\n{told}"
             assert time.monotonic() < deadline, f"istiod is not ready:\n{told}"
             time.sleep(0.2)
-        with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
-            yield channel
+        yield grpc_port
     finally:
         process.kill()
         process.wait()
