@@ -33,5 +33,14 @@ def bypasses_json(
     """
     pods = tuple(sorted(workloads, key=lambda workload: workload.key))
     states = {pod.key: capture_state(pod, seen=seen.get(pod.uid)) for pod in pods}
-    inventory = Inventory(pods, (), policies, states, predicted=False, others=others, bypass_policies=bypass_policies)
+    inventory = Inventory(
+        pods,
+        (),
+        policies,
+        states,
+        predicted=False,
+        others=others,
+        bypass_policies=bypass_policies,
+        registry_only=policies.mesh.registry_only,
+    )
     return json.dumps({**report_record(report(inventory)), "audited": audited}).encode()

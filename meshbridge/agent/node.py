@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain
@@ -101,6 +101,7 @@ class Node:
     _own_addresses: frozenset[bytes] = frozenset()
     _policies: PolicySet = field(default_factory=PolicySet)
     _policy_networks: frozenset[IpNetwork] = frozenset()
+    _registered: frozenset[bytes] = frozenset()
     _peers: PeerNumbers = field(default_factory=PeerNumbers)
     _compilation: Compilation = field(default_factory=lambda: Compilation(RuleIds()))
     _ghosts: Ghosts = field(init=False)
@@ -217,6 +218,7 @@ class Node:
         fresh = self._match_interfaces()
         pods = self._hooked_pods()
         self._compilation.knows_destinations = self._view.all_mesh_policies
+        self._compilation.known, self._compilation.mesh = self._view.known, self._view.mesh
         self._compilation.bypass_policies = self._view.bypass_policies_at(datetime.now(UTC))
         if self._pending.everything and not self._compilation.compiled:
             # what is captured now stays captured when an agent takes over
@@ -268,6 +270,9 @@ class Node:
             self._policies = self._view.policy_set()
             self._policy_networks = self._policies.referenced_networks()
         networks = self._policy_networks | self._compilation.outbound_networks(pods, self._seen.rules)
+        known = self._compilation.known
+        networks |= known.networks if known is not None else frozenset()
+        self._registered = frozenset(self._view.services.backends()) if known is not None else frozenset()
         changed = {address: self._holder(address) for address in self._pending.addresses}
         current = not self._pending.everything and networks == self._peers.networks
         if not current or (changed and not self._peers.change(changed)):
@@ -290,7 +295,8 @@ class Node:
         peer = told.peer if told else None
         if address in self._own_addresses:
             peer = self._own_address(address)
-        return self._view.services.peer(address, peer)
+        peer = self._view.services.peer(address, peer)
+        return replace(peer, registered=True) if peer is not None and address in self._registered else peer
 
     def _is_held(self, address: IpAddress) -> bool:
         return self._holder(ipcache_key(address)) is not None

@@ -57,6 +57,14 @@ class Services:
             service = self._services.get(name)
             yield from service.addresses if service is not None else ()
 
+    def backends(self, names: Iterable[str] | None = None) -> Iterator[bytes]:
+        """Who answers behind these Services; without ``names``, behind any."""
+        for name in list(self._services) if names is None else names:
+            service = self._services.get(name)
+            for port in service.ports if service is not None else ():
+                for backends in port.backends.values():
+                    yield from (address for address, _ in backends)
+
     def peer(self, address: bytes, holder: Peer | None) -> Peer | None:
         """Who a Service's address is: its holder, else the world, set apart from all others by the Service's name.
 

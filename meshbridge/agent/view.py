@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -15,6 +16,7 @@ from meshbridge.bypass.bypasspolicy import BypassPolicies, BypassPolicy, is_bypa
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import IpAddress, Peer, Workload
 from meshbridge.identity.numbering import class_of
+from meshbridge.policy.egressregistry import REGISTRY_ONLY_KINDS, Known, known_of
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Anything, Document
 from meshbridge.policy.parse import Parsed, parse
@@ -99,6 +101,7 @@ class NodeView:
     mesh: MeshSettings = DEFAULT_MESH
     all_mesh_policies: bool = False
     services: Services = field(default_factory=Services)
+    registry: dict[str, Known] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     unusable: dict[tuple[str, str], str] = field(default_factory=dict)
     _peers: dict[tuple[object, ...], Peer] = field(default_factory=dict)
@@ -111,7 +114,7 @@ class NodeView:
         beside all that is made of it.
         """
         services = _touched(update, xds.SERVICE)
-        addresses = set(self.services.addresses(services))
+        addresses = set(self._told_of(services))
         before = {name: self.policies.get(name) for name in _touched(update, xds.POLICY)}
         for type_url, names in update.removed.items():
             for name in names:
@@ -139,13 +142,26 @@ class NodeView:
         if len(self._peers) > 2 * len(self.holders) + 1024:
             self._peers = {class_of(holder.peer): holder.peer for holder in self.holders.values()}
         policies = (*before.values(), *(self.policies.get(name) for name in before))
-        addresses.update(self.services.addresses(services))
+        addresses.update(self._told_of(services))
         changed = tuple(parsed for parsed in policies if parsed is not None)
         return Changes(
             addresses=frozenset(addresses),
             policies=changed,
             everything=everything or any(parsed.objects or parsed.cilium is not None for parsed in changed),
         )
+
+    @property
+    def known(self) -> Known | None:
+        """What REGISTRY_ONLY lets this node's pods send to past their sidecars; None: nobody asks."""
+        asked = self.mesh.registry_only and self.all_mesh_policies
+        return Known.all_of(self.registry.values()) if asked else None
+
+    def _told_of(self, services: Iterable[str]) -> Iterator[bytes]:
+        """The addresses of which these Services say something."""
+        names = list(services)
+        yield from self.services.addresses(names)
+        if self.mesh.registry_only:
+            yield from self.services.backends(names)
 
     def policy_set(self) -> PolicySet:
         """All policies as one value."""
@@ -171,6 +187,8 @@ class NodeView:
     def _put_policy(self, name: str, document: Document) -> None:
         if is_bypass_policy(document):
             self.bypass_policies[name] = parse_bypass_policy(document)
+        elif document.key[:2] in REGISTRY_ONLY_KINDS:
+            self.registry[name] = known_of(document, parse(document))
         else:
             self.policies.put(name, self._compact(parse(document)))
 
@@ -188,6 +206,7 @@ class NodeView:
         elif type_url == xds.POLICY:
             self.policies.put(name, None)
             self.bypass_policies.pop(name, None)
+            self.registry.pop(name, None)
         elif type_url == xds.SERVICE:
             self.services.put(name, None)
         elif type_url == xds.MESH:

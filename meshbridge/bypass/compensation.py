@@ -20,7 +20,8 @@ from meshbridge.policy.model import Origin, Verdict
 class Compensation:
     """``enforced`` False: nothing is left to enforce, and ``why`` says so. Sources are names of an Inventory.
 
-    ``refused`` of an outbound port are the destinations that refuse, as ``pod:port``.
+    ``refused`` of an outbound port are the destinations that refuse, as ``pod:port``; ``registry_only``: it reaches
+    nobody whom the mesh's registry does not know.
     """
 
     enforced: bool
@@ -30,6 +31,7 @@ class Compensation:
     weakened: tuple[str, ...] = ()
     origins: tuple[Origin, ...] = ()
     outbound: bool = False
+    registry_only: bool = False
 
     @property
     def summary(self) -> str:
@@ -37,7 +39,8 @@ class Compensation:
         if not self.enforced:
             return f"none: {self.why}"
         if self.outbound:
-            return f"kernel: drops what {len(self.refused)} known ports refuse this pod"
+            drops = [f"what {len(self.refused)} known ports refuse this pod"] if self.refused else []
+            return f"kernel: drops {', '.join((*(['whom no registry knows'] if self.registry_only else []), *drops))}"
         return f"kernel: lets in {len(self.allowed)} of {len(self.allowed) + len(self.refused)} known sources"
 
 

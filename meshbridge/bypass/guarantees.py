@@ -131,8 +131,12 @@ def outbound_guarantees(
         text = "destinations' policies decided by the client's certificate"
         stands_in = "what destinations refuse is dropped at the source, by address, and where it arrives"
         found.append(Guarantee(GuaranteeKind.AUTHORIZATION, text, Fate.WEAKENED, stands_in))
-    if registry_only is not False:
-        text = "only hosts of the registry were reachable" + ("" if registry_only else ", if the mesh is REGISTRY_ONLY")
+    text = "only hosts of the registry were reachable"
+    if registry_only:
+        by_address = "the kernel, by address; ports of hosts that only DNS knows stay open"
+        found.append(Guarantee(GuaranteeKind.REGISTRY_ONLY, text, Fate.WEAKENED, by_address))
+    elif registry_only is None:
+        text = f"{text}, if the mesh is REGISTRY_ONLY"
         found.append(Guarantee(GuaranteeKind.REGISTRY_ONLY, text, Fate.LOST, NONE))
     return tuple(found)
 

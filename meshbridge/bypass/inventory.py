@@ -31,7 +31,7 @@ class Inventory:
 
     ``others`` are further sources by name: pods of which only labels are known. ``defaults`` None: not known.
     ``registry`` None: nobody knows what clients' Envoys know, as on a node; then every destination is a Service's to
-    them, without a DestinationRule.
+    them, without a DestinationRule. ``registry_only`` is the mesh's outboundTrafficPolicy, None: not known.
     """
 
     workloads: tuple[Workload, ...]
@@ -43,6 +43,7 @@ class Inventory:
     bypass_policies: BypassPolicies = NO_BYPASS_POLICIES
     defaults: MeshDefaults | None = None
     registry: Registry | None = field(default=None, hash=False)
+    registry_only: bool | None = None
 
     def peer(self, workload: Workload) -> Peer:
         """The workload as policies see it, with the CIDRs that contain its addresses."""
@@ -147,6 +148,7 @@ def inventory_of(
         bypass_policies=NO_BYPASS_POLICIES if now is None else BypassPolicies.of((p.document for p in parsed), now),
         defaults=defaults,
         registry=Registry(known, services, policies.mesh, policies.peer_authentication),
+        registry_only=mesh.registry_only if mesh is not None else None,
     )
 
 

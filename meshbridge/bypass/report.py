@@ -168,8 +168,14 @@ def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
         span.port_class,
         span.route,
         _destinations(span),
-        outbound_guarantees(destination_drops=bool(refusing)),
-        Compensation(bool(refusing), why, refused=refusing, outbound=True),
+        outbound_guarantees(destination_drops=bool(refusing), registry_only=inventory.registry_only),
+        Compensation(
+            bool(refusing or inventory.registry_only),
+            why,
+            refused=refusing,
+            outbound=True,
+            registry_only=bool(inventory.registry_only),
+        ),
     )
     return _ruled(row, workload, span, inventory)
 

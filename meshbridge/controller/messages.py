@@ -138,6 +138,7 @@ def mesh_message(mesh: MeshSettings, *, all_policies: bool = False) -> agent_pb2
         trust_domain_aliases=mesh.trust_domain_aliases,
         cluster=mesh.cluster,
         providers=agent_pb2.ExtensionProviders(kinds=kinds) if providers is not None else None,
+        registry_only=mesh.registry_only,
     )
 
 

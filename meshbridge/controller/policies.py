@@ -11,6 +11,7 @@ from meshbridge.controller.messages import policy_message, resource
 from meshbridge.identity.model import Peer
 from meshbridge.kube.problems import Problem, ProblemReason
 from meshbridge.policy.anchors import Anchor, anchors_of
+from meshbridge.policy.egressregistry import REGISTRY_ONLY_KINDS
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document, Layer, Notice, Refusal
 from meshbridge.policy.parse import Parsed, parse
@@ -44,8 +45,10 @@ class PolicyItem:
 
     @property
     def is_of_mesh(self) -> bool:
-        """Whether it may restrict what a sidecar lets in."""
+        """Whether it may restrict what a sidecar lets in, or says what one may send to under REGISTRY_ONLY."""
         alone = self.alone
+        if alone.mesh.registry_only and self.parsed.document.key[:2] in REGISTRY_ONLY_KINDS:
+            return True
         refused = any(refusal.layer is Layer.MESH for refusal in alone.refusals)
         return bool(alone.authorization or alone.peer_authentication or refused)
 
@@ -64,14 +67,7 @@ class PolicyItem:
         """Whether it selects ``peer``, or was refused and may select it."""
         if self.bypass is not None:
             return self.bypass.subject.matches(peer)
-        selecting = self.alone.selecting(peer)
-        return bool(
-            selecting.network
-            or selecting.authorization
-            or selecting.peer_authentication
-            or selecting.request_authentication
-            or selecting.refusals
-        )
+        return self.alone.concerns(peer)
 
 
 def read_policy(document: Document, mesh: MeshSettings, number: int = 1) -> PolicyItem:

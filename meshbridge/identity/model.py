@@ -79,6 +79,7 @@ class Peer:
     ``ports`` holds those container ports whose name an egress policy uses (``PolicySet.referenced_port_names``).
     ``service`` (namespace/name) makes a Service's address a class of its own, see ``policy.frontends``.
     ``excluded``, sorted, holds the ports on which a pod's Envoy is passed by, as its own node has seen.
+    ``registered``: the mesh's registry knows the address as some Service's, where a node has to know that.
     """
 
     namespace: str | None = None
@@ -94,6 +95,7 @@ class Peer:
     ports: frozenset[ContainerPort] = frozenset()
     service: str = ""
     excluded: tuple[TcpPorts, ...] = ()
+    registered: bool = False
 
     @property
     def is_pod(self) -> bool:

@@ -155,6 +155,7 @@ def class_of(peer: Peer) -> _Class:
         peer.masqueraded,
         peer.service,
         peer.excluded,
+        peer.registered,
         tuple(sorted((port.name, port.port, port.protocol) for port in peer.ports)),
         tuple(sorted(str(network) for network in peer.networks)),
     )

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Final
 
 from meshbridge.identity.model import IpFamily, IpNetwork, TcpPorts
-from meshbridge.policy.model import ANY, Anything, Judge
+from meshbridge.policy.model import ANY, Anything, Judge, Origin
 
 LAST_PORT: Final = 65535
 HBONE_PORT: Final = 15008
@@ -122,13 +122,30 @@ class OutboundBypass:
     audit: bool = False
 
 
+REGISTRY_ONLY: Final = Origin("MeshConfig", "", "outboundTrafficPolicy", "REGISTRY_ONLY")
+"""What drops of destinations that the registry does not know are attributed to."""
+
+
+@dataclass(frozen=True, slots=True)
+class EgressRegistry:
+    """What the mesh's registry knows besides peers that are ``registered``, and Services' own addresses.
+
+    ``by_name`` are ports of hosts of which only DNS knows the addresses: what is sent there may be to one of them.
+    ``networks`` have to be among those that ``Peer.networks`` is computed against.
+    """
+
+    networks: frozenset[IpNetwork] = frozenset()
+    by_name: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Capture:
     """What of one endpoint's traffic its Envoy sees.
 
     ``inbound`` holds the class of each TCP port by address family, ``judges`` who answers a NEEDS_L7 on captured ports,
     ``protocols`` what Envoy takes a port for where a Service says it, ``outbound`` what leaves past Envoy, ``audited``
-    on which excluded ports what is dropped in Envoy's place passes, and is told.
+    on which excluded ports what is dropped in Envoy's place passes, and is told. ``registry``: what leaves past Envoy
+    may go to nobody else; None: to anybody.
     """
 
     inbound: Mapping[IpFamily, PortClasses] = field(
@@ -138,6 +155,7 @@ class Capture:
     protocols: Mapping[int, AppProtocol] = field(default_factory=dict, hash=False)
     outbound: Mapping[IpFamily, tuple[OutboundBypass, ...]] = field(default_factory=dict, hash=False)
     audited: tuple[TcpPorts, ...] = ()
+    registry: EgressRegistry | None = None
 
     @property
     def networks(self) -> frozenset[IpNetwork]:

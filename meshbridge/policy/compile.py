@@ -101,7 +101,7 @@ class Compiler:
             mesh = self._mesh.ingress(workload, selected, capture, family)
         else:
             bypasses = capture.outbound.get(family, ())
-            mesh = self._mesh.egress(workload, policies, bypasses, family, self._destinations)
+            mesh = self._mesh.egress(workload, policies, bypasses, family, self._destinations, capture.registry)
         return self._map(network, mesh)
 
     def _network_layer(

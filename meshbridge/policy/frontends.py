@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from meshbridge.policy.capture import REGISTRY_ONLY
 from meshbridge.policy.evaluate import Decision, evaluate
 from meshbridge.policy.model import Layer, Origin, PolicyEntry, PolicyKey, PolicyMap, Verdict
 from meshbridge.policy.ports import PREFIX_ANY, PREFIX_PORT
@@ -116,6 +117,7 @@ class _Judge:
             closed = any(
                 entry.verdict is not Verdict.ALLOW
                 and not entry.audit
+                and entry.origins != (REGISTRY_ONLY,)  # whoever is behind a Service is known to the registry
                 and (key.prefix == PREFIX_ANY or key.protocol == protocol)
                 for key, entry in self._map.entries.items()
             )

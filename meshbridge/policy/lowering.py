@@ -11,7 +11,16 @@ from typing import ClassVar, Self
 
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, Workload
 from meshbridge.policy.baseline import UNDECIDED, Flow, Guard, MeshVerdict, Principal, mesh_verdict
-from meshbridge.policy.capture import LAST_PORT, AppProtocol, Capture, OutboundBypass, PortClass, PortClasses
+from meshbridge.policy.capture import (
+    LAST_PORT,
+    REGISTRY_ONLY,
+    AppProtocol,
+    Capture,
+    EgressRegistry,
+    OutboundBypass,
+    PortClass,
+    PortClasses,
+)
 from meshbridge.policy.mesh import Attribute, effective_mtls
 from meshbridge.policy.model import (
     ALLOWED,
@@ -163,6 +172,7 @@ class MeshCompiler:
         bypasses: Sequence[OutboundBypass],
         family: IpFamily,
         destinations: Mapping[int, Mapping[IpFamily, PortClasses]],
+        registry: EgressRegistry | None = None,
     ) -> MeshLayer:
         """What destinations' own lowering would drop, dropped where ``workload`` sends it past its own Envoy.
 
@@ -174,16 +184,17 @@ class MeshCompiler:
             policies: All that are known, not only those that select ``workload``.
             destinations: The port classes of those identities whose policies are *all* among ``policies``, and whose
                 labels tell which: with one ALLOW policy missing, what that allows would be dropped.
+            registry: Under REGISTRY_ONLY: whatever it does not know is dropped as well.
         """
         if not bypasses:
             return MeshLayer.EMPTY
         sender = replace(workload.peer(), trust_domain=policies.mesh.trust_domain)
         addresses = tuple(address for address in workload.addresses if IpFamily.of(address) is family)
-        entries: dict[PolicyKey, PolicyEntry] = {}
+        entries = self._unregistered(bypasses, registry) if registry is not None else {}
         for number, peer in self._index.identities.items():
             classes = destinations.get(number, {}).get(family)
-            audited, ports = (_ports_towards(peer, bypasses, audit=audit) for audit in (True, False))
-            if classes is None or not peer.is_pod or not (ports or audited):
+            ports = _ports_towards(peer, bypasses)
+            if classes is None or not peer.is_pod or not ports:
                 continue
             guard = self._guard(number, peer, policies)
             networks = frozenset(n for n in guard.networks if any(address in n for address in addresses))
@@ -194,14 +205,37 @@ class MeshCompiler:
                     segment = replace(segment, port_class=PortClass.CAPTURED)
                 outcome = _outcome(guard, _ENVOY_ONLY, segment, source, (), frozenset())
                 if outcome.verdict is Verdict.DENY:
-                    # what one bypass enforces another may audit: the stricter holds
-                    for rank, audit, where in (
-                        (MeshRank.PEER, True, audited), (MeshRank.PEER_SOME_PORTS, False, ports),
-                    ):  # fmt: skip
-                        entry = PolicyEntry(Verdict.DENY, rank, outcome.origins, DropReason.COMPENSATION, audit=audit)
+                    for audit, where in ports.items():
+                        entry = PolicyEntry(
+                            Verdict.DENY, MeshRank.PEER, outcome.origins, DropReason.COMPENSATION, audit=audit
+                        )
                         for port, prefix in _prefixes_within(segment, where):
                             entries[PolicyKey(number, Layer.MESH, _TCP, port, prefix)] = entry
         return MeshLayer(dict(sorted(entries.items()))) if entries else MeshLayer.EMPTY
+
+    def _unregistered(
+        self, bypasses: Sequence[OutboundBypass], registry: EgressRegistry
+    ) -> dict[PolicyKey, PolicyEntry]:
+        """Nobody whom the registry does not know is reached past Envoy; entries for destinations rank above these."""
+        entries: dict[PolicyKey, PolicyEntry] = {}
+        known = PolicyEntry(Verdict.ALLOW, MeshRank.SOME_PORTS, ())
+        anywhere = _by_audit([bypass for bypass in bypasses if isinstance(bypass.networks, Anything)])
+        by_name = [(port, port) for port in registry.by_name]
+
+        def drop(number: int, ports: Mapping[bool, _Ranges]) -> None:
+            for audit, where in ports.items():
+                rank = MeshRank.EVERYWHERE if number == ANYONE else MeshRank.SOME_PORTS
+                entry = PolicyEntry(Verdict.DENY, rank, (REGISTRY_ONLY,), DropReason.COMPENSATION, audit=audit)
+                entries.update(dict.fromkeys(_keys(number, _without(where, by_name)), entry))
+
+        drop(ANYONE, anywhere)
+        for number, peer in self._index.identities.items():
+            if peer.registered or peer.service or not peer.networks.isdisjoint(registry.networks):
+                for where in anywhere.values():
+                    entries.update(dict.fromkeys(_keys(number, _without(where, by_name)), known))
+            elif (ports := _ports_towards(peer, bypasses)) != anywhere:
+                drop(number, ports)
+        return entries
 
     def _guard(self, number: int, peer: Peer, policies: PolicySet) -> Guard:
         held = self._guards.get(number)
@@ -282,17 +316,38 @@ def _asks_address(guard: Guard) -> bool:
     )
 
 
-def _ports_towards(peer: Peer, bypasses: Sequence[OutboundBypass], *, audit: bool) -> list[tuple[int, int]]:
-    """The destination ports on which a peer is reached past Envoy."""
-    return [
-        (bypass.first, bypass.last)
-        for bypass in bypasses
-        if bypass.audit is audit
-        and (isinstance(bypass.networks, Anything) or not peer.networks.isdisjoint(bypass.networks))
-    ]
+_Ranges = Sequence[tuple[int, int]]
 
 
-def _prefixes_within(segment: _Segment, ports: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _ports_towards(peer: Peer, bypasses: Sequence[OutboundBypass]) -> dict[bool, _Ranges]:
+    """The destination ports on which a peer is reached past Envoy, by whether they are audited."""
+    return _by_audit(
+        [b for b in bypasses if isinstance(b.networks, Anything) or not peer.networks.isdisjoint(b.networks)]
+    )
+
+
+def _by_audit(bypasses: Sequence[OutboundBypass]) -> dict[bool, _Ranges]:
+    """The ports of bypasses; what one of them enforces no other audits."""
+    enforced, audited = ([(b.first, b.last) for b in bypasses if b.audit is audit] for audit in (False, True))
+    found: dict[bool, _Ranges] = {False: enforced, True: _without(audited, enforced)}
+    return {audit: ranges for audit, ranges in found.items() if ranges}
+
+
+def _without(ranges: _Ranges, taken: _Ranges) -> _Ranges:
+    left = list(ranges)
+    for first, last in taken:
+        parts = [((low, min(high, first - 1)), (max(low, last + 1), high)) for low, high in left]
+        left = [(low, high) for pair in parts for low, high in pair if low <= high]
+    return left
+
+
+def _keys(number: int, ranges: _Ranges) -> Iterator[PolicyKey]:
+    for first, last in ranges:
+        for port, prefix in range_prefixes(first, last):
+            yield PolicyKey(number, Layer.MESH, _TCP, port, prefix)
+
+
+def _prefixes_within(segment: _Segment, ports: _Ranges) -> Iterator[tuple[int, int]]:
     for first, last in ports:
         yield from range_prefixes(max(first, segment.first), min(last, segment.last))
 

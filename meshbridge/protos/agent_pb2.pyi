@@ -233,20 +233,22 @@ class ServiceBackends(_message.Message):
     def __init__(self, port: _Optional[int] = ..., addresses: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Mesh(_message.Message):
-    __slots__ = ("root_namespace", "trust_domain", "trust_domain_aliases", "cluster", "all_mesh_policies", "providers")
+    __slots__ = ("root_namespace", "trust_domain", "trust_domain_aliases", "cluster", "all_mesh_policies", "providers", "registry_only")
     ROOT_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TRUST_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     TRUST_DOMAIN_ALIASES_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     ALL_MESH_POLICIES_FIELD_NUMBER: _ClassVar[int]
     PROVIDERS_FIELD_NUMBER: _ClassVar[int]
+    REGISTRY_ONLY_FIELD_NUMBER: _ClassVar[int]
     root_namespace: str
     trust_domain: str
     trust_domain_aliases: _containers.RepeatedScalarFieldContainer[str]
     cluster: str
     all_mesh_policies: bool
     providers: ExtensionProviders
-    def __init__(self, root_namespace: _Optional[str] = ..., trust_domain: _Optional[str] = ..., trust_domain_aliases: _Optional[_Iterable[str]] = ..., cluster: _Optional[str] = ..., all_mesh_policies: _Optional[bool] = ..., providers: _Optional[_Union[ExtensionProviders, _Mapping]] = ...) -> None: ...
+    registry_only: bool
+    def __init__(self, root_namespace: _Optional[str] = ..., trust_domain: _Optional[str] = ..., trust_domain_aliases: _Optional[_Iterable[str]] = ..., cluster: _Optional[str] = ..., all_mesh_policies: _Optional[bool] = ..., providers: _Optional[_Union[ExtensionProviders, _Mapping]] = ..., registry_only: _Optional[bool] = ...) -> None: ...
 
 class ExtensionProviders(_message.Message):
     __slots__ = ("kinds",)

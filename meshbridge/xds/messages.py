@@ -209,6 +209,7 @@ def mesh_of(message: agent_pb2.Mesh) -> MeshSettings:
         trust_domain_aliases=tuple(message.trust_domain_aliases),
         cluster=message.cluster,
         providers=_providers(message.providers) if message.HasField("providers") else None,
+        registry_only=message.registry_only,
     )
 
 

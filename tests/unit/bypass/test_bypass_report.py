@@ -18,7 +18,7 @@ from meshbridge.cli.bypass import command
 from meshbridge.identity.model import IpFamily, TcpPorts
 from meshbridge.kube.objects import read_objects
 from meshbridge.policy.capture import PortClass
-from meshbridge.policy.mesh import DEFAULT_MESH
+from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Direction
 
 INPUTS = Path(__file__).parents[3] / "manifests/inputs"
@@ -206,7 +206,7 @@ def test_outbound_says_which_destinations_refuse() -> None:
     assert outbound.compensation is not None
     assert outbound.compensation.refused == ("finance/api:8080",)
     assert "1 known ports refuse" in outbound.compensation.summary
-    assert fates(outbound)[GuaranteeKind.REGISTRY_ONLY] == [Fate.LOST]
+    assert fates(outbound)[GuaranteeKind.REGISTRY_ONLY] == [Fate.LOST], "nobody says what the mesh is"
     open_to_all = row(
         of(NAMESPACES, pod("finance/api", "10.0.0.1", EXCLUDED), PROMETHEUS), "monitoring/prometheus", Direction.EGRESS
     )
@@ -506,3 +506,14 @@ def test_names_from_manifests_cannot_forge_lines(tmp_path: Path) -> None:
     (tmp_path / "all.yaml").write_text(NAMESPACES + bad)
     output = run("plan", "-f", str(tmp_path)).output
     assert not any(line.startswith("! forged") for line in output.splitlines())
+
+
+def test_registry_only_is_kept_by_address_where_the_mesh_is_known_to_be() -> None:
+    documents = read_objects(f"{NAMESPACES}{PROMETHEUS}".encode(), "m.yaml").documents
+    found = report(inventory(documents, mesh=MeshSettings(registry_only=True)))
+    outbound = row(found, "monitoring/prometheus", Direction.EGRESS)
+    assert fates(outbound)[GuaranteeKind.REGISTRY_ONLY] == [Fate.WEAKENED]
+    assert outbound.compensation is not None
+    assert outbound.compensation.summary == "kernel: drops whom no registry knows"
+    anybody = report(inventory(documents, mesh=MeshSettings()))
+    assert GuaranteeKind.REGISTRY_ONLY not in fates(row(anybody, "monitoring/prometheus", Direction.EGRESS))
