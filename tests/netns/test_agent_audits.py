@@ -1,4 +1,4 @@
-"""``mode: audit`` on a real node: what enforcement would drop passes and is counted by source; enforced it is dropped."""
+"""``mode: audit`` on a real node: what enforcement would drop passes and is counted by source."""
 
 from __future__ import annotations
 

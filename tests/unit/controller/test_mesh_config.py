@@ -28,7 +28,7 @@ def test_who_configures_the_sidecars_stands_on_the_config_map() -> None:
 
     assert read("meshbridge") == replace(EMPTY, own_sidecars=True)
     assert read("istio") == EMPTY
-    with pytest.raises(MeshConfigError, match="meshbridge.io/sidecars 'mine' is not known"):
+    with pytest.raises(MeshConfigError, match=r"meshbridge\.io/sidecars 'mine' is not known"):
         read("mine")
 
 
