@@ -18,7 +18,7 @@ from meshbridge.datapath.attach import Attacher, AttachMode
 from meshbridge.datapath.events import EventReader
 from meshbridge.datapath.ipcache import Identities
 from meshbridge.datapath.loader import Datapath, open_datapath
-from meshbridge.datapath.maps import MapSizes
+from meshbridge.datapath.maps import MapSizes, has_other_versions, remove_other_versions
 from meshbridge.datapath.reconcile import (
     FIRST_ALIAS,
     Delete,
@@ -61,7 +61,10 @@ class Enforcer:
         self._attacher = Attacher(pin_dir, from_pod=self._datapath.from_pod, to_pod=self._datapath.to_pod, mode=mode)
         self.observed = observe(self._tables)
         self._attacher.sweep()
-        self.resumed = frozenset(self._attacher.update_all())
+        self._pin_dir = pin_dir
+        # Maps of another ABI belong to programs in force, which go on until ours are filled (docs/adr/0001).
+        self._succeeds = has_other_versions(pin_dir)
+        self.resumed = frozenset() if self._succeeds else frozenset(self._attacher.update_all())
         self._in_doubt = False
         self._flow_tables = self._maps.conntrack.tables()
 
@@ -90,8 +93,15 @@ class Enforcer:
         self._attacher.attach(ifindex)
 
     def sweep(self) -> None:
-        """Forget hooks whose interface is gone, and flow tables that no endpoint uses."""
+        """Forget hooks whose interface is gone, flow tables that no endpoint uses, and programs of another ABI.
+
+        To be called when the maps hold what is desired, and its interfaces are attached.
+        """
         self._attacher.sweep()
+        if self._succeeds:
+            self._attacher.update_all()
+            remove_other_versions(self._pin_dir)
+            self._succeeds = False
         used = {record.incarnation for record in self.observed.endpoints.values()}
         unused = self._flow_tables.keys() - used
         if unused:

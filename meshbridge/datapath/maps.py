@@ -401,16 +401,24 @@ def open_pinned_maps(pin_dir: Path) -> Maps:
     return Maps(descriptors, 0)
 
 
+def has_other_versions(pin_dir: Path) -> bool:
+    """Whether there are maps of another ABI version, which programs in force may use."""
+    return any(_other_versions(pin_dir))
+
+
 def remove_other_versions(pin_dir: Path) -> list[str]:
     """Unpin the maps of other ABI versions; to be called once no link runs a program that uses them."""
     removed = []
-    for directory in sorted(pin_dir.glob("maps-v*")):
-        if directory != maps_directory(pin_dir):
-            for pin in directory.iterdir():
-                pin.unlink()
-            directory.rmdir()
-            removed.append(directory.name)
+    for directory in _other_versions(pin_dir):
+        for pin in directory.iterdir():
+            pin.unlink()
+        directory.rmdir()
+        removed.append(directory.name)
     return removed
+
+
+def _other_versions(pin_dir: Path) -> list[Path]:
+    return [found for found in sorted(pin_dir.glob("maps-v*")) if found != maps_directory(pin_dir)]
 
 
 def _make_directory(directory: Path) -> None:
