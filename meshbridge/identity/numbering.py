@@ -96,10 +96,7 @@ def number_peers(
         for address, peer in holders.items()
         if Entity.HOST in peer.entities
     }
-    prefixes: dict[IpNetwork, int] = {}
-    for network in (*index.networks, *_EVERYTHING.values()):
-        world = Peer(entities=_WORLD[IpFamily.of(network)])
-        prefixes[network] = classes.of(world, index.covering(network))
+    prefixes = {network: classes.of(peer, peer.networks) for network, peer in worlds(index).items()}
     for peer in RESERVED.values():
         classes.of(peer, frozenset())
     numbers, top = _assign(classes, at, forwarded, known or {}, observed or {}, highest)
@@ -112,6 +109,14 @@ def number_peers(
         networks={network: numbers[place] for network, place in prefixes.items()},
         highest=top,
     )
+
+
+def worlds(index: NetworkIndex) -> dict[IpNetwork, Peer]:
+    """Who an address is that nobody holds, by the narrowest of these CIDRs it is in, and all of either family."""
+    return {
+        network: Peer(entities=_WORLD[IpFamily.of(network)], networks=index.covering(network))
+        for network in (*index.networks, *_EVERYTHING.values())
+    }
 
 
 class _Classes:

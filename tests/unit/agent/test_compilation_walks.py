@@ -163,7 +163,8 @@ class Walk:
         policies = state.book.policies()
         networks = policies.referenced_networks() | state.compilation.outbound_networks(self.pods, self.seen)
         changed = {address: self.holder(address) for address in self.changed_addresses}
-        if anew or networks != state.numbers.networks or not state.numbers.change(changed):
+        same = networks == state.numbers.networks
+        if anew or not (same or state.numbers.tell_apart(networks)) or not state.numbers.change(changed):
             every = {address: self.holder(address) for address in {*self.holders, *self.services.addresses()}}
             state.numbers.renumber({address: held for address, held in every.items() if held is not None}, networks)
         touched = None if anew else state.book.among(self.changed_policies)

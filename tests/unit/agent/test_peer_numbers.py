@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshbridge.abi import address_bytes
 from meshbridge.agent.identities import PeerNumbers
-from meshbridge.identity.model import Entity, Peer
+from meshbridge.identity.model import Entity, IpNetwork, Peer
 from meshbridge.identity.numbering import Held, class_of
 
 ADDRESSES = [address_bytes(IPv4Address(f"10.0.{n // 4}.{n % 4}")) for n in range(8)]
-NETWORKS = [IPv4Network("10.0.0.0/24"), IPv4Network("10.0.1.0/30"), IPv4Network("192.0.2.0/24")]
+ADDRESSES += [address_bytes(IPv6Address(f"fd00::{n}")) for n in range(2)]
+NETWORKS = [
+    IPv4Network("10.0.0.0/24"), IPv4Network("10.0.1.0/30"), IPv4Network("192.0.2.0/24"), IPv4Network("0.0.0.0/0"),
+    IPv4Network("10.0.0.0/8"), IPv6Network("::/0"), IPv6Network("fd00::1/128"),
+]  # fmt: skip
 PEERS = [
     Peer("shop", {"app": "web"}), Peer("shop", {"app": "api"}), Peer("pay", {"app": "web"}),
     Peer(entities=frozenset({Entity.HOST})), Peer(entities=frozenset({Entity.REMOTE_NODE})),
@@ -21,7 +25,11 @@ PEERS = [
 
 HOLDERS = st.dictionaries(st.sampled_from(ADDRESSES), st.sampled_from(PEERS))
 CHANGES = st.lists(
-    st.dictionaries(st.sampled_from(ADDRESSES), st.one_of(st.none(), st.sampled_from(PEERS)), min_size=1), max_size=4
+    st.one_of(
+        st.dictionaries(st.sampled_from(ADDRESSES), st.one_of(st.none(), st.sampled_from(PEERS)), min_size=1),
+        st.sets(st.sampled_from(NETWORKS)),
+    ),
+    max_size=5,
 )
 
 
@@ -38,15 +46,19 @@ def meaning(numbers: PeerNumbers) -> dict[object, tuple[object, object]]:
 @settings(deadline=None, max_examples=200)
 @given(HOLDERS, st.sets(st.sampled_from(NETWORKS)), CHANGES)
 def test_single_changes_mean_the_same_as_a_numbering_from_scratch(
-    holders: dict[bytes, Peer], networks: set[IPv4Network], changes: list[dict[bytes, Peer | None]]
+    holders: dict[bytes, Peer], networks: set[IpNetwork], changes: list[dict[bytes, Peer | None] | set[IpNetwork]]
 ) -> None:
     numbers = PeerNumbers()
     numbers.renumber(holders, networks)
     for changed in changes:
         before = numbers.identities
-        numbers.change(changed)
+        if isinstance(changed, set):
+            networks = changed
+            assert numbers.tell_apart(networks)
+        else:
+            assert numbers.change(changed)
         assert before.items() <= numbers.identities.items(), "a number never means another class"
-        for address, peer in changed.items():
+        for address, peer in changed.items() if isinstance(changed, dict) else ():
             if peer is None:
                 holders.pop(address, None)
             else:
@@ -74,6 +86,21 @@ def test_too_many_leftovers_ask_for_a_renumbering() -> None:
     assert not alive
     numbers.renumber({ADDRESSES[0]: Peer("shop", {"app": "a1099"})}, ())
     assert len([peer for peer in numbers.identities.values() if peer.is_pod]) == 1
+
+
+def test_pods_that_come_and_go_leave_nothing_over() -> None:
+    numbers = PeerNumbers()
+    numbers.renumber({ADDRESSES[0]: PEERS[0]}, ())
+    for _ in range(1100):
+        assert numbers.change({ADDRESSES[1]: PEERS[1]})
+        assert numbers.change({ADDRESSES[1]: None})
+
+
+def test_many_other_networks_ask_for_a_renumbering() -> None:
+    numbers = PeerNumbers()
+    numbers.renumber({ADDRESSES[0]: PEERS[0]}, ())
+    assert not numbers.tell_apart(IPv4Network(f"10.{n}.0.0/16") for n in range(20))
+    assert numbers.networks == frozenset(), "which then finds all as it was"
 
 
 def test_whoever_held_an_address_before_is_forgotten_at_once() -> None:
