@@ -38,6 +38,8 @@ _JUDGES: Final = frozenset(Judge)
 _FAMILIES: Final[Mapping[int, IpAddress]] = {4: IPv4Address("192.0.2.1"), 6: IPv6Address("2001:db8::1")}
 _MAX_CAPTURES: Final = 1024
 MAX_OUTBOUND_NETWORKS: Final = 256
+_INDEXED: Final = 4096
+"""Of fewer identities an index is made anew when it is needed: to keep it takes more memory than it saves time."""
 """Of all pods of a node: each is a prefix in the kernel's tables, and a pod's annotations may name many."""
 
 
@@ -208,6 +210,8 @@ class Compilation:
             try:
                 self._used[uid] = self._capture(uid, workload, seen)
                 self._selected[uid] = batch.policies.selecting(workload)
+        if len(identities) < _INDEXED:
+            self._index = None
                 compiled = batch.compile(workload, self._selected[uid], self._used[uid])
                 return replace(compiled, notes=captured.notes)
             except Exception as error:  # as above
