@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshbridge.bench import agent, change, denied, http, program, tcp
+from meshbridge.bench import agent, change, compile, denied, http, program, tcp
 from meshbridge.bench.errors import BenchError
 from meshbridge.bench.figures import Failure, Report, Section
 from meshbridge.bench.machine import come_first, describe, leave_core, measured_core
@@ -38,6 +38,9 @@ PARTS: Mapping[str, Part] = {
         "CPU time of a refused attempt to connect: dropped by the kernel, or 403 from Envoy", denied.measure
     ),
     "change": Part("from a changed policy file to the kernel, with real processes", change.measure),
+    "compile": Part(
+        "the compiler by cluster size, without a kernel: from nothing, and after one change", compile.measure
+    ),
     "agent": Part("the agent by cluster size: memory, cold and warm start, kernel memory, changes", agent.measure),
 }
 
