@@ -977,7 +977,8 @@ static __always_inline void tell(struct __sk_buff *skb, const struct endpoint_va
 	event->uid = NO_UID;
 	if (packet->flow.direction == DIR_EGRESS) {
 		socket = skb->sk;
-		if (socket && bpf_sk_fullsock(socket))
+		/* that of a connection still being made stands for its listener */
+		if (socket && (socket->state == BPF_TCP_NEW_SYN_RECV || bpf_sk_fullsock(socket)))
 			event->uid = bpf_get_socket_uid(skb);
 	}
 	if (endpoint) {

@@ -21,6 +21,7 @@ from meshbridge import __version__
 from meshbridge.agent import memory
 from meshbridge.agent.audits import AuditCounts
 from meshbridge.agent.enforcer import Enforcer
+from meshbridge.agent.evidence import Evidence
 from meshbridge.agent.metrics import serve_metrics
 from meshbridge.agent.names import Names
 from meshbridge.agent.node import EndpointError, Node, Published
@@ -76,6 +77,7 @@ class Agent:
         self._names = Names(settings.node)
         self._ring = FlowRing(settings.node)
         self._audits = AuditCounts()
+        self._evidence = Evidence(settings.node)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="node")
         self._onlooker = ThreadPoolExecutor(1, thread_name_prefix="redirects")
         self._redirects = Redirects()
@@ -141,6 +143,7 @@ class Agent:
         self.published = published
         if published.exclusions is not None:
             self._client.report(published.exclusions)
+        self._evidence.watched = published.watched
         for event in published.events:
             self._ring.add(event)
         self._changed.set()
@@ -205,6 +208,9 @@ class Agent:
             for flow in self._names.flows(event):
                 self._ring.add(flow)
                 self._audits.add(flow)
+                evidence = self._evidence.of(flow)
+                if evidence is not None:
+                    self._ring.add(evidence)
 
     def _token(self) -> str:
         with self._settings.token_file.open("rb") as file:
@@ -225,6 +231,9 @@ class Agent:
 
     def counters(self) -> dict[tuple[int, int], tuple[int, int]]:
         return self._enforcer.counters()
+
+    def ghost_packets(self) -> int:
+        return self._evidence.count
 
     def audited(self) -> int:
         return self._audits.total

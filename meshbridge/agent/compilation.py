@@ -10,13 +10,14 @@ from typing import Final
 import structlog
 
 from meshbridge.agent.batch import Batch, Compiled, Frontends, Growth
+from meshbridge.agent.evidence import Watched
 from meshbridge.agent.view import LocalPod
 from meshbridge.bypass.audit import with_audits
 from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.findings import Finding, FindingCode
 from meshbridge.bypass.findings import Severity as FindingSeverity
-from meshbridge.bypass.ghosts import GhostBypass, ghost_bypasses
+from meshbridge.bypass.ghosts import GhostBypass, ghost_bypasses, proxy_uids
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.bypass.sets import IntSet
 from meshbridge.bypass.state import CaptureState, capture_of
@@ -58,6 +59,7 @@ class Captured:
     fault: str = ""
     state: CaptureState | None = None
     ghosts: tuple[GhostBypass, ...] = ()
+    proxy_uids: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -122,6 +124,13 @@ class Compilation:
         """What of these pods bypasses their Envoys although nobody asked for it, by UID."""
         found = {uid: (pod.workload, self._of(uid, pod.workload, seen.get(uid)).ghosts) for uid, pod in pods.items()}
         return {uid: held for uid, held in found.items() if held[1]}
+
+    def watched(self, uid: str, workload: Workload, seen: SeenRules | None) -> Watched | None:
+        """What the rules seen of a pod leave to its Envoy; None where nothing is known of it."""
+        captured = self._of(uid, workload, seen)
+        if seen is None or captured.state is None:
+            return None
+        return Watched(uid, workload.namespace, workload.name, captured.capture, captured.proxy_uids)
 
     def _of(self, uid: str, workload: Workload, seen: SeenRules | None) -> Captured:
         held = self._captured.get(uid)
@@ -279,7 +288,9 @@ class CaptureCache:
             notes = tuple(map(_note, filter(_is_wrong, state.findings)))
             excluded = _settled(state) if seen is not None else ()
             capture = capture_of(state, judges=_JUDGES)
-            found = Captured(capture, notes, excluded, state=state, ghosts=ghost_bypasses(state))
+            found = Captured(
+                capture, notes, excluded, state=state, ghosts=ghost_bypasses(state), proxy_uids=proxy_uids(asked)
+            )
             self._known[key] = found
         return found
 

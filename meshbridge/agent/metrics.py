@@ -42,6 +42,8 @@ class MetricsSource(Protocol):
 
     def audited(self) -> int: ...
 
+    def ghost_packets(self) -> int: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -138,6 +140,10 @@ def _families(source: MetricsSource) -> Iterator[Family]:
     yield Family("meshbridge_ghost_bypasses", "gauge", "Pods with a bypass that nobody asked for.", ghosts)
     found: list[tuple[Mapping[str, str], float]] = [({}, published.ghosts_found)]
     yield Family("meshbridge_ghost_bypasses_found_total", "counter", "Ghost bypasses found.", found)
+    given_away: list[tuple[Mapping[str, str], float]] = [({}, source.ghost_packets())]
+    yield Family(
+        "meshbridge_ghost_bypass_packets_total", "counter", "Ports and users that packets gave away.", given_away
+    )
     for name, text, value in (
         ("controller_connected", "1 while the controller answers.", int(source.connected)),
         ("revision_received", "Newest revision received.", source.revision_received),

@@ -19,6 +19,7 @@ from meshbridge import abi
 from meshbridge.agent.compilation import Compilation
 from meshbridge.agent.endpoints import UNKNOWN_POD, Endpoints, Hooked, find_interfaces, sources_of
 from meshbridge.agent.enforcer import Enforcer
+from meshbridge.agent.evidence import Watched
 from meshbridge.agent.ghosts import Ghosts
 from meshbridge.agent.identities import PeerNumbers
 from meshbridge.agent.names import Names, labels_of
@@ -78,6 +79,8 @@ class Published:
     ghosts: Mapping[Direction, int] = field(default_factory=dict)
     """How many pods have a ghost bypass."""
     ghosts_found: int = 0
+    watched: Mapping[int, Watched] = field(default_factory=dict)
+    """What Envoys alone should send and answer, by endpoint number."""
     events: tuple[Flow, ...] = ()
     """What this step noticed; to be told once."""
     sidecars: Mapping[str, tuple[Link, ...]] = field(default_factory=dict)
@@ -274,8 +277,7 @@ class Node:
         networks |= known.networks if known is not None else frozenset()
         self._registered = frozenset(self._view.services.backends()) if known is not None else frozenset()
         changed = {address: self._holder(address) for address in self._pending.addresses}
-        same = networks == self._peers.networks
-        current = not self._pending.everything and (same or self._peers.tell_apart(networks))
+        current = not self._pending.everything and networks == self._peers.networks
         if not current or (changed and not self._peers.change(changed)):
             self._renumber(networks)
         self.names.holders, self.names.identities = self._view.holders, self._peers.identities
@@ -351,10 +353,20 @@ class Node:
             else self.published.exclusions,
             ghosts={direction: self._ghosts.pods(direction) for direction in Direction},
             ghosts_found=self._ghosts.found,
+            watched=self._watched(),
             events=tuple(events),
             sidecars=self._sidecars(),
         )
         self.publish(self.published)
+
+    def _watched(self) -> dict[int, Watched]:
+        found: dict[int, Watched] = {}
+        for hooked in self._endpoints.hooked.values():
+            pod, seen = self._view.pods.get(hooked.uid), self._seen.rules.get(hooked.uid)
+            watched = self._compilation.watched(hooked.uid, pod.workload, seen) if pod is not None else None
+            if watched is not None:
+                found[hooked.id] = watched
+        return found
 
     def _sidecars(self) -> dict[str, tuple[Link, ...]]:
         found: dict[str, tuple[Link, ...]] = {}

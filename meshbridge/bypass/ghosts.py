@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
+from meshbridge.bypass.annotations import MeshDefaults
+from meshbridge.bypass.classify import owner_numbers
+from meshbridge.bypass.expected import expected_redirection
 from meshbridge.bypass.sets import IntSet, union
 from meshbridge.bypass.state import CaptureState, Route, Span, Truth
-from meshbridge.identity.model import IpFamily
+from meshbridge.identity.model import IpFamily, Workload
 from meshbridge.policy.capture import PortClass
 from meshbridge.policy.model import Direction
+
+PROXY_UID: Final = 1337
+"""Istio's, where nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,15 @@ def ghost_bypasses(state: CaptureState) -> tuple[GhostBypass, ...]:
                 if ports := _common(wanted, (span for span in seen if span.route == route)):
                     found.append(GhostBypass(direction, family, ports, route))
     return tuple(sorted(found, key=lambda ghost: (ghost.direction, ghost.family, ghost.ports.spans)))
+
+
+def proxy_uids(workload: Workload) -> frozenset[int]:
+    """As which users the pod's own proxy may run; any process may as well."""
+    config = expected_redirection(workload, MeshDefaults()).config
+    texts = config.uids if config is not None else []
+    found = {*owner_numbers(texts), PROXY_UID}
+    container = workload.proxy_container
+    return frozenset(found if container is None or container.uid is None else found | {container.uid})
 
 
 def _common(wanted: Iterable[Span], seen: Iterable[Span]) -> IntSet:

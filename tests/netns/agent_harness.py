@@ -335,10 +335,10 @@ class NodeHarness:
 
     # Traffic
 
-    def listen(self, pod: Pod, port: int) -> None:
+    def listen(self, pod: Pod, port: int, uid: int = 0) -> None:
         """A TCP server in the pod that sends back what it gets, in both families."""
         code = (
-            "import socket,threading,sys\n"
+            f"import os,socket,threading,sys\nos.setuid({uid})\n"
             f"s=socket.create_server(('::',{port}),family=socket.AF_INET6,dualstack_ipv6=True,backlog=512)\n"
             "sys.stdout.write('up\\n');sys.stdout.flush()\n"
             "def serve(c):\n"

@@ -54,7 +54,7 @@ def captured(node: NodeHarness) -> tuple[Pod, Pod]:
     redirect(api)
     redirect(web)
     node.listen(api, 9090)
-    node.listen(api, ENVOY_PORT)
+    node.listen(api, ENVOY_PORT, uid=1337)
     node.apply(STRICT_AND_A_PATH)
     node.apply(AUDIT_EVERYTHING)
     node.sync()
@@ -97,3 +97,34 @@ def test_rules_that_vanish_and_those_of_another_pod_are_ghosts(node: NodeHarness
     other = with_sidecar(node, "shop", "other", excludeInboundPorts="9090")
     redirect(Pod(other.workload, api.netns, api.interface))
     eventually(lambda: [c.message.count("TCP 9090") for c in conditions(node, api)] == [2], GHOST_FOUND_S)
+
+
+def given_away(node: NodeHarness, pod: Pod) -> list[tuple[str, str, str]]:
+    """Direction, port and user of each bypass of a pod that a packet showed."""
+    events = [f for f in node.flows() if f.agent is not None and f.agent.name == "ghost-bypass-packet"]
+    details = [dict(f.agent.details) for f in events if f.agent and f.destination.pod == pod.workload.name]
+    return [(detail["direction"], detail["ports"], detail["uid"]) for detail in details]
+
+
+def test_packets_give_away_a_bypass_before_the_rules_are_read_again(node: NodeHarness) -> None:
+    api, web = captured(node)
+    assert not given_away(node, api)
+    inbound = ["PREROUTING", "-p", "tcp", "--dport", "9090", "-j", "RETURN"]
+    outbound = ["OUTPUT", "-p", "tcp", "-d", api.ipv4, "-j", "ACCEPT"]
+
+    def briefly(pod: Pod, rule: list[str], port: int, uid: int) -> None:
+        run(*inside(pod.netns, "iptables-nft", "-t", "nat", "-I", *rule))
+        node.reaches(web.netns, api.ipv4, port, uid=uid)
+        run(*inside(pod.netns, "iptables-nft", "-t", "nat", "-D", *rule))
+
+    def answered() -> bool:
+        briefly(api, inbound, 9090, 1337)
+        return given_away(node, api) == [("ingress", "9090", "0")]
+
+    def sent() -> bool:
+        briefly(web, outbound, 8080, 1000)
+        return given_away(node, web) == [("egress", "8080", "1000")]
+
+    eventually(answered, 15)
+    eventually(sent, 15)
+    assert given_away(node, api) == [("ingress", "9090", "0")], "Envoy's own answers are none"

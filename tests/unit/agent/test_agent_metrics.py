@@ -28,6 +28,9 @@ class Source:
     def events_lost(self) -> int:
         return 5
 
+    def ghost_packets(self) -> int:
+        return 2
+
     def audited(self) -> int:
         return 3
 
@@ -46,6 +49,7 @@ def test_figures_are_what_the_sources_say() -> None:
     assert found["meshbridge_revision_received", ()] == 8
     assert found["meshbridge_events_lost_total", ()] == 5
     assert found["meshbridge_audited_flows_total", ()] == 3
+    assert found["meshbridge_ghost_bypass_packets_total", ()] == 2
     assert found["meshbridge_ghost_bypasses", (("direction", "ingress"),)] == 2
     assert found["meshbridge_ghost_bypasses_found_total", ()] == 5
     assert found["meshbridge_resident_bytes", ()] > 1e6
