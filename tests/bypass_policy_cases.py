@@ -6,6 +6,11 @@ REFUSED = {
     "unknown field": ("{acept: [l7]}", "spec.acept: unknown field 'acept'"),
     "unknown loss": ("{accept: [everything], reason: r}", "spec.accept[0]: unknown value 'everything'"),
     "unknown mode": ("{mode: off}", "spec.mode"),
+    "a port of many digits": (f"{{routes: [{{direction: inbound, ports: ['{'9' * 5000}']}}]}}", "is no port"),
+    "until before all time": (
+        "{accept: [l7], reason: r, until: '0001-01-01T00:00:00+14:00'}",
+        "spec.until: '0001-01-01T00:00:00+14:00' is no time",
+    ),
     "no reason": ("{accept: [l7]}", "spec.reason: a loss is accepted without a reason"),
     "until without accept": ("{until: '2027-01-01T00:00:00Z'}", "spec.until: ends the acceptance of losses"),
     "until is no time": ("{accept: [l7], reason: r, until: soon}", "spec.until: 'soon' is no time"),
@@ -22,7 +27,7 @@ REFUSED = {
     "no mapping": ("[]", "spec: expected a mapping"),
 }
 
-BEYOND_A_SCHEMA = frozenset({"backward range", "no network", "no mapping"})
+BEYOND_A_SCHEMA = frozenset({"until before all time", "backward range", "no network", "no mapping"})
 """Those of REFUSED that an API server takes all the same, or refuses before it looks at the specification."""
 
 TAKEN = {

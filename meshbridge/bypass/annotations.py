@@ -110,7 +110,7 @@ def _ports_reason(text: str) -> str:
         return ""
     for item in stripped.split(","):
         number = item.strip()
-        if not re.fullmatch(r"[0-9]+", number) or int(number) > 65535:
+        if not re.fullmatch(r"0*[0-9]{1,5}", number) or int(number[-5:]) > 65535:
             return f"{item!r} is not a port"
     return ""
 

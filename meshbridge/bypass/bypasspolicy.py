@@ -25,6 +25,7 @@ GROUP: Final = "meshbridge.io"
 NAMESPACED: Final = "BypassPolicy"
 CLUSTERWIDE: Final = "ClusterBypassPolicy"
 KINDS: Final = frozenset({(GROUP, NAMESPACED), (GROUP, CLUSTERWIDE)})
+_LONGEST_PORT: Final = 5
 
 
 class Loss(StrEnum):
@@ -295,11 +296,12 @@ def _until(at: Reader) -> datetime:
     text = at.text()
     try:
         until = datetime.fromisoformat(text)
-    except ValueError:
+        moment = until.astimezone(UTC)
+    except (ValueError, OverflowError):
         at.refuse(f"{shown(text)} is no time", "write it as RFC 3339, e.g. 2027-06-30T00:00:00Z")
     if until.tzinfo is None:
         at.refuse(f"{shown(text)} has no time zone", "end it with Z")
-    return until.astimezone(UTC)
+    return moment
 
 
 def _route(at: Reader) -> AllowedRoute:
@@ -327,7 +329,8 @@ def _ports(at: Reader) -> IntSet:
     if isinstance(at.value, int) and not isinstance(at.value, bool):
         return IntSet.of(at.integer(1, 65535))
     first, dash, last = at.text().partition("-")
-    numbers = [int(text) for text in (first, last if dash else first) if text.isascii() and text.isdigit()]
+    texts = (first, last if dash else first)
+    numbers = [int(text) for text in texts if text.isascii() and text.isdigit() and len(text) <= _LONGEST_PORT]
     if len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1] <= 65535:
         at.refuse(f"{shown(at.value)} is no port and no range", 'write 8080 or "9000-9099"')
     return IntSet.of((numbers[0], numbers[1]))

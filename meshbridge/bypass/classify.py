@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
@@ -16,6 +16,7 @@ from meshbridge.policy.capture import HBONE_PORT, ISTIO_PORTS, PortClass
 from meshbridge.policy.model import Direction
 
 _INBOUND_PORT, _OUTBOUND_PORT, _DNS_PORT = 15006, 15001, 15053
+_LONGEST_OWNER: Final = 10
 _ROUTE_OF_FIELD: Final = {
     "exclude_inbound_ports": RouteKind.EXCLUDE_INBOUND_PORTS,
     "include_inbound_ports": RouteKind.INCLUDE_INBOUND_PORTS,
@@ -114,7 +115,12 @@ def guards(direction: Direction, family: IpFamily, config: RedirectConfig) -> li
 
 
 def _numbers(texts: Iterable[str]) -> IntSet:
-    return IntSet.of(*(int(text) for text in texts if text.isascii() and text.isdigit())) & OWNERS
+    return IntSet.of(*owner_numbers(texts)) & OWNERS
+
+
+def owner_numbers(texts: Iterable[str]) -> Iterator[int]:
+    """Users and groups that are written as numbers."""
+    return (int(text) for text in texts if text.isascii() and text.isdigit() and len(text) <= _LONGEST_OWNER)
 
 
 def _class_of(

@@ -136,7 +136,8 @@ def _providers(at: _At) -> tuple[tuple[str, ProviderKind], ...]:
 
 
 def _is_port(value: Any) -> bool:
-    return isinstance(value, int | str) and str(value).isascii() and str(value).isdigit() and 0 < int(value) < 65536
+    text = str(value) if isinstance(value, int | str) else ""
+    return text.isascii() and text.isdigit() and 0 < int(text[:6]) < 65536
 
 
 def _normalization(at: _At) -> PathNormalization:

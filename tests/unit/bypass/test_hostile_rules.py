@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from meshbridge.bypass import annotations as a
 from meshbridge.bypass.annotations import MeshDefaults
-from meshbridge.bypass.capture import capture_state
+from meshbridge.bypass.capture import bypasses_outbound, capture_state
 from meshbridge.bypass.iptables import parse_iptables_save
 from meshbridge.bypass.nft import parse_nft_json
 from meshbridge.bypass.rules import Action, Hook, RuleSet
@@ -154,3 +155,20 @@ def test_an_annotation_of_every_port_there_is_ends_soon_and_captures_nothing() -
     assert time.process_time() - started < 5
     assert state.inbound(intended=True)[V4].at(80) is PortClass.EXCLUDED
     assert sum(len(str(finding)) for finding in state.findings) < 100_000
+
+
+LONG = "9" * 5000
+"""Python refuses to read so many digits as a number."""
+POD = Workload("shop", "web", "u", "n", (), proxy=ProxyClass.SIDECAR)
+UNREADABLE = {
+    "excluded ports": replace(POD, annotations={a.EXCLUDE_INBOUND_PORTS: LONG}),
+    "a status port": replace(POD, annotations={"status.sidecar.istio.io/port": LONG}),
+    "a user": replace(POD, init_args=("-p", "15001", "-u", LONG)),
+    "a group": replace(POD, init_args=("-p", "15001", "-g", LONG)),
+}
+
+
+@pytest.mark.parametrize("pod", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_a_number_of_thousands_of_digits_raises_nowhere(pod: Workload) -> None:
+    assert capture_state(pod).inbound()[V4].at(80) is PortClass.EXCLUDED
+    bypasses_outbound(pod)
