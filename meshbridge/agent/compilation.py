@@ -38,9 +38,9 @@ log = structlog.get_logger()
 _JUDGES: Final = frozenset(Judge)
 _FAMILIES: Final[Mapping[int, IpAddress]] = {4: IPv4Address("192.0.2.1"), 6: IPv6Address("2001:db8::1")}
 _MAX_CAPTURES: Final = 1024
-MAX_OUTBOUND_NETWORKS: Final = 256
 _INDEXED: Final = 4096
 """Of fewer identities an index is made anew when it is needed: to keep it takes more memory than it saves time."""
+MAX_OUTBOUND_NETWORKS: Final = 256
 """Of all pods of a node: each is a prefix in the kernel's tables, and a pod's annotations may name many."""
 
 
@@ -210,6 +210,8 @@ class Compilation:
                 closed = Compiled(None, fault=f"all its packets are dropped: {pod.fault}") if pod.fault else None
                 self.compiled[uid] = closed or self._compile(batch, uid, pod.workload, rules.get(uid))
                 self._pods[uid], self._seen[uid] = pods[uid].workload, rules.get(uid)
+        if len(identities) < _INDEXED:
+            self._index = None
         return len(stale) + grown
 
     def _compile(self, batch: Batch, uid: str, workload: Workload, seen: SeenRules | None) -> Compiled:
@@ -219,8 +221,6 @@ class Compilation:
             try:
                 self._used[uid] = self._capture(uid, workload, seen)
                 self._selected[uid] = batch.policies.selecting(workload)
-        if len(identities) < _INDEXED:
-            self._index = None
                 compiled = batch.compile(workload, self._selected[uid], self._used[uid])
                 return replace(compiled, notes=captured.notes)
             except Exception as error:  # as above

@@ -277,7 +277,8 @@ class Node:
         networks |= known.networks if known is not None else frozenset()
         self._registered = frozenset(self._view.services.backends()) if known is not None else frozenset()
         changed = {address: self._holder(address) for address in self._pending.addresses}
-        current = not self._pending.everything and networks == self._peers.networks
+        same = networks == self._peers.networks
+        current = not self._pending.everything and (same or self._peers.tell_apart(networks))
         if not current or (changed and not self._peers.change(changed)):
             self._renumber(networks)
         self.names.holders, self.names.identities = self._view.holders, self._peers.identities
