@@ -46,20 +46,14 @@ def half_bypasses(inventory: Inventory, *, possible: bool = False, of: str = "")
 
     Args:
         possible: Take every client of half a bypass that no policy keeps away.
-        of: Only what concerns this workload, server or client; the cost is then that of one pass over the others.
+        of: Only what concerns this workload, as a server, and as a client where it bypasses its own Envoy. The cost is
+            then that of one pass over the others.
     """
     found = []
     admits = _Admission(inventory, of)
     only = tuple(workload for workload in inventory.workloads if workload.key == of)
-    bypassing = {
-        workload.key
-        for workload in inventory.workloads
-        if any(
-            inventory.states[workload.key].outbound_bypasses(family, intended=inventory.predicted)
-            for family in _families(workload)
-        )
-    }
-    for server in inventory.workloads:
+    alone = bool(only) and not _bypasses(inventory, only[0])
+    for server in only if alone else inventory.workloads:
         if server.proxy is not ProxyClass.SIDECAR or server.host_network:
             continue
         guard = guard_of(server, inventory.policies.selecting(server))
@@ -75,7 +69,7 @@ def half_bypasses(inventory: Inventory, *, possible: bool = False, of: str = "")
                     if client.key == server.key or client.proxy is not ProxyClass.SIDECAR:
                         continue
                     sending = way.sent_by(client)
-                    if captured and client.key not in bypassing and sending.tls is ClientTls.AUTO:
+                    if captured and sending.tls is ClientTls.AUTO and not _bypasses(inventory, client):
                         continue  # both sides see everything
                     sends = client_captures(inventory, client, way.addresses, way.port)
                     if sends and way.service is not None and sending.unknown:
@@ -131,6 +125,12 @@ class _Admission:
             policy = compiler.endpoint(endpoint, self._inventory.policies, Capture.none())
             self._compiled[endpoint.key] = policy
         return policy
+
+
+def _bypasses(inventory: Inventory, client: Workload) -> bool:
+    """Whether anything that a client sends is not seen by its own Envoy."""
+    state = inventory.states[client.key]
+    return any(state.outbound_bypasses(family, intended=inventory.predicted) for family in _families(client))
 
 
 def _names_port(inventory: Inventory, client: Workload, port: int) -> bool:

@@ -67,9 +67,7 @@ class Inventory:
     def frontends(self, workload: Workload, port: int) -> list[tuple[Service, int]]:
         """The Services and their ports through which a workload's TCP port is reached."""
         found = []
-        for service in self.services:
-            if workload not in self.selected_by(service):
-                continue
+        for service in self._services_of(workload):
             found += [
                 (service, entry.port)
                 for entry in service.ports
@@ -81,11 +79,20 @@ class Inventory:
         """The TCP ports somebody declares: containers, probes, Services."""
         found = {port.port for port in workload.ports if port.protocol == "TCP"}
         found |= {number for probe in workload.probe_ports if (number := target_port(workload, probe)) is not None}
-        for service in self.services:
-            if workload in self.selected_by(service):
-                targets = (target_port(workload, p.target) for p in service.ports if p.protocol == "TCP")
-                found |= {target for target in targets if target is not None}
+        for service in self._services_of(workload):
+            targets = (target_port(workload, p.target) for p in service.ports if p.protocol == "TCP")
+            found |= {target for target in targets if target is not None}
         return sorted(found)
+
+    def _services_of(self, workload: Workload) -> Iterable[Service]:
+        return (service for service in self._services.get(workload.namespace, ()) if service.selects(workload))
+
+    @cached_property
+    def _services(self) -> Mapping[str, list[Service]]:
+        found: dict[str, list[Service]] = {}
+        for service in self.services:
+            found.setdefault(service.namespace, []).append(service)
+        return found
 
     def _networks(self, addresses: Iterable[IpAddress]) -> frozenset[IpNetwork]:
         return frozenset().union(*map(self._network_index.containing, addresses))
