@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import ClassVar, Self
 
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, Workload
@@ -257,8 +258,14 @@ class MeshCompiler:
         relevant = guard.networks
         compensates = any(segment.port_class is PortClass.EXCLUDED for segment in segments)
 
+        @cache
+        def outcome_at(segment: _Segment, source: _Source) -> Outcome:
+            return _outcome(guard, capture.judges, segment, source, addresses, probes)
+
         def outcomes(source: _Source) -> tuple[Outcome, ...]:
-            return tuple(_outcome(guard, capture.judges, segment, source, addresses, probes) for segment in segments)
+            # by name only where nobody judges again: names are many
+            unnamed = _Source(source.networks)
+            return tuple(outcome_at(s, source if s.port_class is PortClass.EXCLUDED else unnamed) for s in segments)
 
         unknown = _Source(principal=None if compensates else UNDECIDED)
         by_source = self._sources(relevant, compensates)
