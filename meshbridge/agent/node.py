@@ -382,6 +382,8 @@ class Node:
         found |= dict.fromkeys(str(refusal) for refusal in self._policies.refusals)
         refused = (policy.refusal for policy in self._view.bypass_policies.values())
         found |= dict.fromkeys(sorted(str(refusal) for refusal in refused if refusal is not None))
+        unproven = (policy.origin for policy in self._view.bypass_policies.values() if policy.proof)
+        found |= dict.fromkeys(f"{origin} asks for a proof, which no agent gives yet" for origin in sorted(unproven))
         found |= dict.fromkeys(f"not understood, so no revision is acted on: {t}" for t in self._view.unusable.values())
         pods: dict[str, list[str]] = {}
         for state in states:

@@ -85,6 +85,11 @@ def test_an_audit_that_ends_is_enforced_although_nothing_else_happens(node: Node
     assert datetime.now(UTC) >= datetime.fromisoformat(end)
 
 
+def test_a_proof_that_nobody_gives_is_told(node: NodeHarness, pods: tuple[Pod, Pod]) -> None:
+    put(node, "{proof: true}")
+    assert any("BypassPolicy shop/api" in text and "proof" in text for text in node.client.status().problems)
+
+
 def test_a_refused_policy_is_told_with_file_and_line_and_opens_nothing(
     node: NodeHarness, pods: tuple[Pod, Pod]
 ) -> None:
