@@ -34,7 +34,8 @@ class PeerNumbers:
     ipcache: Ipcache = field(default_factory=lambda: Ipcache({}, {}))
     highest: int = 0
     _networks: NetworkIndex = field(default_factory=lambda: NetworkIndex(()))
-    _numbers: dict[tuple[object, ...], int] = field(default_factory=dict)
+    _numbers: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """The identities by the hash of their class: ten thousand classes themselves would be half a kilobyte each."""
     _held: Counter[int] = field(default_factory=Counter)
     """How many addresses and prefixes are each identity's."""
 
@@ -81,7 +82,9 @@ class PeerNumbers:
         prefixes = {ipcache_prefix(network): Identities(number) for network, number in numbering.networks.items()}
         self.identities, self.highest = numbering.identities, numbering.highest
         self.ipcache = Ipcache(exact, prefixes)
-        self._numbers = {class_of(peer): number for number, peer in numbering.identities.items()}
+        self._numbers = {}
+        for number, peer in numbering.identities.items():
+            self._enter(number, peer)
         self._held = Counter(chain(*map(_numbers_of, (*exact.values(), *prefixes.values()))))
 
     def change(self, changed: Mapping[bytes, Peer | None]) -> bool:
@@ -158,13 +161,17 @@ class PeerNumbers:
     def _number(self, peer: Peer, networks: frozenset[IpNetwork], added: dict[int, Peer]) -> int:
         if networks != peer.networks:
             peer = replace(peer, networks=networks)
-        key = class_of(peer)
-        number = self._numbers.get(key)
-        if number is None:
-            self.highest += 1
-            number = self._numbers[key] = self.highest
-            added[number] = peer
-        return number
+        for number in self._numbers.get(hash(class_of(peer)), ()):
+            if (added.get(number) or self.identities[number]) == peer:
+                return number
+        self.highest += 1
+        added[self.highest] = peer
+        self._enter(self.highest, peer)
+        return self.highest
+
+    def _enter(self, number: int, peer: Peer) -> None:
+        key = hash(class_of(peer))
+        self._numbers[key] = (*self._numbers.get(key, ()), number)
 
 
 def _numbers_of(held: Identities) -> Iterable[int]:

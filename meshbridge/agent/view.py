@@ -104,7 +104,8 @@ class NodeView:
     registry: dict[str, Known] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
     unusable: dict[tuple[str, str], str] = field(default_factory=dict)
-    _peers: dict[tuple[object, ...], Peer] = field(default_factory=dict)
+    _peers: dict[int, Peer] = field(default_factory=dict)
+    """By the hash of their class."""
     _parts: dict[Any, Any] = field(default_factory=dict)
 
     def apply(self, update: Update) -> Changes:
@@ -140,7 +141,7 @@ class NodeView:
                     self.unusable[type_url, name] = str(error)
         self.revision = update.revision
         if len(self._peers) > 2 * len(self.holders) + 1024:
-            self._peers = {class_of(holder.peer): holder.peer for holder in self.holders.values()}
+            self._peers = {hash(class_of(holder.peer)): holder.peer for holder in self.holders.values()}
         policies = (*before.values(), *(self.policies.get(name) for name in before))
         addresses.update(self._told_of(services))
         changed = tuple(parsed for parsed in policies if parsed is not None)
@@ -215,7 +216,8 @@ class NodeView:
             self.problems.pop(name, None)
 
     def _shared(self, peer: Peer) -> Peer:
-        return self._peers.setdefault(class_of(peer), peer)
+        shared = self._peers.setdefault(hash(class_of(peer)), peer)
+        return shared if shared == peer else peer
 
     def _compact(self, parsed: Parsed) -> Parsed:
         """The same without the object's text, where nothing is to be said about it, and with shared selectors."""
