@@ -52,6 +52,7 @@ def half_bypasses(inventory: Inventory, *, possible: bool = False, of: str = "")
     found = []
     admits = _Admission(inventory, of)
     only = tuple(workload for workload in inventory.workloads if workload.key == of)
+    bypassing: dict[str, bool] = {}
     alone = bool(only) and not _bypasses(inventory, only[0])
     for server in only if alone else inventory.workloads:
         if server.proxy is not ProxyClass.SIDECAR or server.host_network:
@@ -69,9 +70,11 @@ def half_bypasses(inventory: Inventory, *, possible: bool = False, of: str = "")
                     if client.key == server.key or client.proxy is not ProxyClass.SIDECAR:
                         continue
                     sending = way.sent_by(client)
-                    if captured and sending.tls is ClientTls.AUTO and not _bypasses(inventory, client):
+                    if client.key not in bypassing:
+                        bypassing[client.key] = _bypasses(inventory, client)
+                    if captured and sending.tls is ClientTls.AUTO and not bypassing[client.key]:
                         continue  # both sides see everything
-                    sends = client_captures(inventory, client, way.addresses, way.port)
+                    sends = not bypassing[client.key] or client_captures(inventory, client, way.addresses, way.port)
                     if sends and way.service is not None and sending.unknown:
                         continue  # its Sidecar says that it does not call the Service
                     outcome = delivery(Side(True, sends), Side(True, captured), mode, sending)
@@ -149,7 +152,10 @@ def _families(workload: Workload) -> list[IpFamily]:
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """How a server's port is dialled: by the pod's own address, or by a port of the Service in front of it."""
+    """How a server's port is dialled: by the pod's own address, or by a port of the Service in front of it.
+
+    ``beside_service``: by the address although a Service leads to the port.
+    """
 
     inventory: Inventory
     server: Workload
@@ -157,6 +163,7 @@ class _Way:
     port: int
     addresses: tuple[IpAddress, ...]
     service: Service | None = None
+    beside_service: bool = False
     _sent: dict[object, Sending] = field(default_factory=dict, compare=False)
 
     @property
@@ -186,20 +193,19 @@ class _Way:
             return only_some or _names_port(self.inventory, client, self.server_port)
         if _is_scraped(self.server, self.server_port):
             return only_some or _scrapes(client)
-        by_service = any(not service.headless for service, _ in self.inventory.frontends(self.server, self.server_port))
-        return only_some and not by_service and self.server_port in set(ports_of_rules(guard))
+        return only_some and not self.beside_service and self.server_port in set(ports_of_rules(guard))
 
 
 def _ways(server: Workload, port: int, inventory: Inventory) -> list[_Way]:
     """The pod's own address, and each Service in front of it."""
-    return [
-        _Way(inventory, server, port, port, server.addresses),
-        *(
-            # a headless Service's name stands for its pods' addresses
-            _Way(inventory, server, port, number, server.addresses if service.headless else service.addresses, service)
-            for service, number in inventory.frontends(server, port)
-        ),
-    ]
+    found = inventory.frontends(server, port)
+    beside = any(not service.headless for service, _ in found)
+    ways = [_Way(inventory, server, port, port, server.addresses, beside_service=beside)]
+    for service, number in found:
+        # a headless Service's name stands for its pods' addresses
+        addresses = server.addresses if service.headless else service.addresses
+        ways.append(_Way(inventory, server, port, number, addresses, service))
+    return ways
 
 
 def via_service(service: Service, port: int) -> str:

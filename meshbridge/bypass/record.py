@@ -144,6 +144,7 @@ def _half(half: HalfBypass) -> dict[str, Any]:
         "port": half.port,
         "via": half.via,
         "clients": list(half.clients),
+        "half": half.delivery.half,
         "delivery": half.delivery.outcome.value,
         "why": half.delivery.why,
         "fix": half.delivery.fix,

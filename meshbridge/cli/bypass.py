@@ -286,7 +286,7 @@ def _warnings(record: dict[str, Any]) -> list[str]:
         fix = f"; fix: {half['fix']}" if half["fix"] else ""
         clients = _names(half["clients"])
         text = f"{clients} → {half['server']}:{half['port']}{via}: {half['delivery']}: {half['why']}{fix}"
-        lines.append(f"! half bypass: {printable(text)}")
+        lines.append(f"! {'half bypass' if half['half'] else 'both sides through Envoy'}: {printable(text)}")
     for isolation in record["isolations"]:
         lines.append(f"! default deny: {printable(_isolation(isolation))}")
     return [*([""] if lines else []), *lines]
