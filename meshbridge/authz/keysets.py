@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final
 from urllib.error import URLError
 from urllib.parse import urlsplit
@@ -57,6 +57,7 @@ MAX_BYTES: Final = 256 * 1024
 MAX_REDIRECTS: Final = 3
 MAX_SOURCES: Final = 1000
 _CHUNK: Final = 16 * 1024
+_NAT64: Final = IPv6Network("64:ff9b::/96")
 _METADATA: Final = tuple(ip_network(text) for text in ("fd00:ec2::254/128", "100.100.100.200/32", "192.0.0.192/32"))
 
 
@@ -313,6 +314,8 @@ def _is_forbidden(text: str) -> bool:
     address = ip_address(text.partition("%")[0])
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
+    elif address in _NAT64:
+        address = IPv4Address(int(address) & 0xFFFFFFFF)
     return address.is_link_local or address.is_multicast or any(address in network for network in _METADATA)
 
 

@@ -336,7 +336,8 @@ def _silent() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "address", ["169.254.169.254", "fe80::1", "::ffff:169.254.169.254", "fd00:ec2::254", "224.0.0.1"]
+    "address",
+    ["169.254.169.254", "fe80::1", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "fd00:ec2::254", "224.0.0.1"],
 )
 def test_no_link_local_and_no_metadata_service_is_ever_asked(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def resolved(*_: Any, **__: Any) -> list[Any]:
