@@ -85,7 +85,7 @@ class PeerNumbers:
         self._numbers = {}
         for number, peer in numbering.identities.items():
             self._enter(number, peer)
-        self._held = Counter(chain(*map(_numbers_of, (*exact.values(), *prefixes.values()))))
+        self._held = Counter(chain.from_iterable(map(_numbers_of, chain(exact.values(), prefixes.values()))))
 
     def change(self, changed: Mapping[bytes, Peer | None]) -> bool:
         """These addresses have new holders, or none. False: too much is left over, ``renumber`` instead.
