@@ -116,6 +116,23 @@ class Api:
                 return {}
             raise self.error(refused) from None
 
+    def check_ready(self) -> None:
+        """The server has found all the kinds it serves, as far as the caller may ask.
+
+        Raises:
+            ClusterError: it is still starting, and may not know a kind that it has; or it cannot be reached.
+        """
+        from urllib3.exceptions import HTTPError
+
+        try:
+            response = self._open(self._request("GET", "/readyz", {}), TIMEOUT_S)
+            response.read(MAX_EVENT_BYTES, decode_content=True)
+            response.release_conn()
+        except (HTTPError, OSError) as error:
+            raise self._unreachable(error) from error
+        if response.status not in (OK, UNAUTHORIZED, FORBIDDEN, NOT_FOUND):
+            raise ClusterError("is not ready yet", where=self.where, fix="wait until it is, or look into its log")
+
     def pages(self, resource: Resource, namespace: str = "", name: str = "") -> Iterator[Page]:
         """A list, page by page; of one object where ``name`` is given.
 

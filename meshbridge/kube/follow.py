@@ -123,6 +123,8 @@ class Follower:
 
     def _follow_once(self, kind: _Kind) -> None:
         """List, then watch until the server has forgotten where we are."""
+        if not kind.synced:
+            self._api.check_ready()  # one that has just started may not know its kinds
         found = self._api.discover({(kind.group, kind.kind)})
         if not found:
             raise _Absent

@@ -33,6 +33,11 @@ class Script:
         self.lists = 0
         self.events_now: Queue[Event | Exception | None] = Queue()
         self.failing: Exception | None = None
+        self.starting = False
+
+    def check_ready(self) -> None:
+        if self.starting:
+            raise ClusterError("is not ready yet")
 
     def discover(self, wanted: set[tuple[str, str]]) -> list[Resource]:
         if self.failing is not None:
@@ -206,3 +211,17 @@ def test_each_kind_has_a_thread_and_all_end_with_their_watch() -> None:
         if thread.name.startswith("follow-"):
             thread.join(5)
     assert threading.active_count() <= before
+
+
+def test_a_server_that_still_starts_is_not_believed_that_it_knows_no_kinds() -> None:
+    async def steps(follower: Follower, changes: Any) -> None:
+        first = asyncio.ensure_future(anext(changes))
+        await asyncio.sleep(0.2)
+        assert not first.done()
+        script.known, script.starting = True, False
+        await first
+        await until(changes, lambda: names(follower) == {"a"})
+
+    script = Script()
+    script.known, script.starting = False, True
+    run(script, steps)
