@@ -158,6 +158,7 @@ class Hands(Enforcer):
         self._attacher = hooks  # type: ignore[assignment]
         self.observed = observe(kernel_tables(harness.maps))
         self.resumed = frozenset(hooks.update_all())
+        self._succeeds = False
         self._in_doubt = False
         self._flow_tables = harness.maps.conntrack.tables()
 
