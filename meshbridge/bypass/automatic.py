@@ -1,7 +1,7 @@
 """``meshbridge.io/bypass: auto``: the ports a pod may exclude because nothing is lost by it that nobody accepted.
 
-Each port is tried on its own and all that pass are tried together: the analysis that reports bypasses decides, asked of
-the pod as it would be. What it cannot prove stays with Envoy, with the reason.
+All ports are tried together, else each on its own and then all that pass together: the analysis that reports bypasses
+decides, asked of the pod as it would be. What it cannot prove stays with Envoy, with the reason.
 """
 
 from __future__ import annotations
@@ -63,10 +63,13 @@ def automatic_exclusions(workload: Workload, inventory: Inventory) -> Automatic:
     """
     if workload.proxy is not ProxyClass.SIDECAR:
         return Automatic(refused=(Refused(Direction.INGRESS, 0, "it gets no sidecar, so there is nothing to bypass"),))
+    wanted = {direction: _candidates(workload, inventory, direction) for direction in Direction}
+    if not any(wanted.values()) or not _objection(workload, inventory, wanted):
+        return Automatic(_annotations(workload, wanted))
     granted: dict[Direction, list[int]] = {direction: [] for direction in Direction}
     refused: list[Refused] = []
-    for direction in Direction:
-        for port in _candidates(workload, inventory, direction):
+    for direction, candidates in wanted.items():
+        for port in candidates:
             why = _objection(workload, inventory, {direction: [port]})
             if why:
                 refused.append(Refused(direction, port, why))
@@ -75,8 +78,11 @@ def automatic_exclusions(workload: Workload, inventory: Inventory) -> Automatic:
     if any(granted.values()) and (why := _objection(workload, inventory, granted)):
         refused += [Refused(direction, port, why) for direction, ports in granted.items() for port in ports]
         return Automatic(refused=tuple(refused))
-    annotations = [(_NAMES[d], _listed(workload, d, ports)) for d, ports in granted.items() if ports]
-    return Automatic(tuple(annotations), tuple(refused))
+    return Automatic(_annotations(workload, granted), tuple(refused))
+
+
+def _annotations(workload: Workload, ports: Mapping[Direction, list[int]]) -> tuple[tuple[str, str], ...]:
+    return tuple((_NAMES[d], _listed(workload, d, numbers)) for d, numbers in ports.items() if numbers)
 
 
 def with_automatic(inventory: Inventory) -> Inventory:
