@@ -109,7 +109,8 @@ class WebhookServer(ThreadingMixIn, TCPServer):
             return None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections end as their callers like; what is a fault of ours is logged where it happens."""
+        """A fault of ours: connections that end as their callers like are no errors."""
+        log.exception("connection.failed")
 
     def busy(self, change: int) -> None:
         with self._idle:

@@ -117,10 +117,13 @@ class Surroundings:
 
     def _put_pod(self, key: Key, found: Parsed | None) -> None:
         """Of a pod its object is not kept: nobody asks for more than what was read of it."""
-        self._forget(key)
         pod = _workload(found)
         if found is None or pod is None or pod.phase in _ENDED:
+            self._forget(key)
             return
+        if self._distinctions is not None and self._group_of.get(key) == self._distinctions.group(pod):
+            return  # nothing that anybody asks for has changed
+        self._forget(key)
         self._pods[key] = replace(found, document=replace(found.document, data={}))
         if self._distinctions is not None:
             self._join(key, self._distinctions)

@@ -162,8 +162,8 @@ def test_callers_who_say_nothing_hold_up_nobody(running: Running) -> None:
         each.close()
 
 
-def test_more_connections_than_there_is_room_for_are_closed(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running.server, "_room", threading.BoundedSemaphore(2))
+def test_more_connections_than_there_is_room_for_are_closed(running: Running) -> None:
+    running.server._room = threading.BoundedSemaphore(2)
     silent = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(2)]
     time.sleep(0.2)
     with pytest.raises(OSError):  # noqa: PT011 - closed before or while it is secured
