@@ -151,6 +151,9 @@ def existing(webhook: Webhook, *objects: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         webhook.server.delete(*objects)
+        # every policy of these tests selects this pod
+        bare = pod("denied", {IN: "8080"})
+        wait_for(lambda: "no BypassPolicy" in str(apply(webhook, bare, dry_run=True)[2]), "they are forgotten")
 
 
 def test_a_pod_that_loses_something_is_created_with_a_warning(webhook: Webhook) -> None:
