@@ -67,8 +67,8 @@ class Redirects:
             path = self._paths.get(uid) or self._announced.get(uid)
             if path is not None and number is not None and _is(path, number):
                 self._paths[uid] = path
-            else:
-                self._paths.pop(uid, None)
+            elif gone := self._paths.pop(uid, None):
+                self._reader.forget(gone)
         lacking = {number for uid, number in numbers.items() if number is not None and uid not in self._paths}
         found = find_namespaces(lacking) if lacking else {}
         for uid, number in numbers.items():

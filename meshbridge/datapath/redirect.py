@@ -4,7 +4,7 @@ The tools run in the pod's *network* namespace only, with the node's own binarie
 cannot be read is a problem in the answer, and then nothing counts as captured; it is never taken for "no rules".
 
 A namespace whose nftables generation did not change is not read again, so a poll costs one netlink message; legacy
-tables, which have no generation, are read every time where there are any.
+tables, which have no generation, are read every time where there are any, and so is all on kernels before 5.14.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ _NETNSA_NSID, _NETNSA_FD = 1, 3
 _NFT, _NFT_MSG_GETTABLE, _NFT_MSG_GETGEN = 10, 1, 16
 _NLMSG_ERROR, _NLMSG_DONE, _NLM_F_DUMP = 2, 3, 0x300
 _NFTA_TABLE_NAME: Final = 1
+_SO_NETNS_COOKIE: Final = 71
 _NFT_FAMILIES: Final = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
 _IPTABLES_NAMES: Final = frozenset({"raw", "mangle", "nat", "filter", "security"})
 _MAX_TABLES: Final = 4096
@@ -93,9 +94,9 @@ class RedirectReader:
 
     def _read(self, path: str) -> SeenRules:
         """Runs inside of the namespace."""
-        fingerprint = (os.stat("/proc/thread-self/ns/net").st_ino, generation())
+        fingerprint = (_cookie(), generation())
         kept = self._kept.get(path)
-        if kept is None or kept.fingerprint != fingerprint or fingerprint[1] is None:
+        if kept is None or kept.fingerprint != fingerprint or None in fingerprint:
             nft = self._read_nft()
             self._kept.pop(path, None)
             # what changed while it was read is read again at the next call
@@ -227,6 +228,18 @@ def _legacy_tables(name: str) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/thread-self/net/{name}").read_text()
     return ""
+
+
+def _cookie() -> bytes | None:
+    """What tells the calling thread's namespace from all there were since the machine started; None: not known.
+
+    Neither its name nor its inode does: a pod's successor gets both, and may have as many changes of its rules.
+
+    Spec: include/uapi/asm-generic/socket.h, SO_NETNS_COOKIE (5.14).
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        return probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+    return None
 
 
 def generation() -> int | None:

@@ -244,3 +244,28 @@ def test_a_native_table_with_a_name_of_iptables_is_read_as_well(servers: None, c
     assert (classes.at(80), classes.at(8080)) == (PortClass.CAPTURED, PortClass.EXCLUDED)
     own = ADDRESSES[IpFamily.IPV4][0]
     assert [ask(PEER, own, port) for port in (80, 8080)] == ["envoy 15006", "8080"]
+
+
+def test_a_new_namespace_is_read_though_it_has_name_inode_and_generation_of_one_that_is_gone() -> None:
+    name, reader = "mbbyp-again", RedirectReader()
+
+    def made(port: int) -> int:
+        run("ip", "netns", "add", name)
+        chain = "add chain ip nat P { type nat hook prerouting priority -100; }"
+        rule = f"add rule ip nat P tcp dport {port} redirect to :15006"
+        run("ip", "netns", "exec", name, "nft", "-f", "-", text=f"add table ip nat; {chain}; {rule}")
+        return (NETNS / name).stat().st_ino
+
+    try:
+        inode = made(80)
+        first = reader.read(NETNS / name)
+        for _ in range(50):
+            run("ip", "netns", "del", name)
+            if made(9090) == inode:
+                break
+        else:
+            pytest.skip("no inode of a namespace is used again here")
+        assert reader.read(NETNS / name) == RedirectReader().read(NETNS / name)
+        assert reader.read(NETNS / name) != first
+    finally:
+        run("ip", "netns", "del", name, check=False)
