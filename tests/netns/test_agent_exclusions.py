@@ -58,6 +58,9 @@ class RealController:
         key.write_bytes(KEY)
 
     def start(self) -> None:
+        """Start it; the second node's harness finds it running."""
+        if self.process is not None:
+            return
         options = ["--manifests", str(self.manifests), "--listen", f"unix:{self.socket}"]
         options += ["--state-dir", str(self.directory / "state"), "--token-key", str(self.directory / "token.key")]
         with (self.directory / "controller.log").open("ab") as log:
