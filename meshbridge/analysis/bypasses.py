@@ -79,7 +79,8 @@ def lost_guarantees(scene: Scene) -> Iterator[Finding]:
         ports = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in row.ports.spans[:4])
         way = "" if row.direction is Direction.INGRESS else "outbound "
         kinds = listed(dict.fromkeys(guarantee.kind.value for guarantee in lost), 6)
-        text = f"{way}port {ports} bypasses the sidecar by {row.route}{f', which loses {kinds}' if kinds else ''}{refused}"
+        loses = f", which loses {kinds}" if kinds else ""
+        text = f"{way}port {ports} bypasses the sidecar by {row.route}{loses}{refused}"
         related = [guarantee.origin for guarantee in lost if guarantee.origin is not None]
         yield finding("MB0601", scene.origin_of_pod(row.pod), text, related=related)
 
