@@ -127,10 +127,11 @@ def test_after_a_watch_that_ended_nothing_is_missed(end: Exception | None) -> No
 def test_a_server_that_ends_every_watch_at_once_is_asked_less_and_less_often(
     end: Exception | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pauses: list[int] = []
+    pauses: dict[int, list[int]] = {}
 
     def backoff_s(failures: int) -> float:
-        pauses.append(failures)
+        # threads of other tests' followers may not have ended yet
+        pauses.setdefault(threading.get_ident(), []).append(failures)
         return 0.01
 
     async def steps(follower: Follower, changes: Any) -> None:
@@ -143,8 +144,8 @@ def test_a_server_that_ends_every_watch_at_once_is_asked_less_and_less_often(
     monkeypatch.setattr(follow, "_backoff_s", backoff_s)
     script = Script()
     run(script, steps)
-    assert pauses[:4] == sorted(set(pauses[:4]))
-    assert len(pauses) >= 4
+    own = max(pauses.values(), key=len)[:4]
+    assert own in ([1, 2, 3, 4], [2, 3, 4, 5])  # what is forgotten once is listed anew at once
 
 
 def test_while_the_server_is_away_what_is_known_stays_and_the_problem_is_named() -> None:
