@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from meshbridge.bypass.annotations import EXCLUDE_INBOUND_PORTS
 from meshbridge.bypass.compensated import subject_of
+from meshbridge.bypass.export import MANAGED_BY
 from meshbridge.bypass.halfreport import SCRAPE, SCRAPE_PORT, HalfBypass, half_bypasses, via_service
 from meshbridge.bypass.halves import Delivered
 from meshbridge.bypass.inventory import Inventory, target_port
@@ -25,7 +26,6 @@ from meshbridge.policy.registry import CLUSTER_DOMAIN, TlsMode
 
 Object = dict[str, Any]
 
-MANAGED_BY: Final = {"app.kubernetes.io/managed-by": "meshbridge"}
 _MADE: Final = ("DestinationRule", "PeerAuthentication")
 _REWRITE_PROBES = "sidecar.istio.io/rewriteAppHTTPProbers"
 

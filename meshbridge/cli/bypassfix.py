@@ -10,7 +10,8 @@ from typing import Any
 import click
 import yaml
 
-from meshbridge.bypass.fixes import MANAGED_BY, Advice, Fix, advice, fixes
+from meshbridge.bypass.export import MANAGED_BY
+from meshbridge.bypass.fixes import Advice, Fix, advice, fixes
 from meshbridge.bypass.inventory import inventory
 from meshbridge.cli.documents import DocumentSource, document_options, mesh_settings
 from meshbridge.cli.observe import print_lines

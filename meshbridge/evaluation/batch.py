@@ -13,10 +13,14 @@ from meshbridge.evaluation.cluster import Cluster
 from meshbridge.evaluation.evaluator import Answer, Evaluator, Prepared
 from meshbridge.evaluation.question import QuestionError, parse_question
 from meshbridge.evaluation.reasons import Reason
+from meshbridge.policy.model import Origin
 
 MAX_LINE_BYTES: Final = 1 << 20
 TOGETHER: Final = 100_000
 """Questions that share one set of numbers; more are answered in turns, so that memory has a bound."""
+
+
+_NO_RULE: Final = Origin("", "", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +64,17 @@ def answer_record(answer: Answer) -> dict[str, Any]:
 
 
 def _reason_record(reason: Reason) -> dict[str, Any]:
-    origin = reason.origin
-    if origin is None:
-        return {"policy": "", "kind": "", "rule": "", "file": "", "line": 0, "text": reason.text}
+    return {**origin_record(reason.origin or _NO_RULE), "text": reason.text}
+
+
+def origin_record(origin: Origin) -> dict[str, Any]:
+    """A rule, by its object, and where it was written."""
     return {
         "policy": origin.policy,
         "kind": origin.kind,
         "rule": origin.rule,
         "file": origin.file,
         "line": origin.line,
-        "text": reason.text,
     }
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from meshbridge.evaluation.batch import origin_record
 from meshbridge.evaluation.cluster import Party
 from meshbridge.evaluation.explanation import Explanation, Step
 from meshbridge.evaluation.explanation_network import Near
-from meshbridge.policy.model import Origin
 
 
 def explanation_record(explanation: Explanation) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def explanation_record(explanation: Explanation) -> dict[str, Any]:
         "as_itself": None if own is None else {"peer_principal": own.principal, "verdict": own.verdict.name},
         "frontend": None if explanation.frontend is None else _party(explanation.frontend),
         "backends": explanation.legs,
-        "refused": [{**_origin(refusal.origin), "text": str(refusal)} for refusal in explanation.refusals],
+        "refused": [{**origin_record(refusal.origin), "text": str(refusal)} for refusal in explanation.refusals],
     }
 
 
@@ -45,7 +45,7 @@ def _step(step: Step) -> dict[str, Any]:
         "verdict": None if step.verdict is None else step.verdict.name,
         "outcome": step.outcome,
         "text": step.text,
-        "rules": [_origin(origin) for origin in step.origins],
+        "rules": [origin_record(origin) for origin in step.origins],
         "near": [_near(near) for near in step.near or ()],
         "without": None if step.without is None else step.without.name,
         "depends_on": [_near(near) for near in step.open],
@@ -54,19 +54,9 @@ def _step(step: Step) -> dict[str, Any]:
 
 def _near(near: Near) -> dict[str, Any]:
     return {
-        **_origin(near.origin),
+        **origin_record(near.origin),
         "verdict": near.verdict.name,
         "isolates": near.isolates,
         "mismatches": [{"of": miss.of, "wants": miss.wants, "has": miss.has} for miss in near.mismatches],
         "depends": list(near.depends),
-    }
-
-
-def _origin(origin: Origin) -> dict[str, Any]:
-    return {
-        "policy": origin.policy,
-        "kind": origin.kind,
-        "rule": origin.rule,
-        "file": origin.file,
-        "line": origin.line,
     }
