@@ -16,11 +16,12 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from meshbridge.errors import SettingsError
 from meshbridge.xds.auth import write_private_file
+from meshbridge.xds.keys import key_pem, key_usage
 
 CA_LIFETIME: Final = timedelta(days=3650)
 CA_RENEWED_BEFORE_END: Final = timedelta(days=365)
@@ -81,7 +82,7 @@ class OwnCertificates:
         authority = new_authority(now)
         name = f"ca-{authority.certificate.serial_number:x}.pem"
         write_private_file(
-            self._state / name, authority.certificate.public_bytes(Encoding.PEM) + _key_pem(authority.key)
+            self._state / name, authority.certificate.public_bytes(Encoding.PEM) + key_pem(authority.key)
         )
         return authority
 
@@ -113,7 +114,7 @@ def new_authority(now: datetime) -> Authority:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"meshbridge webhook CA {serial:x}"[:64])])
     builder = _builder(name, name, key.public_key(), serial, now, CA_LIFETIME)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    builder = builder.add_extension(_usage(signs=True), critical=True)
+    builder = builder.add_extension(key_usage(sign_certificates=True), critical=True)
     builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     return Authority(builder.sign(key, hashes.SHA256()), key)
 
@@ -126,14 +127,14 @@ def serving_certificate(authority: Authority, names: Sequence[str], now: datetim
     lifetime = min(SERVING_LIFETIME, authority.certificate.not_valid_after_utc - now)
     builder = _builder(subject, issuer, key.public_key(), x509.random_serial_number(), now, lifetime)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    builder = builder.add_extension(_usage(signs=False), critical=True)
+    builder = builder.add_extension(key_usage(sign_certificates=False), critical=True)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
     builder = builder.add_extension(_alternative_names(names), critical=False)
     builder = builder.add_extension(
         x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False
     )
     certificate = builder.sign(authority.key, hashes.SHA256())
-    return certificate.public_bytes(Encoding.PEM) + _key_pem(key)
+    return certificate.public_bytes(Encoding.PEM) + key_pem(key)
 
 
 def _builder(
@@ -178,21 +179,3 @@ def _read_authority(path: Path) -> Authority:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
         raise SettingsError("its key is another's", where=f"webhook CA {path}", fix="remove it to have it made anew")
     return Authority(certificate, key)
-
-
-def _usage(*, signs: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=signs,
-        crl_sign=signs,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

@@ -19,7 +19,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from envoy.config.core.v3.base_pb2 import DataSource
 from envoy.extensions.transport_sockets.tls.v3.common_pb2 import CertificateValidationContext, TlsCertificate
@@ -27,6 +27,7 @@ from envoy.extensions.transport_sockets.tls.v3.secret_pb2 import Secret
 
 from meshbridge.errors import SettingsError
 from meshbridge.xds.auth import write_private_file
+from meshbridge.xds.keys import key_pem, key_usage
 from meshbridge.xds.names import SECRET_CERTIFICATE, SECRET_ROOT_CA
 
 ROOT_LIFETIME: Final = timedelta(days=3650)
@@ -82,7 +83,7 @@ class CertificateAuthority:
             .not_valid_before(now - CLOCK_SKEW)
             .not_valid_after(expires_at)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(sign_certificates=False), critical=True)
+            .add_extension(key_usage(sign_certificates=False), critical=True)
             .add_extension(
                 x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]),
                 critical=False,
@@ -95,7 +96,7 @@ class CertificateAuthority:
         certificate = builder.sign(self._key, hashes.SHA256())
         return Svid(
             chain=certificate.public_bytes(Encoding.PEM),
-            key=_pem(key),
+            key=key_pem(key),
             rotate_at=now + (expires_at - now) * ROTATE_AFTER,
             expires_at=expires_at,
         )
@@ -135,7 +136,7 @@ def load_or_create_authority(
     """
     key_path, root_path = state / "ca.key", state / "ca.crt"
     if not key_path.exists():
-        write_private_file(key_path, _pem(ec.generate_private_key(ec.SECP256R1())), keep_existing=True)
+        write_private_file(key_path, key_pem(ec.generate_private_key(ec.SECP256R1())), keep_existing=True)
     key = _load_key(key_path)
     if not root_path.exists():
         write_private_file(
@@ -172,7 +173,7 @@ def _self_signed(key: ec.EllipticCurvePrivateKey, trust_domain: str, now: dateti
         .not_valid_before(now - CLOCK_SKEW)
         .not_valid_after(now + ROOT_LIFETIME)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(sign_certificates=True), critical=True)
+        .add_extension(key_usage(sign_certificates=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
@@ -193,24 +194,6 @@ def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise SettingsError("is no EC key", where=where, fix="restore it, or remove it with ca.crt")
     return key
-
-
-def _key_usage(*, sign_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not sign_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=sign_certificates,
-        crl_sign=sign_certificates,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def _certificate_secret(svid: Svid) -> bytes:
