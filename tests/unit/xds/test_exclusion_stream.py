@@ -71,6 +71,7 @@ async def serving(directory: Path) -> AsyncIterator[tuple[Sink, str]]:
         yield sink, target
     finally:
         await server.stop(0)
+        await until(lambda: not (directory / "s").exists())  # gRPC removes it a little later: it may be the next one's
 
 
 @asynccontextmanager
