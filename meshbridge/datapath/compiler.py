@@ -1,7 +1,10 @@
-"""From ``bpf/*.c`` to bytecode that names its maps: BCC in a short-lived child, its output cached on disk.
+"""From ``bpf/*.c`` to bytecode that names its maps: shipped with an image, else BCC in a short-lived child and a cache.
 
-A warm start reads the cache and needs neither LLVM nor kernel headers. The cache is code that root will load, so its
-directory must be ours alone.
+Shipped bytecode and a warm cache need neither LLVM nor kernel headers. Both are code that root will load: the cache's
+directory must be ours alone, the shipped one root's, and nobody else's to write.
+
+Usage: ``python -m meshbridge.datapath.compiler DIRECTORY``, when an image is built, fills the directory it ships as
+``/usr/lib/meshbridge/bytecode``.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ from meshbridge.datapath import bcc_child
 from meshbridge.errors import MeshBridgeError
 
 DEFAULT_CACHE: Final = Path("/var/cache/meshbridge")
+SHIPPED: Final = Path("/usr/lib/meshbridge/bytecode")
 SOURCE: Final = "pod.c"
 PROGRAMS: Final = ("from_pod", "to_pod")
 COMPILE_TIMEOUT_S: Final = 60
-_FORMAT: Final = "1"
+_FORMAT: Final = "2"
 _PACKAGES: Final = "python3-bpfcc and linux-headers-amd64 (linux-headers-arm64 on arm64)"
 
 
@@ -72,16 +76,22 @@ class CompiledObject:
 
 
 def compile_programs(cache: Path = DEFAULT_CACHE, *, source: Path | None = None, programs: Sequence[str] = PROGRAMS,
-                     flags: Sequence[str] = ()) -> CompiledObject:  # fmt: skip
-    """The compiled kernel programs, from the cache where it has them for exactly this source, flags and compiler.
+                     flags: Sequence[str] = (), shipped: Path = SHIPPED) -> CompiledObject:  # fmt: skip
+    """The compiled kernel programs for exactly this source, machine and flags: shipped, else from the cache, else made.
+
+    What is shipped counts whatever compiler made it; what is cached, for the compiler that is installed now. The cache
+    is not touched where the programs are shipped, so that a read-only file system will do.
 
     Raises:
         CompileError: Headers or BCC are missing, or the compiler refused the source.
-        CacheError: The cache directory belongs to somebody else or others may write to it.
+        CacheError: A directory belongs to somebody else or others may write to it.
     """
     source = source or abi.bpf_directory() / SOURCE
+    of_source = _source_digest(source, programs, flags)
+    if (found := _read_shipped(shipped, of_source)) is not None:
+        return found
     prepare_directory(cache)
-    file = cache / f"{_digest(source, programs, flags)}.json"
+    file = cache / f"{_digest(of_source)}.json"
     try:
         return _decode(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
@@ -90,6 +100,53 @@ def compile_programs(cache: Path = DEFAULT_CACHE, *, source: Path | None = None,
     compiled = _decode(json.loads(text))
     _write_atomically(file, text)
     return compiled
+
+
+def ship_programs(directory: Path, *, source: Path | None = None) -> Path:
+    """The file in ``directory`` that holds the programs, freshly compiled; what an image ships.
+
+    Raises:
+        CompileError: Headers or BCC are missing, or the compiler refused the source.
+    """
+    source = source or abi.bpf_directory() / SOURCE
+    file = directory / f"{_source_digest(source, PROGRAMS, ())}.json"
+    with tempfile.TemporaryDirectory() as headers:
+        text = _run_child(source, PROGRAMS, (), header_tree(Path(headers)))
+    _decode(json.loads(text))
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _write_atomically(file, text, 0o644)
+    except OSError as failure:
+        raise CacheError(f"cannot be written: {failure.strerror}", where=str(file)) from None
+    return file
+
+
+def _read_shipped(directory: Path, digest: str) -> CompiledObject | None:
+    """What is shipped for this source; None when nothing is.
+
+    Raises:
+        CacheError: Somebody but root may write there, or the file is damaged; an image is then not what was built.
+    """
+    file = directory / f"{digest}.json"
+    for path in (directory, file):
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            return None
+        except OSError as failure:
+            raise CacheError(f"cannot be read: {failure.strerror}", where=str(path)) from None
+        kind = stat.S_ISDIR if path is directory else stat.S_ISREG
+        if not kind(status.st_mode) or status.st_uid != 0 or status.st_mode & 0o022:
+            raise CacheError(
+                f"must be root's and nobody else's to write, is mode {stat.filemode(status.st_mode)} "
+                f"of user {status.st_uid}",
+                where=str(path),
+                fix="its content is loaded into the kernel: build the image again, or remove it",
+            )
+    try:
+        return _decode(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as failure:
+        raise CacheError(f"is no compiled program: {failure}", where=str(file), fix="build the image again") from None
 
 
 def prepare_directory(path: Path) -> None:
@@ -168,15 +225,20 @@ def _merge(target: Path, trees: Iterable[Path]) -> None:
             (target / name).symlink_to(children[0])
 
 
-def _digest(source: Path, programs: Sequence[str], flags: Sequence[str]) -> str:
-    version = Path(bcc_child.DIST_PACKAGES, "bcc/version.py")
-    compiler = version.read_bytes() if version.exists() else b"no bcc"
-    parts = [_FORMAT, platform.machine(), *programs, "--", *flags, compiler.decode(), str(source)]
+def _source_digest(source: Path, programs: Sequence[str], flags: Sequence[str]) -> str:
+    """Names what is compiled, wherever it lies and whatever compiles it."""
     files = sorted(path for path in source.parent.rglob("*") if path.suffix in (".c", ".h"))
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for path in (Path(bcc_child.__file__), *files):
-        digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    digest = hashlib.sha256("\0".join([_FORMAT, platform.machine(), *programs, "--", *flags, source.name]).encode())
+    digest.update(Path(bcc_child.__file__).read_bytes())
+    for path in files:
+        digest.update(f"\0{path.relative_to(source.parent)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _digest(of_source: str) -> str:
+    version = Path(bcc_child.DIST_PACKAGES, "bcc/version.py")
+    compiler = version.read_text(encoding="utf-8") if version.exists() else "no bcc"
+    return hashlib.sha256(f"{of_source}\0{compiler}".encode()).hexdigest()
 
 
 def _run_child(source: Path, programs: Sequence[str], flags: Sequence[str], headers: Path | None) -> str:
@@ -191,8 +253,11 @@ def _run_child(source: Path, programs: Sequence[str], flags: Sequence[str], head
     except subprocess.TimeoutExpired:
         raise CompileError(f"took more than {COMPILE_TIMEOUT_S} s", where=str(source)) from None
     if "No module named 'bcc'" in child.stderr:
-        raise CompileError("BCC is not installed", where=bcc_child.DIST_PACKAGES,
-                           fix=f"install the Debian packages {_PACKAGES}")  # fmt: skip
+        raise CompileError(
+            f"BCC is not installed, and no programs of this version for {platform.machine()} are in {SHIPPED}",
+            where=bcc_child.DIST_PACKAGES,
+            fix=f"install the Debian packages {_PACKAGES}",
+        )
     if child.returncode != 0:
         tail = "\n".join(child.stderr.rstrip().splitlines()[-20:])
         raise CompileError(f"BCC failed with status {child.returncode}\n{tail}", where=str(source))
@@ -208,8 +273,16 @@ def _decode(data: Mapping[str, Any]) -> CompiledObject:
     return CompiledObject(maps, programs)
 
 
-def _write_atomically(file: Path, text: str) -> None:
+def _write_atomically(file: Path, text: str, mode: int = 0o600) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=file.parent)
     with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
         stream.write(text)
+        os.fchmod(stream.fileno(), mode)
     os.replace(temporary, file)
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"{ship_programs(Path(sys.argv[1]))}\n")
+    except MeshBridgeError as error:
+        sys.exit(f"Error: {error}")

@@ -156,3 +156,58 @@ def test_ownership_is_checked_for_this_user(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(CacheError, match="of user"):
         prepare_directory(tmp_path / "mine")
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, compiled: list[Path]) -> Path:
+    """A directory as an image ships it, for ``source(tmp_path)``."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: what is shipped is root's")
+    directory = tmp_path / "shipped"
+    directory.mkdir(mode=0o755)
+    compiler.ship_programs(directory, source=source(tmp_path))
+    compiled.clear()
+    return directory
+
+
+def test_what_an_image_ships_needs_no_compiler_and_no_cache(
+    tmp_path: Path, shipped: Path, compiled: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(bcc_child, "DIST_PACKAGES", str(tmp_path / "no-bcc-here"))
+    found = compiler.compile_programs(tmp_path / "cache", source=source(tmp_path / "elsewhere"), shipped=shipped)
+    assert found.programs["from_pod"].maps == ((0, "m"),)
+    assert compiled == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_an_image_ships_counts_for_its_own_source_only(
+    tmp_path: Path, shipped: Path, compiled: list[Path]
+) -> None:
+    compiler.compile_programs(tmp_path / "cache", source=source(tmp_path, "int y;"), shipped=shipped)
+    compiler.compile_programs(tmp_path / "cache", source=source(tmp_path), flags=["-DX"], shipped=shipped)
+    assert len(compiled) == 2
+
+
+def test_what_an_image_ships_is_not_loaded_when_others_may_write_it(tmp_path: Path, shipped: Path) -> None:
+    (file,) = shipped.iterdir()
+    for path in (shipped, file):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o020)
+        with pytest.raises(CacheError, match="nobody else's to write"):
+            compiler.compile_programs(tmp_path / "cache", source=source(tmp_path), shipped=shipped)
+        path.chmod(mode)
+    os.chown(file, 65534, 0)
+    with pytest.raises(CacheError, match="of user 65534"):
+        compiler.compile_programs(tmp_path / "cache", source=source(tmp_path), shipped=shipped)
+    file.rename(tmp_path / "moved")
+    file.symlink_to(tmp_path / "moved")
+    with pytest.raises(CacheError, match="must be root's"):
+        compiler.compile_programs(tmp_path / "cache", source=source(tmp_path), shipped=shipped)
+
+
+def test_a_damaged_program_of_an_image_is_said_and_not_replaced(tmp_path: Path, shipped: Path) -> None:
+    (file,) = shipped.iterdir()
+    file.write_text("{")
+    with pytest.raises(CacheError, match="build the image again"):
+        compiler.compile_programs(tmp_path / "cache", source=source(tmp_path), shipped=shipped)
