@@ -13,6 +13,7 @@ from meshbridge.datapath.maps import BATCH, Map
 from meshbridge.datapath.syscall import Command
 
 Item = tuple[bytes, bytes]
+Buffer = ctypes.Array[ctypes.c_char]
 
 
 class KernelTable:
@@ -26,17 +27,7 @@ class KernelTable:
         cursor = ctypes.create_string_buffer(max(self._key_bytes, 8))
         size, resume = BATCH, False
         while True:
-            keys = ctypes.create_string_buffer(size * self._key_bytes)
-            values = ctypes.create_string_buffer(size * self._value_bytes)
-            count, code = syscall.map_batch(
-                Command.MAP_LOOKUP_BATCH,
-                self._map.fd,
-                keys=keys,
-                values=values,
-                count=size,
-                cursor=cursor,
-                resume=resume,
-            )
+            keys, values, count, code = self._lookup(size, cursor, resume=resume)
             if code == errno.ENOSPC:  # one bucket holds more than a batch
                 size *= 2
                 continue
@@ -54,22 +45,21 @@ class KernelTable:
         cursor, resume = ctypes.create_string_buffer(struct.pack("=I", (first - 1) % (1 << 32)), 8), first > 0
         while count:
             size = min(count, BATCH)
-            keys = ctypes.create_string_buffer(size * self._key_bytes)
-            values = ctypes.create_string_buffer(size * self._value_bytes)
-            read, code = syscall.map_batch(
-                Command.MAP_LOOKUP_BATCH,
-                self._map.fd,
-                keys=keys,
-                values=values,
-                count=size,
-                cursor=cursor,
-                resume=resume,
-            )
+            _, values, read, code = self._lookup(size, cursor, resume=resume)
             if code or read != size:
                 raise syscall.error(code or errno.EIO, "bpf(MAP_LOOKUP_BATCH)", self._map.name)
             yield from _cut(values, self._value_bytes, size)
             count -= size
             resume = True
+
+    def _lookup(self, size: int, cursor: Buffer, *, resume: bool) -> tuple[Buffer, Buffer, int, int]:
+        """One batch read: keys, values, how many of them, and errno."""
+        keys = ctypes.create_string_buffer(size * self._key_bytes)
+        values = ctypes.create_string_buffer(size * self._value_bytes)
+        count, code = syscall.map_batch(
+            Command.MAP_LOOKUP_BATCH, self._map.fd, keys=keys, values=values, count=size, cursor=cursor, resume=resume
+        )
+        return keys, values, count, code
 
     def put(self, items: Sequence[Item]) -> None:
         for start in range(0, len(items), BATCH):
@@ -98,6 +88,6 @@ class KernelTable:
         return done if code in (errno.ENOENT, errno.E2BIG, errno.ENOSPC) else 0
 
 
-def _cut(buffer: ctypes.Array[ctypes.c_char], size: int, count: int) -> Iterator[bytes]:
+def _cut(buffer: Buffer, size: int, count: int) -> Iterator[bytes]:
     raw = bytes(memoryview(buffer)[: size * count])
     return (raw[start : start + size] for start in range(0, size * count, size))
