@@ -141,8 +141,8 @@ class Agent:
 
     def _take_published(self, published: Published) -> None:
         self.published = published
-        if published.exclusions is not None:
-            self._client.report(published.exclusions)
+        if published.report is not None:
+            self._client.report(published.report)
         self._evidence.watched = published.watched
         for event in published.events:
             self._ring.add(event)

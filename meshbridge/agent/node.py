@@ -24,6 +24,7 @@ from meshbridge.agent.ghosts import Ghosts
 from meshbridge.agent.identities import PeerNumbers
 from meshbridge.agent.names import Names, labels_of
 from meshbridge.agent.redirects import Seen
+from meshbridge.agent.reporting import node_report
 from meshbridge.agent.view import Changes, LocalPod, NodeView
 from meshbridge.datapath.ipcache import ipcache_key
 from meshbridge.datapath.links import Link, NodeNetwork, pod_mac, read_network
@@ -38,7 +39,7 @@ from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.selectors import is_node
 from meshbridge.protos import observer_pb2 as pb
 from meshbridge.xds.client import Update
-from meshbridge.xds.exclusions import Exclusions
+from meshbridge.xds.nodereport import NodeReport
 
 log = structlog.get_logger()
 
@@ -74,8 +75,8 @@ class Published:
     addresses: int = 0
     policies: int = 0
     durations: Durations = Durations()
-    exclusions: Exclusions | None = None
-    """Where these pods' Envoys are passed by, once that is in force; None: not known yet."""
+    report: NodeReport | None = None
+    """What the controller is told of these pods, once it is in force; None: not known yet."""
     ghosts: Mapping[Direction, int] = field(default_factory=dict)
     """How many pods have a ghost bypass."""
     ghosts_found: int = 0
@@ -349,9 +350,7 @@ class Node:
             addresses=len(self._peers.ipcache.exact),
             policies=len(self._view.policies) + len(self._view.bypass_policies),
             durations=durations,
-            exclusions=self._compilation.exclusions(self._hooked_pods(), self._seen.rules)
-            if applied
-            else self.published.exclusions,
+            report=self._report(states) if applied else self.published.report,
             ghosts={direction: self._ghosts.pods(direction) for direction in Direction},
             ghosts_found=self._ghosts.found,
             watched=self._watched(),
@@ -359,6 +358,10 @@ class Node:
             sidecars=self._sidecars(),
         )
         self.publish(self.published)
+
+    def _report(self, states: Iterable[pb.EndpointState]) -> NodeReport:
+        exclusions = self._compilation.exclusions(self._hooked_pods(), self._seen.rules)
+        return node_report(exclusions, self._view.bypass_policies.values(), states)
 
     def _watched(self) -> dict[int, Watched]:
         found: dict[int, Watched] = {}

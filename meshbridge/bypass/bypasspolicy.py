@@ -6,7 +6,7 @@ They are our own kinds (``meshbridge.io/v1alpha1``); docs/bypass-policies.md is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
 from typing import Final
@@ -110,7 +110,7 @@ EVERY_ROUTE: Final = tuple(AllowedRoute(direction) for direction in Direction)
 @dataclass(frozen=True, slots=True)
 class BypassPolicy:
     """One policy. ``until`` ends what it accepts, and an audit, but not what it allows; ``proof``: the agent is to
-    probe."""
+    probe. ``uid`` and ``generation`` are the API server's; what a file says has none."""
 
     origin: Origin
     subject: Selector
@@ -122,6 +122,8 @@ class BypassPolicy:
     otherwise: Otherwise = Otherwise.WARN
     proof: bool = False
     refusal: Refusal | None = field(default=None, compare=False)
+    uid: str = ""
+    generation: int = 0
 
     def accepted(self, now: datetime) -> frozenset[Loss]:
         return frozenset() if self.is_expired(now) else self.accept
@@ -237,11 +239,19 @@ def parse_bypass_policy(document: Document) -> BypassPolicy:
     try:
         if document.fault:
             raise Invalid("", document.fault, "keep one definition")
-        return _policy(document)
+        policy = _policy(document)
     except Invalid as error:
         refusal = Refusal(document, error.reason, error.path, error.fix)
         subject = _reach(document)
-        return BypassPolicy(refusal.origin, subject, routes=(), otherwise=Otherwise.DENY, refusal=refusal)
+        policy = BypassPolicy(refusal.origin, subject, routes=(), otherwise=Otherwise.DENY, refusal=refusal)
+    return replace(policy, uid=document.uid, generation=generation_of(document))
+
+
+def generation_of(document: Document) -> int:
+    """Which writing of its spec an object is, as the API server counts; 0 where nobody does."""
+    metadata = document.data.get("metadata")
+    generation = metadata.get("generation") if isinstance(metadata, Mapping) else None
+    return generation if type(generation) is int and 0 <= generation < 1 << 63 else 0
 
 
 def _policy(document: Document) -> BypassPolicy:

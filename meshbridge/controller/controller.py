@@ -26,7 +26,7 @@ from meshbridge.policy.policyset import PolicySet
 from meshbridge.protos.agent_pb2 import Revision
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.auth import Caller, CallerKind
-from meshbridge.xds.exclusions import Exclusions
+from meshbridge.xds.nodereport import NO_REPORT, NodeReport
 from meshbridge.xds.resources import sidecar_resources
 from meshbridge.xds.secrets import SecretStore, SpiffeId
 from meshbridge.xds.select import build_sidecar, mtls_destinations
@@ -92,6 +92,7 @@ class Controller:
     def __init__(self, secrets: SecretStore, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self.cluster = Cluster()
         self.sidecars_stale = asyncio.Event()
+        self.node_reports: dict[str, NodeReport] = {}
         self._secrets, self._now = secrets, now
         self._documents: dict[Key, tuple[Document, ...]] = {}
         self._mesh_problems: tuple[Problem, ...] = ()
@@ -150,10 +151,13 @@ class Controller:
         if touched is None or touched.sidecars or first:
             self.sidecars_stale.set()
 
-    def report(self, node: str, exclusions: Exclusions) -> None:
+    def report(self, node: str, report: NodeReport) -> None:
         """All that a node says of its own pods from now on; nodes that compensate towards them are told."""
-        self.cluster.report(node, exclusions)
-        if self._synced:
+        before = self.node_reports.pop(node, NO_REPORT)
+        if report != NO_REPORT:
+            self.node_reports[node] = report
+        self.cluster.report(node, report.exclusions)
+        if self._synced and report.exclusions != before.exclusions:
             for client in self._refreshed_nodes():
                 self._assemble(client, {})
 

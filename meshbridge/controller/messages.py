@@ -109,11 +109,12 @@ def service_message(service: Service, pods: Iterable[Workload], listed: Iterable
 
 
 def policy_message(document: Document) -> agent_pb2.Policy:
-    """The object as written, without what servers add to it: status and managed fields."""
+    """The object as written, without what is written beside it: a status that changes changes nothing for a node."""
     data = {name: value for name, value in document.data.items() if name != "status"}
     metadata = data.get("metadata")
     if isinstance(metadata, Mapping):
-        data["metadata"] = {name: value for name, value in metadata.items() if name != "managedFields"}
+        beside = ("managedFields", "resourceVersion")
+        data["metadata"] = {name: value for name, value in metadata.items() if name not in beside}
     return agent_pb2.Policy(
         api_version=document.api_version,
         kind=document.kind,

@@ -25,19 +25,27 @@ _sym_db = _symbol_database.Default()
 from meshbridge.protos import agent_pb2 as meshbridge_dot_protos_dot_agent__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmeshbridge/protos/reports.proto\x12\x13meshbridge.agent.v1\x1a\x1dmeshbridge/protos/agent.proto\"E\n\x0f\x45xclusionReport\x12\x32\n\x06groups\x18\x01 \x03(\x0b\x32\".meshbridge.agent.v1.PodExclusions\"N\n\rPodExclusions\x12\x0c\n\x04uids\x18\x01 \x03(\t\x12/\n\x08\x65xcluded\x18\x02 \x03(\x0b\x32\x1d.meshbridge.agent.v1.TcpPorts\"\x0e\n\x0cReportsEnded2l\n\x0bNodeReports\x12]\n\x10ReportExclusions\x12$.meshbridge.agent.v1.ExclusionReport\x1a!.meshbridge.agent.v1.ReportsEnded(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmeshbridge/protos/reports.proto\x12\x13meshbridge.agent.v1\x1a\x1dmeshbridge/protos/agent.proto\"\xa9\x01\n\nNodeReport\x12\x32\n\x06groups\x18\x01 \x03(\x0b\x32\".meshbridge.agent.v1.PodExclusions\x12\x39\n\nprogrammed\x18\x02 \x03(\x0b\x32%.meshbridge.agent.v1.ProgrammedPolicy\x12,\n\x04pods\x18\x03 \x03(\x0b\x32\x1e.meshbridge.agent.v1.PodReport\"N\n\rPodExclusions\x12\x0c\n\x04uids\x18\x01 \x03(\t\x12/\n\x08\x65xcluded\x18\x02 \x03(\x0b\x32\x1d.meshbridge.agent.v1.TcpPorts\"3\n\x10ProgrammedPolicy\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\"O\n\tPodReport\x12\x0b\n\x03uid\x18\x01 \x01(\t\x12\x35\n\nconditions\x18\x02 \x03(\x0b\x32!.meshbridge.agent.v1.PodCondition\"\xa3\x01\n\x0cPodCondition\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x38\n\x06status\x18\x02 \x01(\x0e\x32(.meshbridge.agent.v1.PodCondition.Status\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"*\n\x06Status\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x08\n\x04TRUE\x10\x01\x12\t\n\x05\x46\x41LSE\x10\x02\"\x0e\n\x0cReportsEnded2]\n\x0bNodeReports\x12N\n\x06Report\x12\x1f.meshbridge.agent.v1.NodeReport\x1a!.meshbridge.agent.v1.ReportsEnded(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshbridge.protos.reports_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXCLUSIONREPORT']._serialized_start=87
-  _globals['_EXCLUSIONREPORT']._serialized_end=156
-  _globals['_PODEXCLUSIONS']._serialized_start=158
-  _globals['_PODEXCLUSIONS']._serialized_end=236
-  _globals['_REPORTSENDED']._serialized_start=238
-  _globals['_REPORTSENDED']._serialized_end=252
-  _globals['_NODEREPORTS']._serialized_start=254
-  _globals['_NODEREPORTS']._serialized_end=362
+  _globals['_NODEREPORT']._serialized_start=88
+  _globals['_NODEREPORT']._serialized_end=257
+  _globals['_PODEXCLUSIONS']._serialized_start=259
+  _globals['_PODEXCLUSIONS']._serialized_end=337
+  _globals['_PROGRAMMEDPOLICY']._serialized_start=339
+  _globals['_PROGRAMMEDPOLICY']._serialized_end=390
+  _globals['_PODREPORT']._serialized_start=392
+  _globals['_PODREPORT']._serialized_end=471
+  _globals['_PODCONDITION']._serialized_start=474
+  _globals['_PODCONDITION']._serialized_end=637
+  _globals['_PODCONDITION_STATUS']._serialized_start=595
+  _globals['_PODCONDITION_STATUS']._serialized_end=637
+  _globals['_REPORTSENDED']._serialized_start=639
+  _globals['_REPORTSENDED']._serialized_end=653
+  _globals['_NODEREPORTS']._serialized_start=655
+  _globals['_NODEREPORTS']._serialized_end=748
 # @@protoc_insertion_point(module_scope)

@@ -35,9 +35,9 @@ class NodeReportsStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.ReportExclusions = channel.stream_unary(
-                '/meshbridge.agent.v1.NodeReports/ReportExclusions',
-                request_serializer=meshbridge_dot_protos_dot_reports__pb2.ExclusionReport.SerializeToString,
+        self.Report = channel.stream_unary(
+                '/meshbridge.agent.v1.NodeReports/Report',
+                request_serializer=meshbridge_dot_protos_dot_reports__pb2.NodeReport.SerializeToString,
                 response_deserializer=meshbridge_dot_protos_dot_reports__pb2.ReportsEnded.FromString,
                 _registered_method=True)
 
@@ -46,7 +46,7 @@ class NodeReportsServicer:
     """On the controller's own socket, with the node's token.
     """
 
-    def ReportExclusions(self, request_iterator, context):
+    def Report(self, request_iterator, context):
         """Each message replaces the one before. What was told last counts for some time after the stream has ended, so that
         an agent may restart; a second stream of the same node ends the first.
         """
@@ -57,9 +57,9 @@ class NodeReportsServicer:
 
 def add_NodeReportsServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'ReportExclusions': grpc.stream_unary_rpc_method_handler(
-                    servicer.ReportExclusions,
-                    request_deserializer=meshbridge_dot_protos_dot_reports__pb2.ExclusionReport.FromString,
+            'Report': grpc.stream_unary_rpc_method_handler(
+                    servicer.Report,
+                    request_deserializer=meshbridge_dot_protos_dot_reports__pb2.NodeReport.FromString,
                     response_serializer=meshbridge_dot_protos_dot_reports__pb2.ReportsEnded.SerializeToString,
             ),
     }
@@ -75,7 +75,7 @@ class NodeReports:
     """
 
     @staticmethod
-    def ReportExclusions(request_iterator,
+    def Report(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -88,8 +88,8 @@ class NodeReports:
         return grpc.experimental.stream_unary(
             request_iterator,
             target,
-            '/meshbridge.agent.v1.NodeReports/ReportExclusions',
-            meshbridge_dot_protos_dot_reports__pb2.ExclusionReport.SerializeToString,
+            '/meshbridge.agent.v1.NodeReports/Report',
+            meshbridge_dot_protos_dot_reports__pb2.NodeReport.SerializeToString,
             meshbridge_dot_protos_dot_reports__pb2.ReportsEnded.FromString,
             options,
             channel_credentials,

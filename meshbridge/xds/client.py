@@ -23,10 +23,10 @@ from google.rpc.status_pb2 import Status
 from meshbridge.errors import MeshBridgeError, SettingsError
 from meshbridge.protos import reports_pb2_grpc
 from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy, Problem, Revision, Service
-from meshbridge.protos.reports_pb2 import ExclusionReport
+from meshbridge.protos.reports_pb2 import NodeReport as ReportMessage
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.bearer import bearer
-from meshbridge.xds.exclusions import Exclusions, report_message
+from meshbridge.xds.nodereport import NodeReport, report_message
 
 log = structlog.get_logger()
 
@@ -135,16 +135,16 @@ class ControllerClient:
         self._undecodable: set[tuple[str, str]] = set()
         self._partial, self._whole = _Changes(), _Changes()
         self._ready = asyncio.Event()
-        self._report: ExclusionReport | None = None
+        self._report: ReportMessage | None = None
         self._report_changed = asyncio.Event()
         self.connected = False
         self.revision_received = 0
 
-    def report(self, exclusions: Exclusions) -> None:
+    def report(self, report: NodeReport) -> None:
         """Tell the controller this of the node's own pods, now and whenever it is connected anew."""
-        report = report_message(exclusions)
-        if report != self._report:
-            self._report = report
+        message = report_message(report)
+        if message != self._report:
+            self._report = message
             self._report_changed.set()
 
     async def updates(self) -> AsyncIterator[Update]:
@@ -202,7 +202,7 @@ class ControllerClient:
         stub = ads_pb2_grpc.AggregatedDiscoveryServiceStub(channel)
         call = stub.DeltaAggregatedResources(metadata=bearer(self._token()))
         self._undecodable.clear()  # what still exists is sent again, as it is not among the versions
-        reporter = asyncio.create_task(self._keep_reporting(channel), name="report-exclusions")
+        reporter = asyncio.create_task(self._keep_reporting(channel), name="report")
         try:
             for type_url, versions in self._versions.items():
                 await call.write(
@@ -234,7 +234,7 @@ class ControllerClient:
             if self._report is None:
                 await self._report_changed.wait()  # who has nothing to report must not take the place of who has
             try:
-                await stub.ReportExclusions(self._reports(), metadata=bearer(self._token()))
+                await stub.Report(self._reports(), metadata=bearer(self._token()))
             except (grpc.aio.AioRpcError, OSError, MeshBridgeError) as error:
                 reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 if reason != told:
@@ -242,7 +242,7 @@ class ControllerClient:
                 told = reason
             await asyncio.sleep(REPORT_RETRY_S)
 
-    async def _reports(self) -> AsyncIterator[ExclusionReport]:
+    async def _reports(self) -> AsyncIterator[ReportMessage]:
         while True:
             self._report_changed.clear()
             if self._report is not None:

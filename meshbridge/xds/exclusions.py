@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 from meshbridge.identity.model import IpFamily, TcpPorts
@@ -17,30 +17,28 @@ Exclusions = Mapping[str, tuple[TcpPorts, ...]]
 """The ports on which pods' Envoys are passed by, by UID."""
 
 
-def report_message(exclusions: Exclusions) -> reports_pb2.ExclusionReport:
-    """The whole report. What is beyond its limits is left out: such a pod is as one that was not seen."""
+def exclusion_groups(exclusions: Exclusions) -> list[reports_pb2.PodExclusions]:
+    """As they are sent. What is beyond the limits is left out: such a pod is as one that was not seen."""
     groups: dict[tuple[TcpPorts, ...], list[str]] = {}
     for uid, excluded in sorted(exclusions.items())[:MAX_PODS]:
         if len(excluded) <= MAX_RANGES and len(uid) <= MAX_UID_LENGTH:
             groups.setdefault(excluded, []).append(uid)
-    return reports_pb2.ExclusionReport(
-        groups=[
-            reports_pb2.PodExclusions(uids=uids, excluded=ports_messages(excluded))
-            for excluded, uids in list(groups.items())[:MAX_GROUPS]
-        ]
-    )
+    return [
+        reports_pb2.PodExclusions(uids=uids, excluded=ports_messages(excluded))
+        for excluded, uids in list(groups.items())[:MAX_GROUPS]
+    ]
 
 
-def exclusions_of(message: reports_pb2.ExclusionReport, where: str) -> Exclusions:
-    """What a report says.
+def exclusions_of(groups: Collection[reports_pb2.PodExclusions], where: str) -> Exclusions:
+    """What a report says of exclusions.
 
     Raises:
         MessageError: too much of anything, a pod in two groups, ports that are none, unsorted or overlapping.
     """
     found: dict[str, tuple[TcpPorts, ...]] = {}
-    if len(message.groups) > MAX_GROUPS or sum(len(group.uids) for group in message.groups) > MAX_PODS:
+    if len(groups) > MAX_GROUPS or sum(len(group.uids) for group in groups) > MAX_PODS:
         raise MessageError(f"more than {MAX_GROUPS} groups or {MAX_PODS} pods", where=where)
-    for group in message.groups:
+    for group in groups:
         excluded = excluded_of(group.excluded, where)
         for uid in group.uids:
             if uid in found or not 0 < len(uid) <= MAX_UID_LENGTH:

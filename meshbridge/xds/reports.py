@@ -14,8 +14,8 @@ import structlog
 
 from meshbridge.protos import reports_pb2, reports_pb2_grpc
 from meshbridge.xds.auth import AuthenticationError, CallerKind, authenticate
-from meshbridge.xds.exclusions import Exclusions, exclusions_of
 from meshbridge.xds.messages import MessageError
+from meshbridge.xds.nodereport import NO_REPORT, NodeReport, report_of
 
 log = structlog.get_logger()
 
@@ -26,7 +26,7 @@ INTERVAL_S: Final = 0.1
 
 
 class ReportSink(Protocol):
-    def report(self, node: str, exclusions: Exclusions) -> None:
+    def report(self, node: str, report: NodeReport) -> None:
         """All that ``node`` says of its own pods from now on."""
 
 
@@ -37,8 +37,8 @@ class ReportServer(reports_pb2_grpc.NodeReportsServicer):
         self._key, self._sink, self._kept_s = key, sink, kept_s
         self._latest: dict[str, asyncio.Event] = {}
 
-    async def ReportExclusions(
-        self, request_iterator: AsyncIterator[reports_pb2.ExclusionReport], context: grpc.aio.ServicerContext
+    async def Report(
+        self, request_iterator: AsyncIterator[reports_pb2.NodeReport], context: grpc.aio.ServicerContext
     ) -> reports_pb2.ReportsEnded:
         try:
             caller, expires_s = authenticate(self._key, context.invocation_metadata() or ())
@@ -59,7 +59,7 @@ class ReportServer(reports_pb2_grpc.NodeReportsServicer):
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token has expired")
             reader.result()
         except MessageError as error:
-            self._sink.report(caller.node, {})
+            self._sink.report(caller.node, NO_REPORT)
             log.warning("report.refused", client=str(caller), reason=str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
@@ -69,13 +69,13 @@ class ReportServer(reports_pb2_grpc.NodeReportsServicer):
             await asyncio.gather(reader, watcher, return_exceptions=True)
         return reports_pb2.ReportsEnded()
 
-    async def _read(self, node: str, reports: AsyncIterator[reports_pb2.ExclusionReport]) -> None:
+    async def _read(self, node: str, reports: AsyncIterator[reports_pb2.NodeReport]) -> None:
         async for report in reports:
-            self._sink.report(node, exclusions_of(report, f"report of node {node}"))
+            self._sink.report(node, report_of(report, f"report of node {node}"))
             await asyncio.sleep(INTERVAL_S)
 
     def _withdraw(self, node: str, stream: asyncio.Event) -> None:
         if self._latest.get(node) is stream:
             del self._latest[node]
-            self._sink.report(node, {})
+            self._sink.report(node, NO_REPORT)
             log.warning("report.withdrawn", node=node)

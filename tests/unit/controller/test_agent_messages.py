@@ -81,7 +81,8 @@ def test_addresses(address: IPv4Address | IPv6Address, peer: Peer) -> None:
 
 
 def test_policies_travel_without_status_and_managed_fields() -> None:
-    data = {"metadata": {"name": "p", "managedFields": [1]}, "spec": {"é": [1, None, True, 0.5]}, "status": {"x": 1}}
+    beside = {"managedFields": [1], "resourceVersion": "7"}
+    data = {"metadata": {"name": "p", **beside}, "spec": {"é": [1, None, True, 0.5]}, "status": {"x": 1}}
     document = Document("K", "g/v1", "ns", "p", data, Source("f.yaml", {"": 3, "spec": 4}), "uid", "is defined twice")
     decoded = reading.document_of(through(writing.policy_message(document)))
     assert decoded.data == {"metadata": {"name": "p"}, "spec": {"é": [1, None, True, 0.5]}}

@@ -22,7 +22,7 @@ from meshbridge.identity.model import IpFamily, TcpPorts
 from meshbridge.protos.agent_pb2 import Policy
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.client import ControllerClient, read_ca
-from meshbridge.xds.exclusions import Exclusions
+from meshbridge.xds.nodereport import NodeReport
 from meshbridge.xds.reports import ReportServer
 from meshbridge.xds.server import DeltaServer, TlsFiles, start_server
 
@@ -71,10 +71,10 @@ def _pem(certificate: x509.Certificate) -> bytes:
 
 class Sink:
     def __init__(self) -> None:
-        self.told: list[Exclusions] = []
+        self.told: list[NodeReport] = []
 
-    def report(self, _node: str, exclusions: Exclusions) -> None:
-        self.told.append(exclusions)
+    def report(self, _node: str, report: NodeReport) -> None:
+        self.told.append(report)
 
 
 def free_address() -> str:
@@ -91,7 +91,7 @@ def test_an_agent_follows_and_reports_over_tls(tmp_path: Path) -> None:
         try:
             (tmp_path / "ca").write_bytes(ours.certificate)
             client = ControllerClient(address, "node-a", token, read_ca(tmp_path / "ca"))
-            client.report({"uid": (TcpPorts(IpFamily.IPV4, 8080, 8080),)})
+            client.report(NodeReport({"uid": (TcpPorts(IpFamily.IPV4, 8080, 8080),)}))
             updates = client.updates()
             assert set((await anext(updates)).changed[xds.POLICY]) == {"a"}
             source.put(2, {xds.POLICY: {"b": Policy(name="b")}})

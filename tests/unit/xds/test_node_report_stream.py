@@ -16,12 +16,24 @@ from hypothesis import strategies as st
 
 from meshbridge.identity.model import IpFamily, TcpPorts
 from meshbridge.protos.agent_pb2 import TcpPorts as Ports
-from meshbridge.protos.reports_pb2 import ExclusionReport, PodExclusions
+from meshbridge.protos.reports_pb2 import NodeReport as ReportMessage
+from meshbridge.protos.reports_pb2 import PodCondition as ConditionMessage
+from meshbridge.protos.reports_pb2 import PodExclusions, PodReport, ProgrammedPolicy
 from meshbridge.protos.reports_pb2_grpc import NodeReportsStub
 from meshbridge.xds.auth import CLOCK_SKEW, Caller, bearer, mint_token, node_caller, pod_caller
 from meshbridge.xds.client import ControllerClient
-from meshbridge.xds.exclusions import MAX_GROUPS, MAX_PODS, Exclusions, exclusions_of, report_message
+from meshbridge.xds.exclusions import MAX_GROUPS, MAX_PODS, Exclusions
 from meshbridge.xds.messages import MAX_RANGES, MessageError
+from meshbridge.xds.nodereport import (
+    MAX_CONDITIONS,
+    MAX_MESSAGE,
+    MAX_POLICIES,
+    ConditionStatus,
+    NodeReport,
+    PodCondition,
+    report_message,
+    report_of,
+)
 from meshbridge.xds.reports import ReportServer
 from meshbridge.xds.server import DeltaServer, start_server
 
@@ -40,8 +52,8 @@ class Sink:
     def __init__(self) -> None:
         self.told: list[tuple[str, Exclusions]] = []
 
-    def report(self, node: str, exclusions: Exclusions) -> None:
-        self.told.append((node, exclusions))
+    def report(self, node: str, report: NodeReport) -> None:
+        self.told.append((node, report.exclusions))
 
     def open(self, _caller: Caller, _wake: Callable[[], None]) -> Sink:
         return self
@@ -94,23 +106,56 @@ def token(caller: Caller = NODE, **more: Any) -> str:
     return mint_token(KEY, caller, now=datetime.now(UTC), **more)
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=9), st.sampled_from([PORTS, PORTS[:1], ()]), max_size=9))
-def test_a_report_is_read_as_it_was_meant(exclusions: Exclusions) -> None:
-    sent = report_message(exclusions).SerializeToString()
-    assert exclusions_of(ExclusionReport.FromString(sent), "x") == exclusions
+def seen(exclusions: Exclusions) -> NodeReport:
+    return NodeReport(exclusions)
+
+
+WORDS = st.text(st.sampled_from("Abc9"), min_size=1, max_size=9)
+CONDITIONS = st.lists(
+    st.builds(PodCondition, WORDS, st.sampled_from(ConditionStatus), WORDS, st.text(max_size=9)),
+    min_size=1, max_size=MAX_CONDITIONS, unique_by=lambda condition: condition.type,
+).map(tuple)  # fmt: skip
+UIDS = st.text(min_size=1, max_size=9)
+REPORTS = st.builds(
+    NodeReport,
+    st.dictionaries(UIDS, st.sampled_from([PORTS, PORTS[:1], ()]), max_size=9),
+    st.dictionaries(UIDS, st.integers(0, (1 << 63) - 1), max_size=9),
+    st.dictionaries(UIDS, CONDITIONS, max_size=9),
+)
+
+
+@given(REPORTS)
+def test_a_report_is_read_as_it_was_meant(report: NodeReport) -> None:
+    sent = report_message(report).SerializeToString()
+    assert report_of(ReportMessage.FromString(sent), "x") == report
 
 
 def test_what_is_beyond_the_limits_is_left_out() -> None:
     many = tuple(TcpPorts(IpFamily.IPV4, n, n) for n in range(0, 4 * MAX_RANGES, 2))
-    found = exclusions_of(report_message({"a": many, "b": PORTS, "x" * 9999: PORTS}), "x")
-    assert found == {"b": PORTS}
-    assert len(exclusions_of(report_message({str(n): PORTS for n in range(MAX_PODS + 9)}), "x")) == MAX_PODS
+
+    def taken(report: NodeReport) -> NodeReport:
+        return report_of(report_message(report), "x")
+
+    assert taken(seen({"a": many, "b": PORTS, "x" * 9999: PORTS})).exclusions == {"b": PORTS}
+    assert len(taken(seen({str(n): PORTS for n in range(MAX_PODS + 9)})).exclusions) == MAX_PODS
     lonely = {str(n): (TcpPorts(IpFamily.IPV4, n, n),) for n in range(MAX_GROUPS + 9)}
-    assert len(exclusions_of(report_message(lonely), "x")) == MAX_GROUPS
+    assert len(taken(seen(lonely)).exclusions) == MAX_GROUPS
+    wordy = PodCondition("Captured", ConditionStatus.FALSE, "GhostBypass", "x" * 9999)
+    assert len(taken(NodeReport(conditions={"a": (wordy,)})).conditions["a"][0].message) == MAX_MESSAGE
+    assert len(taken(NodeReport(conditions={str(n): (wordy,) for n in range(MAX_PODS + 9)})).conditions) == MAX_PODS
+    assert len(taken(NodeReport(programmed={str(n): 1 for n in range(MAX_POLICIES + 9)})).programmed) == MAX_POLICIES
 
 
-def one(*ports: Ports, uids: tuple[str, ...] = ("a",)) -> ExclusionReport:
-    return ExclusionReport(groups=[PodExclusions(uids=uids, excluded=ports)])
+def one(*ports: Ports, uids: tuple[str, ...] = ("a",)) -> ReportMessage:
+    return ReportMessage(groups=[PodExclusions(uids=uids, excluded=ports)])
+
+
+def said(**fields: Any) -> ConditionMessage:
+    return ConditionMessage(**{"type": "Captured", "reason": "GhostBypass", **fields})
+
+
+def told(*conditions: ConditionMessage) -> ReportMessage:
+    return ReportMessage(pods=[PodReport(uid="a", conditions=conditions)])
 
 
 HOSTILE = {
@@ -120,25 +165,35 @@ HOSTILE = {
     "overlapping": one(Ports(first=1, last=5), Ports(first=5, last=9)),
     "IPv6 first": one(Ports(ipv6=True, first=1, last=5), Ports(first=8, last=9)),
     "too many ranges": one(*(Ports(first=2 * n, last=2 * n) for n in range(MAX_RANGES + 1))),
-    "too many groups": ExclusionReport(groups=[PodExclusions()] * (MAX_GROUPS + 1)),
+    "too many groups": ReportMessage(groups=[PodExclusions()] * (MAX_GROUPS + 1)),
     "too many pods": one(uids=tuple(map(str, range(MAX_PODS + 1)))),
     "one pod twice": one(uids=("a", "a")),
     "nobody": one(uids=("",)),
     "an endless UID": one(uids=("a" * 100_000,)),
+    "too many policies": ReportMessage(programmed=[ProgrammedPolicy(uid=str(n)) for n in range(MAX_POLICIES + 1)]),
+    "one policy twice": ReportMessage(programmed=[ProgrammedPolicy(uid="p")] * 2),
+    "a pod told of twice": ReportMessage(pods=[PodReport(uid="a")] * 2),
+    "too many pods told of": ReportMessage(pods=[PodReport(uid=str(n)) for n in range(MAX_PODS + 1)]),
+    "a condition twice": told(said(), said()),
+    "too many conditions": told(*(said(type=f"T{n}") for n in range(MAX_CONDITIONS + 1))),
+    "a condition without a type": told(said(type="")),
+    "a reason of several lines": told(said(reason="a\nb")),
+    "a status that is none": told(said(status=9)),
+    "an endless text": told(said(message="x" * (MAX_MESSAGE + 1))),
 }
 
 
 @pytest.mark.parametrize("report", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_report_is_refused_as_a_whole(report: ExclusionReport) -> None:
+def test_a_hostile_report_is_refused_as_a_whole(report: ReportMessage) -> None:
     with pytest.raises(MessageError, match="node-x"):
-        exclusions_of(report, "report of node-x")
+        report_of(report, "report of node-x")
 
 
 def test_a_refused_report_withdraws_the_one_before(tmp_path: Path) -> None:
     async def body() -> None:
         async with serving(tmp_path) as (sink, target), grpc.aio.insecure_channel(target) as channel:
-            call = NodeReportsStub(channel).ReportExclusions(metadata=bearer(token()))  # type: ignore[no-untyped-call]
-            await call.write(report_message({"a": PORTS}))
+            call = NodeReportsStub(channel).Report(metadata=bearer(token()))  # type: ignore[no-untyped-call]
+            await call.write(report_message(seen({"a": PORTS})))
             with suppress(asyncio.InvalidStateError):
                 await call.write(HOSTILE["backwards"])
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -157,7 +212,7 @@ STRANGERS = {
 def test_only_a_node_reports(tmp_path: Path, present: Callable[[], str], code: grpc.StatusCode) -> None:
     async def body() -> None:
         async with serving(tmp_path) as (sink, target), grpc.aio.insecure_channel(target) as channel:
-            call = NodeReportsStub(channel).ReportExclusions(metadata=bearer(present()))  # type: ignore[no-untyped-call]
+            call = NodeReportsStub(channel).Report(metadata=bearer(present()))  # type: ignore[no-untyped-call]
             assert await call.code() is code
             assert not sink.told
 
@@ -168,10 +223,10 @@ def test_a_client_tells_its_newest_report_once_and_again_to_a_restarted_controll
     async def body() -> None:
         async with following(f"unix:{tmp_path / 's'}", token) as client:
             async with serving(tmp_path) as (sink, _):
-                client.report({"a": PORTS})
+                client.report(seen({"a": PORTS}))
                 await until(lambda: bool(sink.told))
-                client.report({"a": PORTS})
-                client.report({"b": PORTS})
+                client.report(seen({"a": PORTS}))
+                client.report(seen({"b": PORTS}))
                 await until(lambda: len(sink.told) > 1)
                 assert sink.told == [("node-a", {"a": PORTS}), ("node-a", {"b": PORTS})]
             async with serving(tmp_path) as (sink, _):
@@ -185,10 +240,10 @@ def test_a_report_outlives_its_stream_for_a_while_only(tmp_path: Path) -> None:
     async def body() -> None:
         async with serving(tmp_path) as (sink, target):
             async with following(target, token) as client:
-                client.report({"a": PORTS})
+                client.report(seen({"a": PORTS}))
                 await until(lambda: bool(sink.told))
             async with following(target, token) as client:
-                client.report({"a": PORTS})
+                client.report(seen({"a": PORTS}))
                 await until(lambda: len(sink.told) > 1)
                 await asyncio.sleep(1.5 * KEPT_S)
                 assert sink.told == [("node-a", {"a": PORTS})] * 2, "the agent was back in time"
@@ -201,7 +256,7 @@ def test_a_report_outlives_its_stream_for_a_while_only(tmp_path: Path) -> None:
 def test_a_client_with_nothing_to_report_takes_nobodys_place(tmp_path: Path) -> None:
     async def body() -> None:
         async with serving(tmp_path) as (sink, target), following(target, token) as agent:
-            agent.report({"a": PORTS})
+            agent.report(seen({"a": PORTS}))
             await until(lambda: bool(sink.told))
             async with following(target, token):
                 await asyncio.sleep(1.5 * KEPT_S)
@@ -220,7 +275,7 @@ def test_streams_of_a_node_end_with_its_token_and_come_back_with_the_new_one(tmp
 
     async def body() -> None:
         async with serving(tmp_path) as (sink, target), following(target, renewed) as client:
-            client.report({"a": PORTS})
+            client.report(seen({"a": PORTS}))
             await until(lambda: len(sink.told) >= 2 and len(presented) >= 4)
             await asyncio.sleep(1.5 * KEPT_S)
             assert sink.told[-1] == ("node-a", {"a": PORTS})
