@@ -13,15 +13,17 @@ import structlog
 from meshbridge import log as logs
 from meshbridge.controller.controller import Controller
 from meshbridge.controller.http import serve_http
+from meshbridge.controller.tokenreviews import TokenReviews
 from meshbridge.errors import SettingsError
 from meshbridge.kube.api import Api
-from meshbridge.kube.cluster import ISTIO_NAMESPACE, connect
+from meshbridge.kube.cluster import ISTIO_NAMESPACE, connect, own_namespace
 from meshbridge.kube.follow import Follower
 from meshbridge.kube.kept import KeptContent
 from meshbridge.kube.manifests import Manifests
+from meshbridge.kube.tokenreview import review_token
 from meshbridge.kube.watch import watch
 from meshbridge.policy.mesh import DEFAULT_MESH
-from meshbridge.xds.auth import load_key, load_or_create_key
+from meshbridge.xds.auth import AUDIENCE, Authenticator, TokenKey, load_key, load_or_create_key
 from meshbridge.xds.reports import ReportServer
 from meshbridge.xds.secrets import SecretStore, load_or_create_authority
 from meshbridge.xds.server import DeltaServer, TlsFiles, start_server
@@ -75,6 +77,12 @@ GRACE_S = 1.0
     help="Key that tokens are signed with. [STATE/token.key, made when missing]",
 )
 @click.option(
+    "--authentication",
+    type=click.Choice(["kubernetes", "token-key"]),
+    help="Who vouches for callers. [kubernetes with --kubernetes, unless --token-key is given; else token-key]",
+)
+@click.option("--namespace", help="For --kubernetes: where MeshBridge runs. [the pod's own, else meshbridge-system]")
+@click.option(
     "--metrics", "http_address", metavar="HOST:PORT", help="Serve /metrics, /problems and /healthz on loopback."
 )
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
@@ -89,6 +97,8 @@ def command(
     tls_key: Path | None,
     state: Path,
     token_key: Path | None,
+    authentication: str | None,
+    namespace: str | None,
     http_address: str | None,
     log_level: str,
 ) -> None:
@@ -107,14 +117,15 @@ def command(
     if (tls_cert is None) is not (tls_key is None):
         raise SettingsError("only one of certificate and key", where="--tls-cert, --tls-key", fix="give both")
     tls = TlsFiles(tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
-    key = load_key(token_key) if token_key is not None else load_or_create_key(state / "token.key")
+    api = Api(connect(kubeconfig, context)) if kubernetes else None
+    authenticator = _authenticator(authentication, api, namespace or own_namespace(), token_key, state)
     authority = load_or_create_authority(state, DEFAULT_MESH.trust_domain, datetime.now(UTC))
     controller = Controller(SecretStore(authority))
-    server, reports = DeltaServer(key, controller), ReportServer(key, controller)
+    server, reports = DeltaServer(authenticator, controller), ReportServer(authenticator, controller)
     http = serve_http(http_address, lambda: controller.problems, lambda: controller.synced) if http_address else None
     source: Manifests | Follower
-    if kubernetes:
-        source = Follower(Api(connect(kubeconfig, context)), istio_namespace)
+    if api is not None:
+        source = Follower(api, istio_namespace)
     else:
         source = Manifests(directories, KeptContent(state / "last-readable"))
     try:
@@ -122,6 +133,23 @@ def command(
     finally:
         if http is not None:
             http.shutdown()
+
+
+def _authenticator(
+    chosen: str | None, api: Api | None, namespace: str, token_key: Path | None, state: Path
+) -> Authenticator:
+    """Who tells the callers of this controller apart."""
+    if chosen is None:
+        chosen = "kubernetes" if api is not None and token_key is None else "token-key"
+    if chosen == "token-key":
+        return TokenKey(load_key(token_key) if token_key is not None else load_or_create_key(state / "token.key"))
+    if api is None:
+        raise SettingsError("needs an API server", where="--authentication kubernetes", fix="add --kubernetes")
+    if token_key is not None:
+        raise SettingsError(
+            "is not used with --authentication kubernetes", where="--token-key", fix="leave one of them out"
+        )
+    return TokenReviews(lambda token: review_token(api, token, AUDIENCE), namespace)
 
 
 async def _serve(

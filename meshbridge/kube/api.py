@@ -236,11 +236,24 @@ class Api:
         text = json.dumps({**body, "apiVersion": resource.api_version})  # JSON is YAML
         self._answer(path, self._request("PATCH", path, query, text, "application/apply-patch+yaml"))
 
-    def _answer(self, path: str, request: _Request) -> Mapping[str, Any]:
+    def post(self, path: str, body: Mapping[str, Any], answer_s: float = TIMEOUT_S[1]) -> Mapping[str, Any]:
+        """What the server makes of ``body``: the object it creates, or its answer to a review.
+
+        Args:
+            answer_s: how long the server may say nothing.
+
+        Raises:
+            RefusedError: the server says no; with CONFLICT where the object is there already.
+            ClusterError: it cannot be reached, or answers something else.
+        """
+        request = self._request("POST", path, {}, body, "application/json")
+        return self._answer(path, request, (TIMEOUT_S[0], answer_s))
+
+    def _answer(self, path: str, request: _Request, timeout_s: tuple[float, float] = TIMEOUT_S) -> Mapping[str, Any]:
         from urllib3.exceptions import HTTPError
 
         try:
-            response = self._open(request, TIMEOUT_S)
+            response = self._open(request, timeout_s)
             content = response.read(MAX_PAGE_BYTES + 1, decode_content=True)
             response.release_conn()
         except (HTTPError, OSError) as error:

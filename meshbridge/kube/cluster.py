@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from kubernetes.client import ApiClient
 
 ISTIO_NAMESPACE: Final = "istio-system"
+OWN_NAMESPACE: Final = "meshbridge-system"
 MAX_RESTARTS: Final = 3
+_NAMESPACE_FILE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 _OF_PODS: Final = frozenset({"apps", "batch"})
 """Groups of templates: in a cluster the pods made from them are there."""
@@ -66,6 +68,14 @@ def connect(kubeconfig: Path | None = None, context: str | None = None) -> ApiCl
             f"cannot be used: {' '.join(str(error).split())}", where=f"kubeconfig {location}", fix=fix
         ) from error
     return ApiClient(settings)
+
+
+def own_namespace() -> str:
+    """The namespace of the pod this runs in; outside of pods the one that MeshBridge is installed in."""
+    try:
+        return _NAMESPACE_FILE.read_text(encoding="ascii").strip() or OWN_NAMESPACE
+    except (OSError, UnicodeDecodeError):
+        return OWN_NAMESPACE
 
 
 def read_cluster(

@@ -1,7 +1,8 @@
 """Who is calling: bearer tokens bound to a node, or to a pod with its namespace, service account and UID.
 
-Whoever plays the kubelet holds the key file and mints them; the controller verifies every call and lets a caller have
-only what is its own. A token is a JWT (HS256) for the audience ``meshbridge``; it is never logged.
+On one machine whoever plays the kubelet holds the key file and mints them (``TokenKey``); in a cluster they are service
+account tokens that the API server reviews (``controller.tokenreviews``). The controller verifies every call and lets a
+caller have only what is its own. A token is a JWT for the audience ``meshbridge``; it is never logged.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import jwt
 
@@ -35,6 +36,10 @@ MAX_TOKEN_LENGTH: Final = 4_096
 
 class AuthenticationError(MeshBridgeError):
     """The caller did not prove who it is. Says why, never quotes the token."""
+
+
+class UnavailableError(MeshBridgeError):
+    """Whether a caller is who it says cannot be told now; it may try again."""
 
 
 class CallerKind(StrEnum):
@@ -60,6 +65,21 @@ class Caller:
 
     def __str__(self) -> str:
         return f"{self.kind} {self.node_id}"
+
+
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
+class Authenticator(Protocol):
+    """Tells who calls."""
+
+    async def authenticate(self, metadata: Metadata) -> tuple[Caller, float]:
+        """The caller of an RPC, from its metadata, and for how many seconds its token is accepted.
+
+        Raises:
+            AuthenticationError: no single ``authorization: Bearer …``, or a token that is not accepted.
+            UnavailableError: it cannot be told now.
+        """
 
 
 def node_caller(node: str) -> Caller:
@@ -101,10 +121,6 @@ def verify_token(key: bytes, token: str) -> Caller:
 
 
 def _claims(key: bytes, token: str) -> dict[str, Any]:
-    if len(token) > MAX_TOKEN_LENGTH:
-        raise AuthenticationError(
-            f"token of {len(token)} characters", where="authorization", fix="present a node or pod token"
-        )
     try:
         return jwt.decode(
             token,
@@ -121,11 +137,11 @@ def _claims(key: bytes, token: str) -> dict[str, Any]:
         ) from None
 
 
-def authenticate(key: bytes, metadata: Sequence[tuple[str, str | bytes]]) -> tuple[Caller, float]:
-    """The caller of an RPC, from its metadata, and for how many seconds its token is accepted.
+def bearer_token(metadata: Metadata) -> str:
+    """The token that a caller presents.
 
     Raises:
-        AuthenticationError: no single ``authorization: Bearer …``, or a token that is not accepted.
+        AuthenticationError: no single ``authorization: Bearer …``, or one that is too long for a token.
     """
     values = [value for name, value in metadata if name.lower() == METADATA_KEY]
     if len(values) != 1 or not isinstance(values[0], str) or not values[0].startswith("Bearer "):
@@ -134,8 +150,23 @@ def authenticate(key: bytes, metadata: Sequence[tuple[str, str | bytes]]) -> tup
             where="authorization",
             fix="send the metadata 'authorization: Bearer TOKEN'",
         )
-    claims = _claims(key, values[0].removeprefix("Bearer "))
-    return _caller(claims.get(CLAIM)), claims["exp"] + CLOCK_SKEW.total_seconds() - time.time()
+    token = values[0].removeprefix("Bearer ")
+    if len(token) > MAX_TOKEN_LENGTH:
+        raise AuthenticationError(
+            f"token of {len(token)} characters", where="authorization", fix="present a node or pod token"
+        )
+    return token
+
+
+class TokenKey:
+    """Accepts the tokens that whoever holds the same key has minted."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    async def authenticate(self, metadata: Metadata) -> tuple[Caller, float]:
+        claims = _claims(self._key, bearer_token(metadata))
+        return _caller(claims.get(CLAIM)), claims["exp"] + CLOCK_SKEW.total_seconds() - time.time()
 
 
 def load_key(path: Path) -> bytes:

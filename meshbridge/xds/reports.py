@@ -13,7 +13,7 @@ import grpc
 import structlog
 
 from meshbridge.protos import reports_pb2, reports_pb2_grpc
-from meshbridge.xds.auth import AuthenticationError, CallerKind, authenticate
+from meshbridge.xds.auth import AuthenticationError, Authenticator, CallerKind, UnavailableError
 from meshbridge.xds.messages import MessageError
 from meshbridge.xds.nodereport import NO_REPORT, NodeReport, report_of
 
@@ -25,6 +25,12 @@ INTERVAL_S: Final = 0.1
 """A node's reports are read no faster, as each may cost other nodes a revision."""
 
 
+def refusal_code(error: AuthenticationError | UnavailableError) -> grpc.StatusCode:
+    """How a call ends whose caller is not known."""
+    unknown = isinstance(error, AuthenticationError)
+    return grpc.StatusCode.UNAUTHENTICATED if unknown else grpc.StatusCode.UNAVAILABLE
+
+
 class ReportSink(Protocol):
     def report(self, node: str, report: NodeReport) -> None:
         """All that ``node`` says of its own pods from now on."""
@@ -33,17 +39,17 @@ class ReportSink(Protocol):
 class ReportServer(reports_pb2_grpc.NodeReportsServicer):
     """Hands on what nodes report; a node is only asked about itself, by its token."""
 
-    def __init__(self, key: bytes, sink: ReportSink, kept_s: float = KEPT_S) -> None:
-        self._key, self._sink, self._kept_s = key, sink, kept_s
+    def __init__(self, authenticator: Authenticator, sink: ReportSink, kept_s: float = KEPT_S) -> None:
+        self._authenticator, self._sink, self._kept_s = authenticator, sink, kept_s
         self._latest: dict[str, asyncio.Event] = {}
 
     async def Report(
         self, request_iterator: AsyncIterator[reports_pb2.NodeReport], context: grpc.aio.ServicerContext
     ) -> reports_pb2.ReportsEnded:
         try:
-            caller, expires_s = authenticate(self._key, context.invocation_metadata() or ())
-        except AuthenticationError as error:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+            caller, expires_s = await self._authenticator.authenticate(context.invocation_metadata() or ())
+        except (AuthenticationError, UnavailableError) as error:
+            await context.abort(refusal_code(error), str(error))
         if caller.kind is not CallerKind.NODE:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "only a node reports its pods")
         if (before := self._latest.get(caller.node)) is not None:

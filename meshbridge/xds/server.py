@@ -24,8 +24,8 @@ from prometheus_client import Counter, Gauge
 
 from meshbridge.errors import SettingsError
 from meshbridge.protos.reports_pb2_grpc import add_NodeReportsServicer_to_server
-from meshbridge.xds.auth import AuthenticationError, Caller, CallerKind, authenticate
-from meshbridge.xds.reports import ReportServer
+from meshbridge.xds.auth import AuthenticationError, Authenticator, Caller, CallerKind, UnavailableError
+from meshbridge.xds.reports import ReportServer, refusal_code
 from meshbridge.xds.snapshot import DeltaSession, Nack, ProtocolError, Snapshot
 
 log = structlog.get_logger()
@@ -65,8 +65,8 @@ class DeltaServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ign
     A client never waits for another, and never holds more than one unread response per type here.
     """
 
-    def __init__(self, key: bytes, source: SnapshotSource) -> None:
-        self._key, self._source = key, source
+    def __init__(self, authenticator: Authenticator, source: SnapshotSource) -> None:
+        self._authenticator, self._source = authenticator, source
         self._streams: set[_Stream] = set()
 
     def drain(self) -> None:
@@ -78,11 +78,12 @@ class DeltaServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ign
         self, request_iterator: AsyncIterator[DeltaDiscoveryRequest], context: grpc.aio.ServicerContext
     ) -> None:
         try:
-            caller, expires_s = authenticate(self._key, context.invocation_metadata() or ())
-        except AuthenticationError as error:
-            REFUSED_CALLS.labels("unauthenticated").inc()
+            caller, expires_s = await self._authenticator.authenticate(context.invocation_metadata() or ())
+        except (AuthenticationError, UnavailableError) as error:
+            code = refusal_code(error)
+            REFUSED_CALLS.labels(code.name.lower()).inc()
             log.warning("stream.refused", reason=str(error), peer=context.peer())
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+            await context.abort(code, str(error))
         expiry: asyncio.TimerHandle | None = None
         stream = _Stream(caller, context)
         stream.feed = feed = self._source.open(caller, stream.wake)

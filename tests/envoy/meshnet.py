@@ -29,7 +29,7 @@ from cryptography.x509.oid import NameOID
 from envoy.extensions.transport_sockets.tls.v3 import secret_pb2
 
 from meshbridge.identity.model import ProxyClass, Workload
-from meshbridge.xds.auth import Caller, mint_token, pod_caller
+from meshbridge.xds.auth import Caller, TokenKey, mint_token, pod_caller
 from meshbridge.xds.bootstrap import BootstrapInputs, bootstrap_json
 from meshbridge.xds.names import SECRET_CERTIFICATE, SECRET_ROOT_CA
 from meshbridge.xds.resources import sidecar_resources
@@ -274,7 +274,7 @@ class AdsServer:
         self._loop.close()
 
     async def _start(self) -> grpc.aio.Server:
-        return await start_server(DeltaServer(self._key, self), f"unix:{self._path}")
+        return await start_server(DeltaServer(TokenKey(self._key), self), f"unix:{self._path}")
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)

@@ -28,7 +28,7 @@ from meshbridge.observe.flow import Flow
 from meshbridge.policy.model import Document, Source
 from meshbridge.protos import agent_pb2, observer_pb2
 from meshbridge.xds import snapshot as xds
-from meshbridge.xds.auth import Caller, mint_token, node_caller
+from meshbridge.xds.auth import Caller, TokenKey, mint_token, node_caller
 from meshbridge.xds.server import DeltaServer, start_server
 from meshbridge.xds.snapshot import Resource, Snapshot
 
@@ -104,7 +104,7 @@ class ScriptedController:
         self.serve()
 
     def serve(self) -> None:
-        self._server = self._call(start_server(DeltaServer(KEY, self), f"unix:{self.socket}"))
+        self._server = self._call(start_server(DeltaServer(TokenKey(KEY), self), f"unix:{self.socket}"))
 
     def go_away(self) -> None:
         self._call(self._server.stop(0))

@@ -21,6 +21,7 @@ from meshbridge.errors import SettingsError
 from meshbridge.identity.model import IpFamily, TcpPorts
 from meshbridge.protos.agent_pb2 import Policy
 from meshbridge.xds import snapshot as xds
+from meshbridge.xds.auth import TokenKey
 from meshbridge.xds.client import ControllerClient, read_ca
 from meshbridge.xds.nodereport import NodeReport
 from meshbridge.xds.reports import ReportServer
@@ -86,7 +87,7 @@ def test_an_agent_follows_and_reports_over_tls(tmp_path: Path) -> None:
     async def body() -> None:
         source, sink, ours, address = Source(), Sink(), Authority("ours"), free_address()
         source.put(1, {xds.POLICY: {"a": Policy(name="a")}})
-        servers = DeltaServer(KEY, source), ReportServer(KEY, sink)
+        servers = DeltaServer(TokenKey(KEY), source), ReportServer(TokenKey(KEY), sink)
         server = await start_server(servers[0], address, ours.server(tmp_path), servers[1])
         try:
             (tmp_path / "ca").write_bytes(ours.certificate)
@@ -116,7 +117,7 @@ def test_no_token_is_shown_to_whoever_is_not_the_controller(tmp_path: Path, wron
             await server.start()
         else:
             files = signer.server(tmp_path, "192.0.2.1" if wrong == "for another address" else "127.0.0.1")
-            server = await start_server(DeltaServer(KEY, source), address, files)
+            server = await start_server(DeltaServer(TokenKey(KEY), source), address, files)
         try:
             client = ControllerClient(address, "node-a", token, ours.certificate)
             updates = client.updates()
@@ -134,7 +135,7 @@ def test_no_token_is_shown_to_whoever_is_not_the_controller(tmp_path: Path, wron
 def test_plaintext_reaches_nothing(tmp_path: Path) -> None:
     async def body() -> None:
         source, address = Source(), free_address()
-        server = await start_server(DeltaServer(KEY, source), address, Authority("ours").server(tmp_path))
+        server = await start_server(DeltaServer(TokenKey(KEY), source), address, Authority("ours").server(tmp_path))
         try:
             async with grpc.aio.insecure_channel(address) as channel:
                 with pytest.raises(TimeoutError):

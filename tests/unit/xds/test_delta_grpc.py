@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 from meshbridge.errors import SettingsError
 from meshbridge.protos.agent_pb2 import Address, Policy, Revision
 from meshbridge.xds import snapshot as xds
-from meshbridge.xds.auth import Caller, bearer, mint_token, node_caller, pod_caller
+from meshbridge.xds.auth import Caller, TokenKey, bearer, mint_token, node_caller, pod_caller
 from meshbridge.xds.client import ControllerClient, Update
 from meshbridge.xds.server import DeltaServer, start_server
 from meshbridge.xds.snapshot import Resource, Snapshot
@@ -82,7 +82,7 @@ async def exchange(call: grpc.aio.StreamStreamCall, request: DeltaDiscoveryReque
 
 @asynccontextmanager
 async def serving(socket: Path, source: Source) -> AsyncIterator[grpc.aio.Server]:
-    server = await start_server(DeltaServer(KEY, source), f"unix:{socket}")
+    server = await start_server(DeltaServer(TokenKey(KEY), source), f"unix:{socket}")
     try:
         yield server
     finally:
@@ -285,10 +285,10 @@ def test_the_server_takes_over_a_dead_socket_but_not_a_live_one(tmp_path: Path) 
     async def body() -> None:
         async with serving(tmp_path / "s", Source()):
             with pytest.raises(SettingsError, match="another process listens there"):
-                await start_server(DeltaServer(KEY, Source()), f"unix:{tmp_path / 's'}")
+                await start_server(DeltaServer(TokenKey(KEY), Source()), f"unix:{tmp_path / 's'}")
         (tmp_path / "file").write_text("precious")
         with pytest.raises(SettingsError, match="no socket"):
-            await start_server(DeltaServer(KEY, Source()), f"unix:{tmp_path / 'file'}")
+            await start_server(DeltaServer(TokenKey(KEY), Source()), f"unix:{tmp_path / 'file'}")
         assert (tmp_path / "file").read_text() == "precious"
 
     run(body)
@@ -297,6 +297,6 @@ def test_the_server_takes_over_a_dead_socket_but_not_a_live_one(tmp_path: Path) 
 def test_tcp_without_tls_is_refused(tmp_path: Path) -> None:
     async def body() -> None:
         with pytest.raises(SettingsError, match="TCP without TLS"):
-            await start_server(DeltaServer(KEY, Source()), "127.0.0.1:0")
+            await start_server(DeltaServer(TokenKey(KEY), Source()), "127.0.0.1:0")
 
     run(body)

@@ -20,7 +20,7 @@ from meshbridge.protos.reports_pb2 import NodeReport as ReportMessage
 from meshbridge.protos.reports_pb2 import PodCondition as ConditionMessage
 from meshbridge.protos.reports_pb2 import PodExclusions, PodReport, ProgrammedPolicy
 from meshbridge.protos.reports_pb2_grpc import NodeReportsStub
-from meshbridge.xds.auth import CLOCK_SKEW, Caller, bearer, mint_token, node_caller, pod_caller
+from meshbridge.xds.auth import CLOCK_SKEW, Caller, TokenKey, bearer, mint_token, node_caller, pod_caller
 from meshbridge.xds.client import ControllerClient
 from meshbridge.xds.exclusions import MAX_GROUPS, MAX_PODS, Exclusions
 from meshbridge.xds.messages import MAX_RANGES, MessageError
@@ -78,7 +78,9 @@ async def until(condition: Callable[[], bool]) -> None:
 @asynccontextmanager
 async def serving(directory: Path) -> AsyncIterator[tuple[Sink, str]]:
     sink, target = Sink(), f"unix:{directory / 's'}"
-    server = await start_server(DeltaServer(KEY, sink), target, reports=ReportServer(KEY, sink, KEPT_S))
+    server = await start_server(
+        DeltaServer(TokenKey(KEY), sink), target, reports=ReportServer(TokenKey(KEY), sink, KEPT_S)
+    )
     try:
         yield sink, target
     finally:
