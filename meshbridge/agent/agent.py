@@ -35,7 +35,7 @@ from meshbridge.datapath.maps import MapSizes
 from meshbridge.errors import MeshBridgeError
 from meshbridge.observe.tables import READY
 from meshbridge.protos import observer_pb2 as pb
-from meshbridge.xds.client import ControllerClient, read_ca
+from meshbridge.xds.client import ControllerClient
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -55,7 +55,8 @@ MAX_TOKEN_BYTES: Final = 8192
 class AgentSettings:
     """What the command line says. ``metrics`` is a loopback address and port, empty for none.
 
-    ``controller_ca`` is who vouches for a controller that is reached over TCP.
+    ``controller_ca`` is who vouches for a controller that is reached over TCP, ``controller_name`` what its certificate
+    is for where that is not the host.
     """
 
     node: str
@@ -65,6 +66,7 @@ class AgentSettings:
     socket: Path
     metrics: str = ""
     controller_ca: Path | None = None
+    controller_name: str = ""
     attach: AttachMode | None = None
     sizes: MapSizes | None = None
 
@@ -81,8 +83,9 @@ class Agent:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="node")
         self._onlooker = ThreadPoolExecutor(1, thread_name_prefix="redirects")
         self._redirects = Redirects()
-        ca = read_ca(settings.controller_ca)
-        self._client = ControllerClient(settings.controller, settings.node, self._token, ca)
+        self._client = ControllerClient(
+            settings.controller, settings.node, self._token, settings.controller_ca, settings.controller_name
+        )
         self._started = time.monotonic()
         self._changed = asyncio.Event()
         self._retry = asyncio.Event()

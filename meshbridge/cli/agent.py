@@ -24,10 +24,15 @@ _RUN = Path("/run/meshbridge")
 
 @click.command(name="agent", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--node", required=True, metavar="NAME", help="This node's name, as in its token.")
-@click.option("--controller", metavar="ADDRESS", help="Where the controller listens: unix:PATH, or HOST:PORT.")
+@click.option(
+    "--controller",
+    metavar="ADDRESS",
+    help="Where the controller listens: unix:PATH, or HOST:PORT.  [in a pod, the Service's address]",
+)
 @click.option(
     "--controller-ca", type=click.Path(path_type=Path), help="Certificates that vouch for it, PEM; for HOST:PORT."
 )
+@click.option("--controller-name", metavar="NAME", help="What its certificate is for. [HOST; in a pod, the Service]")
 @click.option(
     "--token-file", type=click.Path(path_type=Path), help="File with the node's token; read at each connection."
 )
@@ -47,6 +52,7 @@ def command(
     node: str,
     controller: str | None,
     controller_ca: Path | None,
+    controller_name: str | None,
     token_file: Path | None,
     bpffs: Path,
     socket: Path | None,
@@ -82,18 +88,20 @@ def command(
         count = remove_everything(bpffs / node, mode)
         click.echo(f"node {node}: {count} interfaces released, nothing is enforced any more")
         return
-    if controller is None or token_file is None:
-        raise click.UsageError("--controller and --token-file are needed (or --cleanup)")
     from meshbridge.agent.agent import Agent, AgentSettings
+    from meshbridge.cli.connection import connection
+
+    at = connection(controller, controller_ca, controller_name, token_file)
 
     settings = AgentSettings(
         node=node,
-        controller=controller,
-        token_file=token_file,
+        controller=at.target,
+        token_file=at.token_file,
         pin_dir=bpffs / node,
         socket=socket or _RUN / node / "agent.sock",
         metrics=metrics,
-        controller_ca=controller_ca,
+        controller_ca=at.ca,
+        controller_name=at.server_name,
         attach=mode,
     )
     import asyncio

@@ -20,10 +20,11 @@ from meshbridge.authz.judge import Judge
 from meshbridge.authz.keysets import KeySets
 from meshbridge.authz.server import PROXY_UID, AuthzServer
 from meshbridge.authz.view import CurrentView
+from meshbridge.cli.connection import connection
 from meshbridge.errors import SettingsError
 from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy
 from meshbridge.xds import snapshot as xds
-from meshbridge.xds.client import ControllerClient, Update, read_ca
+from meshbridge.xds.client import ControllerClient, Update
 from meshbridge.xds.messages import MessageError, document_of, holder_of, mesh_of, workload_of
 
 log = structlog.get_logger()
@@ -31,11 +32,14 @@ log = structlog.get_logger()
 
 @click.command(name="authz", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--node", required=True, metavar="NAME", help="The node this server answers for.")
-@click.option("--controller", required=True, metavar="ADDR", help="The controller, as unix:PATH or HOST:PORT.")
+@click.option(
+    "--controller", metavar="ADDR", help="The controller, as unix:PATH or HOST:PORT. [in a pod, the Service's address]"
+)
 @click.option(
     "--controller-ca", type=click.Path(path_type=Path), help="Certificates that vouch for it, PEM; for HOST:PORT."
 )
-@click.option("--token-file", required=True, type=click.Path(path_type=Path), help="File with the node's token.")
+@click.option("--controller-name", metavar="NAME", help="What its certificate is for. [HOST; in a pod, the Service]")
+@click.option("--token-file", type=click.Path(path_type=Path), help="File with the node's token.")
 @click.option("--listen", metavar="ADDR", help="Where Envoys ask, as unix:PATH. [/run/meshbridge/NODE/authz.sock]")
 @click.option(
     "--listen-owner",
@@ -48,9 +52,10 @@ log = structlog.get_logger()
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
 def command(
     node: str,
-    controller: str,
+    controller: str | None,
     controller_ca: Path | None,
-    token_file: Path,
+    controller_name: str | None,
+    token_file: Path | None,
     listen: str | None,
     listen_owner: int,
     metrics_address: str | None,
@@ -66,13 +71,14 @@ def command(
         --token-file /run/meshbridge/node-a/token --metrics 127.0.0.1:9402
     """
     logs.configure(log_level)
+    at = connection(controller, controller_ca, controller_name, token_file)
     if metrics_address:
         _serve_metrics(metrics_address)
     current = CurrentView()
     key_sets = KeySets(lambda: view.key_sources if (view := current.get()) is not None else ())
     judge = Judge(current, key_sets)
     server = AuthzServer(listen or f"unix:/run/meshbridge/{node}/authz.sock", judge.check, listen_owner)
-    client = ControllerClient(controller, node, lambda: token_file.read_text().strip(), read_ca(controller_ca))
+    client = ControllerClient(at.target, node, lambda: at.token_file.read_text().strip(), at.ca, at.server_name)
     key_sets.start()
     try:
         asyncio.run(_serve(client, current, server, node, key_sets))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import click
 import structlog
 
 from meshbridge import log as logs
+from meshbridge.cli.certificates import CHECK_S, CONTROLLER_SECRET, Pair, controller_pair, pair_of_files
 from meshbridge.controller.controller import Controller
 from meshbridge.controller.http import serve_http
 from meshbridge.controller.tokenreviews import TokenReviews
 from meshbridge.errors import SettingsError
-from meshbridge.kube.api import Api
+from meshbridge.kube.api import Api, ClusterError
 from meshbridge.kube.cluster import ISTIO_NAMESPACE, connect, own_namespace
 from meshbridge.kube.follow import Follower
 from meshbridge.kube.kept import KeptContent
@@ -26,11 +30,12 @@ from meshbridge.policy.mesh import DEFAULT_MESH
 from meshbridge.xds.auth import AUDIENCE, Authenticator, TokenKey, load_key, load_or_create_key
 from meshbridge.xds.reports import ReportServer
 from meshbridge.xds.secrets import SecretStore, load_or_create_authority
-from meshbridge.xds.server import DeltaServer, TlsFiles, start_server
+from meshbridge.xds.server import UNIX, DeltaServer, ServerCertificate, start_server
 
 log = structlog.get_logger()
 
 GRACE_S = 1.0
+RETRY_S = 2.0
 
 
 @click.command(name="controller", context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,12 +61,19 @@ GRACE_S = 1.0
     default="unix:/run/meshbridge/controller.sock",
     show_default=True,
     metavar="ADDR",
-    help="unix:PATH, or HOST:PORT with --tls-cert and --tls-key.",
+    help="unix:PATH, or HOST:PORT with TLS.",
 )
 @click.option(
     "--tls-cert", type=click.Path(path_type=Path), help="Certificate chain of the server, PEM; for HOST:PORT."
 )
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, PEM.")
+@click.option(
+    "--tls-secret",
+    metavar="NAME",
+    default=CONTROLLER_SECRET,
+    show_default=True,
+    help="With --kubernetes and HOST:PORT, in place of files: the Secret that replicas share; made and renewed.",
+)
 @click.option(
     "--state-dir",
     "--state",
@@ -95,6 +107,7 @@ def command(
     listen: str,
     tls_cert: Path | None,
     tls_key: Path | None,
+    tls_secret: str,
     state: Path,
     token_key: Path | None,
     authentication: str | None,
@@ -108,6 +121,7 @@ def command(
     Examples:
       meshbridge controller --manifests manifests/demo --state-dir /var/lib/meshbridge --metrics 127.0.0.1:9401
       meshbridge controller --kubernetes --kubeconfig ~/.kube/config
+      meshbridge controller --kubernetes --listen 10.0.0.1:9400 --metrics 127.0.0.1:9401      in a pod
     """
     logs.configure(log_level)
     if bool(directories) is kubernetes:
@@ -116,9 +130,14 @@ def command(
         )
     if (tls_cert is None) is not (tls_key is None):
         raise SettingsError("only one of certificate and key", where="--tls-cert, --tls-key", fix="give both")
-    tls = TlsFiles(tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
     api = Api(connect(kubeconfig, context)) if kubernetes else None
-    authenticator = _authenticator(authentication, api, namespace or own_namespace(), token_key, state)
+    namespace = namespace or own_namespace()
+    pair: Callable[[], Pair] | None = None
+    if tls_cert is not None and tls_key is not None:
+        pair = partial(pair_of_files, tls_cert, tls_key)
+    elif api is not None and not listen.startswith(UNIX):
+        pair = partial(controller_pair, api, namespace, tls_secret)
+    authenticator = _authenticator(authentication, api, namespace, token_key, state)
     authority = load_or_create_authority(state, DEFAULT_MESH.trust_domain, datetime.now(UTC))
     controller = Controller(SecretStore(authority))
     server, reports = DeltaServer(authenticator, controller), ReportServer(authenticator, controller)
@@ -129,7 +148,7 @@ def command(
     else:
         source = Manifests(directories, KeptContent(state / "last-readable"))
     try:
-        asyncio.run(_serve(controller, server, reports, source, listen, tls))
+        asyncio.run(_serve(controller, server, reports, source, listen, pair))
     finally:
         if http is not None:
             http.shutdown()
@@ -158,23 +177,50 @@ async def _serve(
     reports: ReportServer,
     source: Manifests | Follower,
     listen: str,
-    tls: TlsFiles | None,
+    pair: Callable[[], Pair] | None,
 ) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = await start_server(servicer, listen, tls, reports)
+    certificate = await _first_certificate(pair, stop) if pair is not None else None
+    if stop.is_set():
+        return
+    server = await start_server(servicer, listen, certificate, reports)
     log.info("controller.started", listen=listen)
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_follow(controller, source), name="follow-source")
             tasks.create_task(controller.maintain_sidecars(), name="maintain-sidecars")
+            if pair is not None and certificate is not None:
+                tasks.create_task(_renew(certificate, pair), name="renew-certificate")
             tasks.create_task(_raise_when(stop), name="wait-for-signal")
     except* _Stopped:
         log.info("controller.draining")
     finally:
         servicer.drain()
         await server.stop(GRACE_S)
+
+
+async def _first_certificate(pair: Callable[[], Pair], stop: asyncio.Event) -> ServerCertificate | None:
+    """The certificate to begin with; where it is kept by an API server that is away, once that is back."""
+    while not stop.is_set():
+        try:
+            return ServerCertificate(*await asyncio.to_thread(pair))
+        except ClusterError as error:
+            log.error("certificate.not_read", reason=str(error))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), RETRY_S)
+    return None
+
+
+async def _renew(certificate: ServerCertificate, pair: Callable[[], Pair]) -> None:
+    """Present what the files or the Secret say, which may have changed; where they cannot be used, as before."""
+    while True:
+        await asyncio.sleep(CHECK_S)
+        try:
+            certificate.use(*await asyncio.to_thread(pair))
+        except (SettingsError, ClusterError) as error:
+            log.error("certificate.not_renewed", reason=str(error))
 
 
 async def _follow(controller: Controller, source: Manifests | Follower) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,17 +17,19 @@ import click
 import structlog
 
 from meshbridge import log as logs
+from meshbridge.cli.certificates import secret_certificates
 from meshbridge.controller.http import serve_http
 from meshbridge.controller.meshconfig import MeshConfigError, read_mesh_config
 from meshbridge.errors import SettingsError
 from meshbridge.kube.api import Api, ClusterError, RefusedError
-from meshbridge.kube.cluster import ISTIO_NAMESPACE, connect
+from meshbridge.kube.cluster import ISTIO_NAMESPACE, connect, own_namespace
 from meshbridge.kube.follow import Follower
 from meshbridge.kube.objects import MESH_CONFIG, POLICY_KINDS
+from meshbridge.kube.ownobjects import trust_webhook
 from meshbridge.policy.mesh import DEFAULT_MESH
 from meshbridge.policy.parse.registry import REGISTRY_KINDS
 from meshbridge.webhook.admission import mutate, validate
-from meshbridge.webhook.certificates import OwnCertificates
+from meshbridge.webhook.certificates import OWNER, OwnCertificates
 from meshbridge.webhook.injector import CONFIG_MAP, mesh_defaults
 from meshbridge.webhook.server import WebhookServer
 from meshbridge.webhook.surroundings import Surroundings
@@ -36,7 +38,10 @@ from meshbridge.xds.auth import write_private_file
 log = structlog.get_logger()
 
 CERTIFICATE_CHECK_S: Final = 10.0
+RETRY_S: Final = 2.0
 INJECTOR_CHECK_S: Final = 60.0
+SERVICE: Final = "meshbridge-webhook"
+CONFIGURATION: Final = "bypass.meshbridge.io"
 NAMES: Final = ("meshbridge-webhook.meshbridge-system.svc", "localhost", "127.0.0.1", "::1")
 KINDS: Final = POLICY_KINDS | REGISTRY_KINDS | {("", kind) for kind in ("Namespace", "Pod", "Service", "ConfigMap")}
 
@@ -55,12 +60,22 @@ KINDS: Final = POLICY_KINDS | REGISTRY_KINDS | {("", kind) for kind in ("Namespa
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain, PEM; read again when it changes.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, PEM.")
 @click.option(
+    "--tls-secret", metavar="NAME",
+    help="In place of files: the Secret in which replicas keep a certificate that they make and renew; configurations "
+    "that name the Service are told whom to believe.",
+)  # fmt: skip
+@click.option("--namespace", help="For --tls-secret: where MeshBridge runs. [the pod's own, else meshbridge-system]")
+@click.option(
+    "--configuration", default=CONFIGURATION, show_default=True, metavar="NAME",
+    help="For --tls-secret: the ValidatingWebhookConfiguration and MutatingWebhookConfiguration.",
+)  # fmt: skip
+@click.option(
     "--state-dir",
     "state",
     default="/var/lib/meshbridge/webhook",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="Where, without --tls-cert, a CA and a certificate are made and renewed.",
+    help="Where, without --tls-cert and --tls-secret, a CA and a certificate are made and renewed.",
 )
 @click.option(
     "--name",
@@ -95,6 +110,9 @@ def command(
     injector_config: str,
     tls_cert: Path | None,
     tls_key: Path | None,
+    tls_secret: str | None,
+    namespace: str | None,
+    configuration: str,
     state: Path,
     names: tuple[str, ...],
     ca_bundle_file: Path | None,
@@ -112,15 +130,18 @@ def command(
     \b
     Examples:
       meshbridge webhook --kubeconfig ~/.kube/config --ca-bundle-file /tmp/ca.pem
+      meshbridge webhook --listen 0.0.0.0:9443 --tls-secret meshbridge-webhook-tls --metrics 127.0.0.1:9403
       meshbridge webhook --listen 0.0.0.0:9443 --tls-cert /tls/tls.crt --tls-key /tls/tls.key --metrics 127.0.0.1:9403
     """
     logs.configure(log_level)
     if (tls_cert is None) is not (tls_key is None):
         raise SettingsError("only one of certificate and key", where="--tls-cert, --tls-key", fix="give both")
-    if tls_cert is not None and (names or ca_bundle_file):
+    if tls_cert is not None and (names or ca_bundle_file or tls_secret):
         raise SettingsError(
-            "are for a certificate that is made here", where="--name, --ca-bundle-file", fix="leave them out"
-        )
+            "are for a certificate that is made here", where="--name, --ca-bundle-file, --tls-secret",
+            fix="leave them out",
+        )  # fmt: skip
+    namespace = namespace or own_namespace()
     api = Api(connect(kubeconfig, context))
     follower = Follower(api, istio_namespace, KINDS)
     injector = partial(_injector, api, istio_namespace, injector_config)
@@ -130,11 +151,13 @@ def command(
         "/mutate": lambda request: mutate(request, around, datetime.now(UTC)),
     }
     server = WebhookServer(*_address(listen), judges, lambda: {"synced": around.synced})
-    own = OwnCertificates(state, names or NAMES)
-    renew = partial(_renew_own, server, own, ca_bundle_file)
+    renew = partial(_renew_own, server, OwnCertificates(state, names or NAMES), ca_bundle_file)
     if tls_cert is not None:
         renew = partial(server.use_certificate, tls_cert, tls_key)
-    renew()
+    if tls_secret is not None:
+        named = names or (f"{SERVICE}.{namespace}.svc",)
+        renew = partial(_renew_shared, server, api, namespace, tls_secret, named, configuration, ca_bundle_file)
+    _first_certificate(renew)
     http = serve_http(http_address, lambda: follower.problems, lambda: around.synced) if http_address else None
     try:
         asyncio.run(_serve(server, _follow(follower, around, istio_namespace, injector), renew, linger_s))
@@ -202,9 +225,41 @@ def _injector(api: Api, namespace: str, name: str) -> Mapping[str, Any]:
 
 def _renew_own(server: WebhookServer, own: OwnCertificates, bundle: Path | None) -> None:
     own.renew(datetime.now(UTC))
-    if bundle is not None and (not bundle.exists() or bundle.read_bytes() != own.bundle):
-        write_private_file(bundle, own.bundle)
+    _write_bundle(bundle, own.bundle)
     server.use_certificate(own.serving)
+
+
+def _renew_shared(
+    server: WebhookServer,
+    api: Api,
+    namespace: str,
+    secret: str,
+    names: Sequence[str],
+    configuration: str,
+    bundle: Path | None,
+) -> None:
+    """Serve with the Secret's certificate, and have it believed before."""
+    found = secret_certificates(api, namespace, secret, names, OWNER)
+    _write_bundle(bundle, found.bundle)
+    if not trust_webhook(api, configuration, (namespace, SERVICE), found.bundle):
+        log.warning("webhook.not_configured", configuration=configuration)
+    server.use_pem(found.serving, f"Secret {namespace}/{secret}")
+
+
+def _write_bundle(path: Path | None, bundle: bytes) -> None:
+    if path is not None and (not path.exists() or path.read_bytes() != bundle):
+        write_private_file(path, bundle)
+
+
+def _first_certificate(renew: Callable[[], None]) -> None:
+    """Have a certificate to begin with; where an API server keeps it that is away, once that is back."""
+    while True:
+        try:
+            renew()
+            return
+        except ClusterError as error:
+            log.error("certificate.not_read", reason=str(error))
+            time.sleep(RETRY_S)
 
 
 def _address(listen: str) -> tuple[str, int]:
@@ -220,5 +275,5 @@ async def _look_after(renew: Callable[[], None]) -> None:
         await asyncio.sleep(CERTIFICATE_CHECK_S)
         try:
             await asyncio.to_thread(renew)
-        except (SettingsError, OSError) as error:
+        except (SettingsError, ClusterError, OSError) as error:
             log.error("certificate.not_renewed", reason=str(error))

@@ -215,8 +215,7 @@ class Api:
             RefusedError: the server says no.
             ClusterError: it cannot be reached, or answers something else.
         """
-        path = f"{resource.path(namespace)}/{quote(name, safe='')}"
-        self._answer(path, self._request("PATCH", path, {}, patch))
+        self.patch(f"{resource.path(namespace)}/{quote(name, safe='')}", patch)
 
     def apply(self, resource: Resource, body: Mapping[str, Any], *, dry_run: bool = False) -> None:
         """The object exists and is what ``body`` says; what others say of it stays.
@@ -235,6 +234,10 @@ class Api:
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
         text = json.dumps({**body, "apiVersion": resource.api_version})  # JSON is YAML
         self._answer(path, self._request("PATCH", path, query, text, "application/apply-patch+yaml"))
+
+    def patch(self, path: str, patch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The object at a path with ``patch`` merged into it; see ``merge``."""
+        return self._answer(path, self._request("PATCH", path, {}, patch))
 
     def post(self, path: str, body: Mapping[str, Any], answer_s: float = TIMEOUT_S[1]) -> Mapping[str, Any]:
         """What the server makes of ``body``: the object it creates, or its answer to a review.

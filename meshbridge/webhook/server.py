@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import ssl
 import threading
 import time
@@ -83,6 +84,20 @@ class WebhookServer(ThreadingMixIn, TCPServer):
             raise SettingsError(what, where=f"certificate {chain}", fix="give a PEM chain and its own key") from None
         metrics.EXPIRY.set(expiry.timestamp())
         self._context = context
+
+    def use_pem(self, content: bytes, where: str) -> None:
+        """Serve with the certificate and key in ``content``, which is on no disk, from the next connection on.
+
+        Raises:
+            SettingsError: it is no certificate with its key; what was used before still is.
+        """
+        with os.fdopen(os.memfd_create("certificate"), "wb") as file:  # a context reads files only
+            file.write(content)
+            file.flush()
+            try:
+                self.use_certificate(Path(f"/proc/self/fd/{file.fileno()}"))
+            except SettingsError as error:
+                raise SettingsError(error.what, where=where, fix="remove it to have it made anew") from None
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._room.acquire(blocking=False):

@@ -53,14 +53,12 @@ CHANNEL_OPTIONS: Final = (
 )
 
 
-def read_ca(path: Path | None) -> bytes | None:
-    """The certificates in a file, for ``ControllerClient``; None without a file.
+def read_ca(path: Path) -> bytes:
+    """The certificates in a file, for ``ControllerClient``.
 
     Raises:
         SettingsError: it cannot be read, or holds none.
     """
-    if path is None:
-        return None
     try:
         with path.open("rb") as file:
             found = file.read(MAX_CA_BYTES)
@@ -115,13 +113,17 @@ class ControllerClient:
     it could loosen what it says.
     """
 
-    def __init__(self, target: str, node: str, token: Callable[[], str], ca: bytes | None = None) -> None:
+    def __init__(
+        self, target: str, node: str, token: Callable[[], str], ca: Path | None = None, server_name: str = ""
+    ) -> None:
         """
         Args:
             target: ``unix:PATH`` of the controller, or ``HOST:PORT``.
             node: name of the node, as in its token.
             token: read before every connection, so that a renewed token is used.
-            ca: PEM of whoever may have signed the certificate of ``HOST``.
+            ca: PEM file of whoever may have signed the controller's certificate; read before every connection, so it
+                may come later and change.
+            server_name: What that certificate has to be for; ``HOST`` where nothing is given.
 
         Raises:
             SettingsError: TCP without a CA: whoever answered there would be believed, and be given the token.
@@ -130,7 +132,9 @@ class ControllerClient:
             raise SettingsError(
                 "TCP without a CA", where=f"--controller {target}", fix="use unix:PATH, or give --controller-ca"
             )
-        self._target, self._node, self._token, self._ca = target, node, token, ca
+        self._target, self._node, self._token, self._ca, self._server_name = target, node, token, ca, server_name
+        self._channel: grpc.aio.Channel | None = None
+        self._trusted = b""
         self._versions: dict[str, dict[str, str]] = {type_url: {} for type_url in MESSAGES}
         self._undecodable: set[tuple[str, str]] = set()
         self._partial, self._whole = _Changes(), _Changes()
@@ -173,15 +177,15 @@ class ControllerClient:
     async def _follow(self) -> None:
         backoff_s = BACKOFF_FIRST_S
         quiet = False
-        async with self._channel() as channel:
+        try:
             while True:
                 try:
-                    await self._run_stream(channel)
+                    await self._run_stream(await self._current_channel())
                     reason = "the controller ended the stream"
                 except grpc.aio.AioRpcError as error:
                     reason = f"{error.code().name}: {error.details()}"
                 except (OSError, MeshBridgeError, asyncio.InvalidStateError) as error:
-                    # no token to be had, or the stream ended while it was written to
+                    # no token or CA to be had, or the stream ended while it was written to
                     reason = str(error)
                 if self.connected:
                     backoff_s, quiet = BACKOFF_FIRST_S, False
@@ -190,12 +194,29 @@ class ControllerClient:
                 self.connected, quiet = False, True
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1))
                 backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
+        finally:
+            await self._drop_channel()
 
-    def _channel(self) -> grpc.aio.Channel:
-        if self._ca is None:
+    async def _current_channel(self) -> grpc.aio.Channel:
+        """The channel that believes the CA's file as it is now."""
+        trusted = read_ca(self._ca) if self._ca is not None else b""
+        if self._channel is not None and trusted != self._trusted:
+            await self._drop_channel()
+        if self._channel is None:
+            self._channel, self._trusted = self._new_channel(trusted), trusted
+        return self._channel
+
+    def _new_channel(self, trusted: bytes) -> grpc.aio.Channel:
+        if not trusted:
             return grpc.aio.insecure_channel(self._target, options=CHANNEL_OPTIONS)
-        credentials = grpc.ssl_channel_credentials(self._ca)
-        return grpc.aio.secure_channel(self._target, credentials, options=CHANNEL_OPTIONS)
+        named = (("grpc.ssl_target_name_override", self._server_name),) if self._server_name else ()
+        credentials = grpc.ssl_channel_credentials(trusted)
+        return grpc.aio.secure_channel(self._target, credentials, options=(*CHANNEL_OPTIONS, *named))
+
+    async def _drop_channel(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
 
     async def _run_stream(self, channel: grpc.aio.Channel) -> None:
         """Subscribe, take each response in, and answer it with an ACK or a NACK, until the stream ends."""

@@ -17,6 +17,9 @@ from typing import Protocol
 
 import grpc
 import structlog
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from envoy.service.discovery.v3 import ads_pb2_grpc
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -33,6 +36,9 @@ log = structlog.get_logger()
 STREAMS = Gauge("meshbridge_xds_streams", "Open delta ADS streams.", ["kind"])
 RESPONSES = Counter("meshbridge_xds_responses", "Responses sent.", ["type"])
 NACKS = Counter("meshbridge_xds_nacks", "Responses that clients refused.", ["type"])
+CERTIFICATE_EXPIRY = Gauge(
+    "meshbridge_xds_certificate_expiry_seconds", "When the controller's certificate ends, since the epoch."
+)
 REFUSED_CALLS = Counter("meshbridge_xds_refused_calls", "Streams refused, by reason.", ["reason"])
 
 UNIX = "unix:"
@@ -197,16 +203,42 @@ class _Stream:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """A server certificate chain and its key, PEM."""
+class ServerCertificate:
+    """What a server on TCP presents: a chain and its key, PEM. ``repr`` shows no key."""
 
-    certificate: Path
-    key: Path
+    def __init__(self, chain: bytes, key: bytes, where: str) -> None:
+        """
+        Raises:
+            SettingsError: see ``use``.
+        """
+        self.use(chain, key, where)
+
+    def use(self, chain: bytes, key: bytes, where: str) -> None:
+        """Present this from the next connection on.
+
+        Raises:
+            SettingsError: it is no certificate with its key; what was presented before still is.
+        """
+        try:
+            certificate = x509.load_pem_x509_certificate(chain)
+            fits = load_pem_private_key(key, password=None).public_key() == certificate.public_key()
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            what = f"cannot be used: {type(error).__name__}"
+            raise SettingsError(what, where=where, fix="give a PEM chain and its own key") from None
+        if not fits:
+            raise SettingsError("the key is another certificate's", where=where, fix="give a PEM chain and its own key")
+        CERTIFICATE_EXPIRY.set(certificate.not_valid_after_utc.timestamp())
+        self._configuration = grpc.ssl_server_certificate_configuration([(key, chain)])
+
+    def credentials(self) -> grpc.ServerCredentials:
+        return grpc.dynamic_ssl_server_credentials(self._configuration, lambda: self._configuration)
 
 
 async def start_server(
-    servicer: DeltaServer, listen: str, tls: TlsFiles | None = None, reports: ReportServer | None = None
+    servicer: DeltaServer,
+    listen: str,
+    certificate: ServerCertificate | None = None,
+    reports: ReportServer | None = None,
 ) -> grpc.aio.Server:
     """Serve ADS, what nodes report, and gRPC health on ``unix:PATH``, or on ``HOST:PORT`` with TLS.
 
@@ -225,9 +257,8 @@ async def start_server(
         if path is not None:
             _make_room(path)
             server.add_insecure_port(f"{UNIX}{path}")
-        elif tls is not None:
-            pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
-            server.add_secure_port(listen, grpc.ssl_server_credentials([pair]))
+        elif certificate is not None:
+            server.add_secure_port(listen, certificate.credentials())
         else:
             raise SettingsError(
                 "TCP without TLS", where=f"--listen {listen}", fix="use unix:PATH, or give certificate and key"

@@ -11,7 +11,8 @@ from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from meshbridge.errors import SettingsError
-from meshbridge.webhook.certificates import CA_LIFETIME, OwnCertificates
+from meshbridge.webhook.certificates import OwnCertificates
+from meshbridge.xds.certificates import CA_LIFETIME
 
 START = datetime(2026, 11, 24, tzinfo=UTC)
 NAME = "meshbridge-webhook.meshbridge-system.svc"

@@ -25,7 +25,7 @@ from meshbridge.xds.auth import TokenKey
 from meshbridge.xds.client import ControllerClient, read_ca
 from meshbridge.xds.nodereport import NodeReport
 from meshbridge.xds.reports import ReportServer
-from meshbridge.xds.server import DeltaServer, TlsFiles, start_server
+from meshbridge.xds.server import DeltaServer, ServerCertificate, start_server
 
 
 class Authority:
@@ -38,20 +38,20 @@ class Authority:
         self._root = self._build(self._name, self._key).add_extension(constraints, critical=True)
         self.certificate = _pem(self._root.sign(self._key, hashes.SHA256()))
 
-    def server(self, directory: Path, address: str = "127.0.0.1") -> TlsFiles:
-        """A key and a certificate for an address."""
+    def server(self, name: str = "127.0.0.1") -> ServerCertificate:
+        """A key and a certificate for an address or a host's name."""
+        return ServerCertificate(*self.pair(name), "test")
+
+    def pair(self, host: str) -> tuple[bytes, bytes]:
         key = ec.generate_private_key(ec.SECP256R1())
-        names = x509.SubjectAlternativeName([x509.IPAddress(ip_address(address))])
+        of = x509.IPAddress(ip_address(host)) if host[0].isdigit() else x509.DNSName(host)
+        names = x509.SubjectAlternativeName([of])
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "controller")])
         built = self._build(name, key).add_extension(names, critical=False)
-        files = TlsFiles(directory / "tls.crt", directory / "tls.key")
-        files.certificate.write_bytes(_pem(built.sign(self._key, hashes.SHA256())))
-        files.key.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
+        private = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        return files
+        return _pem(built.sign(self._key, hashes.SHA256())), private
 
     def _build(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
         now = datetime.now(UTC)
@@ -88,10 +88,10 @@ def test_an_agent_follows_and_reports_over_tls(tmp_path: Path) -> None:
         source, sink, ours, address = Source(), Sink(), Authority("ours"), free_address()
         source.put(1, {xds.POLICY: {"a": Policy(name="a")}})
         servers = DeltaServer(TokenKey(KEY), source), ReportServer(TokenKey(KEY), sink)
-        server = await start_server(servers[0], address, ours.server(tmp_path), servers[1])
+        server = await start_server(servers[0], address, ours.server(), servers[1])
         try:
             (tmp_path / "ca").write_bytes(ours.certificate)
-            client = ControllerClient(address, "node-a", token, read_ca(tmp_path / "ca"))
+            client = ControllerClient(address, "node-a", token, tmp_path / "ca")
             client.report(NodeReport({"uid": (TcpPorts(IpFamily.IPV4, 8080, 8080),)}))
             updates = client.updates()
             assert set((await anext(updates)).changed[xds.POLICY]) == {"a"}
@@ -116,10 +116,11 @@ def test_no_token_is_shown_to_whoever_is_not_the_controller(tmp_path: Path, wron
             server.add_insecure_port(address)
             await server.start()
         else:
-            files = signer.server(tmp_path, "192.0.2.1" if wrong == "for another address" else "127.0.0.1")
+            files = signer.server("192.0.2.1" if wrong == "for another address" else "127.0.0.1")
             server = await start_server(DeltaServer(TokenKey(KEY), source), address, files)
         try:
-            client = ControllerClient(address, "node-a", token, ours.certificate)
+            (tmp_path / "ca").write_bytes(ours.certificate)
+            client = ControllerClient(address, "node-a", token, tmp_path / "ca")
             updates = client.updates()
             with suppress(TimeoutError):
                 async with asyncio.timeout(1):
@@ -132,10 +133,82 @@ def test_no_token_is_shown_to_whoever_is_not_the_controller(tmp_path: Path, wron
     run(body)
 
 
+NAME = "meshbridge-controller.meshbridge-system.svc"
+
+
+def test_the_controller_is_known_by_the_services_name_whatever_its_address(tmp_path: Path) -> None:
+    """As in a pod: no DNS, and a CA that is mounted later than the agent starts."""
+
+    async def body() -> None:
+        source, ours, address = Source(), Authority("ours"), free_address()
+        source.put(1, {xds.POLICY: {"a": Policy(name="a")}})
+        server = await start_server(DeltaServer(TokenKey(KEY), source), address, ours.server(NAME))
+        updates = ControllerClient(address, "node-a", token, tmp_path / "ca", NAME).updates()
+        first = asyncio.ensure_future(anext(updates))
+        try:
+            await asyncio.sleep(0.5)
+            assert not source.callers
+            (tmp_path / "ca").write_bytes(ours.certificate)
+            async with asyncio.timeout(20):
+                assert set((await first).changed[xds.POLICY]) == {"a"}
+        finally:
+            first.cancel()
+            await server.stop(0)
+
+    run(body)
+
+
+def test_certificate_and_ca_change_without_a_restart_of_either(tmp_path: Path) -> None:
+    async def body() -> None:
+        source, before, after, address = Source(), Authority("before"), Authority("after"), free_address()
+        source.put(1, {xds.POLICY: {"a": Policy(name="a")}})
+        certificate = before.server(NAME)
+        servicer = DeltaServer(TokenKey(KEY), source)
+        server = await start_server(servicer, address, certificate)
+        (tmp_path / "ca").write_bytes(before.certificate)
+        client = ControllerClient(address, "node-a", token, tmp_path / "ca", NAME)
+        updates = client.updates()
+        try:
+            async with asyncio.timeout(20):
+                await anext(updates)
+                certificate.use(*after.pair(NAME), "test")
+                source.put(2, {xds.POLICY: {"b": Policy(name="b")}})
+                assert (await anext(updates)).revision == 2, "a connection goes on with what it began with"
+                (tmp_path / "ca").write_bytes(after.certificate)
+                servicer.drain()
+                await until(lambda: not client.connected)
+                source.put(3, {xds.POLICY: {"c": Policy(name="c")}})
+                assert (await anext(updates)).revision == 3
+            stranger = ControllerClient(address, "node-a", token, tmp_path / "old", NAME)
+            (tmp_path / "old").write_bytes(before.certificate)
+            old = stranger.updates()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await anext(old)
+            assert not stranger.connected, "new connections get the new certificate only"
+            await old.aclose()
+        finally:
+            await updates.aclose()
+            await server.stop(0)
+
+    run(body)
+
+
+def test_a_certificate_that_cannot_be_used_changes_nothing(tmp_path: Path) -> None:
+    ours = Authority("ours")
+    certificate = ours.server(NAME)
+    chain, _ = ours.pair(NAME)
+    _, key = ours.pair(NAME)
+    with pytest.raises(SettingsError, match="another certificate's"):
+        certificate.use(chain, key, "test")
+    with pytest.raises(SettingsError, match="cannot be used"):
+        certificate.use(b"rubbish", key, "test")
+
+
 def test_plaintext_reaches_nothing(tmp_path: Path) -> None:
     async def body() -> None:
         source, address = Source(), free_address()
-        server = await start_server(DeltaServer(TokenKey(KEY), source), address, Authority("ours").server(tmp_path))
+        server = await start_server(DeltaServer(TokenKey(KEY), source), address, Authority("ours").server())
         try:
             async with grpc.aio.insecure_channel(address) as channel:
                 with pytest.raises(TimeoutError):
