@@ -5,7 +5,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help demo test setup setup-dev check lint types layers unit bpf netns envoy demo-test apiserver conformance bench protos format clean
+.PHONY: help demo test setup setup-dev check lint types layers unit bpf netns envoy demo-test apiserver conformance image bench protos format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ apiserver: setup-dev ## verbs that read a cluster, against a real API server (ro
 conformance: setup-dev ## our verdicts against a real Envoy, istiod, Cilium's engine and others (root; builds them once)
 	@scripts/third-party istio kubernetes $(dir $(wildcard tests/conformance/*/go.mod))
 	$(PYTEST) tests/conformance
+
+image: setup ## the container image, without a registry (root)
+	@scripts/image
 
 bench: setup-dev ## the figures of docs/benchmarks.md, as ratios (root)
 	@$(BIN)/meshbridge bench

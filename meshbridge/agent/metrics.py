@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -107,14 +108,23 @@ def _response(request: bytes, source: MetricsSource) -> bytes:
     path = rest.partition(b" ")[0].partition(b"?")[0]
     if method not in (b"GET", b"HEAD"):
         return _http("405 Method Not Allowed", "")
+    if path == b"/healthz":
+        return _health(source, head=method == b"HEAD")
     if path != b"/metrics":
         return _http("404 Not Found", "")
     return _http("200 OK", exposition(source), head=method == b"HEAD")
 
 
-def _http(status: str, body: str, *, head: bool = False) -> bytes:
+def _health(source: MetricsSource, *, head: bool) -> bytes:
+    """200 once the kernel holds a revision of this process; what an earlier one left there is enforced before that."""
+    status = "200 OK" if source.published.revision else "503 Service Unavailable"
+    body = {"revision": source.published.revision, "connected": source.connected}
+    return _http(status, json.dumps(body), head=head, content_type="application/json")
+
+
+def _http(status: str, body: str, *, head: bool = False, content_type: str = CONTENT_TYPE) -> bytes:
     content = body.encode()
-    headers = f"HTTP/1.1 {status}\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {len(content)}\r\n"
+    headers = f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(content)}\r\n"
     return f"{headers}Connection: close\r\n\r\n".encode() + (b"" if head else content)
 
 

@@ -24,6 +24,8 @@ VERBS = {
     "evaluate": "Answer what policies make of flows, in bulk and with nothing running.",
     "export": "Write the compensation of bypassed ports as policies for Cilium, Calico or the CNI at hand.",
     "explain": "Explain one flow: who lets it pass or not, by which rule, and what came close.",
+    "health": "Ask a component on this machine whether it serves: for probes.",
+    "install": "Install MeshBridge in a cluster, or bring an installed one to this version.",
     "monitor": "Follow the kernel's events: drops with the rule that caused them.",
     "observe": "Show flows and verdicts, like hubble observe.",
     "status": "Show what the node's agent has programmed and what is wrong.",

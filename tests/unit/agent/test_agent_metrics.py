@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from meshbridge.agent.metrics import exposition, serve_metrics
+from meshbridge.agent.metrics import _response, exposition, serve_metrics
 from meshbridge.agent.node import Published
 from meshbridge.errors import SettingsError
 from meshbridge.policy.model import Direction
@@ -57,6 +57,7 @@ def test_figures_are_what_the_sources_say() -> None:
 
 REQUESTS = {
     "metrics": (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 200 OK"),
+    "health, with a revision in the kernel": (b"GET /healthz HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 OK"),
     "another path": (b"GET / HTTP/1.1\r\n\r\n", b"HTTP/1.1 404"),
     "another method": (b"POST /metrics HTTP/1.1\r\n\r\n", b"HTTP/1.1 405"),
     "no http": (b"\x00\xff\r\n\r\n", b"HTTP/1.1 405"),
@@ -82,6 +83,13 @@ def test_requests(request_bytes: bytes, expected: bytes) -> None:
     answer = asyncio.run(body())
     assert answer.startswith(expected)
     assert expected or not answer
+
+
+def test_an_agent_without_a_revision_is_not_healthy_yet() -> None:
+    class Starting(Source):
+        published = Published()
+
+    assert _response(b"GET /healthz HTTP/1.1\r\n\r\n", Starting()).startswith(b"HTTP/1.1 503")
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:9400", "192.0.2.1:1", "localhost:1", "127.0.0.1:x", "127.0.0.1:99999", ""])
