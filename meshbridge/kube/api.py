@@ -217,23 +217,49 @@ class Api:
         """
         self.patch(f"{resource.path(namespace)}/{quote(name, safe='')}", patch)
 
-    def apply(self, resource: Resource, body: Mapping[str, Any], *, dry_run: bool = False) -> None:
+    def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
+        """That very object is gone, or going; another of its name stays.
+
+        Raises:
+            RefusedError: the server says no; with CONFLICT where another has its name.
+            ClusterError: it cannot be reached, or answers something else.
+        """
+        options = {"kind": "DeleteOptions", "apiVersion": "v1", "preconditions": {"uid": uid}}
+        path = f"{resource.path(namespace)}/{quote(name, safe='')}"
+        try:
+            self._answer(path, self._request("DELETE", path, {}, options, "application/json"))
+        except RefusedError as refused:
+            if refused.code != NOT_FOUND:
+                raise
+
+    def apply(
+        self,
+        resource: Resource,
+        body: Mapping[str, Any],
+        *,
+        dry_run: bool = False,
+        force: bool = False,
+        manager: str = FIELD_MANAGER,
+    ) -> Mapping[str, Any]:
         """The object exists and is what ``body`` says; what others say of it stays.
 
         Args:
             dry_run: Only have the server say what it would.
+            force: What ``body`` says is taken over from whoever else said it.
+            manager: Under whose name; what the same one said before and does not say now is taken back.
 
         Raises:
             RefusedError: the server says no; with CONFLICT where somebody else says otherwise.
             ClusterError: it cannot be reached, or answers something else.
 
-        Spec: Kubernetes, "Server-Side Apply", without force.
+        Spec: Kubernetes, "Server-Side Apply".
         """
         metadata = body["metadata"]
         path = f"{resource.path(metadata.get('namespace', ''))}/{quote(metadata['name'], safe='')}"
-        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
+        query = {"fieldManager": manager, "fieldValidation": "Strict"}
+        query |= ({"dryRun": "All"} if dry_run else {}) | ({"force": "true"} if force else {})
         text = json.dumps({**body, "apiVersion": resource.api_version})  # JSON is YAML
-        self._answer(path, self._request("PATCH", path, query, text, "application/apply-patch+yaml"))
+        return self._answer(path, self._request("PATCH", path, query, text, "application/apply-patch+yaml"))
 
     def patch(self, path: str, patch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The object at a path with ``patch`` merged into it; see ``merge``."""

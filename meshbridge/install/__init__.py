@@ -1,0 +1,1 @@
+"""MeshBridge into a cluster, out of it, and what may stand in the way."""
