@@ -5,7 +5,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help demo test setup setup-dev check lint types layers unit bpf netns envoy demo-test apiserver conformance image bench protos format clean
+.PHONY: help demo test setup setup-dev check lint types layers unit bpf netns envoy demo-test apiserver conformance e2e image bench protos format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,11 @@ conformance: setup-dev ## our verdicts against a real Envoy, istiod, Cilium's en
 
 image: setup ## the container image, without a registry (root)
 	@scripts/image
+
+e2e: ## a real Kubernetes of two nodes with a real Istio on this machine (root; builds them once)
+	@scripts/setup e2e
+	@scripts/third-party istio kubernetes coredns
+	$(PYTEST) tests/e2e
 
 bench: setup-dev ## the figures of docs/benchmarks.md, as ratios (root)
 	@$(BIN)/meshbridge bench

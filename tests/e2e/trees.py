@@ -1,0 +1,51 @@
+"""Debian trees, made once by debootstrap: what hosts run on, and what images are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from host import run
+
+CACHE = Path("/var/cache/meshbridge/e2e")
+MIRROR, SUITE = "http://deb.debian.org/debian", "bookworm"
+_BASE = ("ca-certificates", "curl", "iproute2", "iptables", "iputils-ping", "procps", "python3")
+_NODE = (
+    "conntrack", "containerd", "containernetworking-plugins", "ethtool", "ipset", "kmod", "nftables", "runc", "socat",
+    "util-linux",
+)  # fmt: skip
+
+
+def base() -> Path:
+    """What images hold beside their own program."""
+    return _tree("base", _BASE)
+
+
+def node() -> Path:
+    """What hosts run on."""
+    return _tree("node", (*_BASE, *_NODE))
+
+
+def _tree(name: str, packages: tuple[str, ...]) -> Path:
+    key = hashlib.sha256(" ".join((SUITE, *sorted(packages))).encode()).hexdigest()[:12]
+    tree = CACHE / "trees" / f"{name}-{key}"
+    if tree.exists():
+        return tree
+    print(f"e2e: making a Debian tree for {name} (a minute or two)", flush=True)
+    making, packed = tree.with_suffix(".making"), CACHE / "debs"
+    shutil.rmtree(making, ignore_errors=True)
+    for each in (making, packed):
+        each.mkdir(parents=True)
+    try:
+        run(
+            ["debootstrap", "--variant=minbase", f"--cache-dir={packed}", f"--include={','.join(packages)}",
+             SUITE, making, MIRROR],
+            timeout_s=900, where=f"the Debian tree of {name}",
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(packed)
+    for each in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale", "usr/share/man"):
+        shutil.rmtree(making / each, ignore_errors=True)
+    making.rename(tree)
+    return tree
