@@ -86,6 +86,17 @@ def bypasses_outbound(workload: Workload) -> bool:
     return any(state.outbound_bypasses(family, intended=True) for family in families)
 
 
+def bypasses_sidecar(workload: Workload) -> bool:
+    """Whether something reaches the pod's application, or leaves it, past its own sidecar, by its specification."""
+    if bypasses_outbound(workload):
+        return True
+    families = {IpFamily.of(address) for address in workload.addresses}
+    classes = capture_state(workload).inbound(intended=True) if workload.proxy is ProxyClass.SIDECAR else {}
+    return any(
+        r.port_class is PortClass.EXCLUDED for family in families & classes.keys() for r in classes[family].ranges
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Settings:
     """All that spans depend on besides rules that were read; pods of one template share it.

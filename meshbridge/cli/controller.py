@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
+import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -17,12 +19,16 @@ from meshbridge import log as logs
 from meshbridge.cli.certificates import CHECK_S, CONTROLLER_SECRET, Pair, controller_pair, pair_of_files
 from meshbridge.controller.controller import Controller
 from meshbridge.controller.http import serve_http
+from meshbridge.controller.leading import lead
+from meshbridge.controller.policystatus import PolicyStatus
 from meshbridge.controller.tokenreviews import TokenReviews
+from meshbridge.controller.writer import ClusterWriter
 from meshbridge.errors import SettingsError
 from meshbridge.kube.api import Api, ClusterError
 from meshbridge.kube.cluster import ISTIO_NAMESPACE, connect, own_namespace
 from meshbridge.kube.follow import Follower
 from meshbridge.kube.kept import KeptContent
+from meshbridge.kube.lease import Election
 from meshbridge.kube.manifests import Manifests
 from meshbridge.kube.tokenreview import review_token
 from meshbridge.kube.watch import watch
@@ -36,6 +42,7 @@ log = structlog.get_logger()
 
 GRACE_S = 1.0
 RETRY_S = 2.0
+LEASE = "meshbridge-controller"
 
 
 @click.command(name="controller", context_settings={"help_option_names": ["-h", "--help"]})
@@ -95,6 +102,10 @@ RETRY_S = 2.0
 )
 @click.option("--namespace", help="For --kubernetes: where MeshBridge runs. [the pod's own, else meshbridge-system]")
 @click.option(
+    "--read-only", is_flag=True,
+    help="For --kubernetes: write nothing into the cluster, neither status nor Events, reports or fixes.",
+)  # fmt: skip
+@click.option(
     "--metrics", "http_address", metavar="HOST:PORT", help="Serve /metrics, /problems and /healthz on loopback."
 )
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
@@ -112,10 +123,14 @@ def command(
     token_key: Path | None,
     authentication: str | None,
     namespace: str | None,
+    read_only: bool,
     http_address: str | None,
     log_level: str,
 ) -> None:
     """Read policies and workloads, and serve every node and every sidecar what concerns it, until SIGTERM.
+
+    With --kubernetes, one of several controllers, by the Lease meshbridge-controller, also writes into the cluster what
+    it finds: conditions of BypassPolicies.
 
     \b
     Examples:
@@ -143,12 +158,15 @@ def command(
     server, reports = DeltaServer(authenticator, controller), ReportServer(authenticator, controller)
     http = serve_http(http_address, lambda: controller.problems, lambda: controller.synced) if http_address else None
     source: Manifests | Follower
+    election = None
     if api is not None:
         source = Follower(api, istio_namespace)
+        if not read_only:
+            election = Election(api, namespace or own_namespace(), LEASE, _identity())
     else:
         source = Manifests(directories, KeptContent(state / "last-readable"))
     try:
-        asyncio.run(_serve(controller, server, reports, source, listen, pair))
+        asyncio.run(_serve(controller, server, reports, source, listen, pair, election))
     finally:
         if http is not None:
             http.shutdown()
@@ -178,6 +196,7 @@ async def _serve(
     source: Manifests | Follower,
     listen: str,
     pair: Callable[[], Pair] | None,
+    election: Election | None,
 ) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -193,6 +212,9 @@ async def _serve(
             tasks.create_task(controller.maintain_sidecars(), name="maintain-sidecars")
             if pair is not None and certificate is not None:
                 tasks.create_task(_renew(certificate, pair), name="renew-certificate")
+            if election is not None:
+                report = partial(controller.report_write_problems, "lease")
+                tasks.create_task(lead(election, _writer(controller, election), report), name="lead")
             tasks.create_task(_raise_when(stop), name="wait-for-signal")
     except* _Stopped:
         log.info("controller.draining")
@@ -221,6 +243,22 @@ async def _renew(certificate: ServerCertificate, pair: Callable[[], Pair]) -> No
             certificate.use(*await asyncio.to_thread(pair))
         except (SettingsError, ClusterError) as error:
             log.error("certificate.not_renewed", reason=str(error))
+
+
+def _writer(controller: Controller, election: Election) -> ClusterWriter:
+    api = election.api
+    return ClusterWriter(
+        controller.picture,
+        controller.picture_stale,
+        lambda: [PolicyStatus(api)],
+        lambda: election.held_for_s,
+        partial(controller.report_write_problems, "objects"),
+    )
+
+
+def _identity() -> str:
+    """This process's alone: one that is started anew under the same name waits for the lease like any other."""
+    return f"{socket.gethostname()}_{uuid.uuid4()}"
 
 
 async def _follow(controller: Controller, source: Manifests | Follower) -> None:

@@ -129,6 +129,11 @@ class Cluster:
                     yield Problem(ProblemReason.CONFLICT, text)
 
     @property
+    def problems_of_objects(self) -> Mapping[Key, tuple[Problem, ...]]:
+        """Those of its problems that one object's author has to mend."""
+        return self._problems
+
+    @property
     def workloads(self) -> Iterable[Workload]:
         """Every pod, with the labels of its namespace."""
         return self._pods.values()

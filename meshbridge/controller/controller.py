@@ -16,6 +16,7 @@ from meshbridge.controller.addresses import Distinctions
 from meshbridge.controller.cluster import Cluster, Touched, extra_addresses
 from meshbridge.controller.meshconfig import NAMESPACE, MeshConfigError, read_mesh_config
 from meshbridge.controller.messages import endpoint_message, mesh_message, problem_message, problem_name, resource
+from meshbridge.controller.picture import Picture
 from meshbridge.identity.model import Workload
 from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import Problem, ProblemReason
@@ -93,6 +94,8 @@ class Controller:
         self.cluster = Cluster()
         self.sidecars_stale = asyncio.Event()
         self.node_reports: dict[str, NodeReport] = {}
+        self._write_problems: dict[str, frozenset[Problem]] = {}
+        self.picture_stale = asyncio.Event()
         self._secrets, self._now = secrets, now
         self._documents: dict[Key, tuple[Document, ...]] = {}
         self._mesh_problems: tuple[Problem, ...] = ()
@@ -150,14 +153,42 @@ class Controller:
         self._destinations_stale |= touched is None or touched.destinations
         if touched is None or touched.sidecars or first:
             self.sidecars_stale.set()
+        self.picture_stale.set()
 
     def report(self, node: str, report: NodeReport) -> None:
         """All that a node says of its own pods from now on; nodes that compensate towards them are told."""
         before = self.node_reports.pop(node, NO_REPORT)
         if report != NO_REPORT:
             self.node_reports[node] = report
+        if report != before:
+            self.picture_stale.set()
         self.cluster.report(node, report.exclusions)
         if self._synced and report.exclusions != before.exclusions:
+            for client in self._refreshed_nodes():
+                self._assemble(client, {})
+
+    def picture(self) -> Picture | None:
+        """All there is to say about the cluster's objects, for another thread to look at; None: not known yet."""
+        cluster = self.cluster
+        if not self._synced:
+            return None
+        return Picture(
+            dict(self._documents),
+            dict(cluster.problems_of_objects),
+            tuple(item.bypass for item in cluster.policies.values() if item.bypass is not None),
+            tuple(cluster.workloads),
+            dict(self.node_reports),
+        )
+
+    def report_write_problems(self, whose: str, problems: frozenset[Problem]) -> None:
+        """What keeps this replica from writing into the cluster; named among the problems until it is mended.
+
+        Args:
+            whose: the part of it that says so; each speaks for itself.
+        """
+        if problems != self._write_problems.get(whose, frozenset()):
+            self._write_problems[whose] = problems
+            self._report_problems()
             for client in self._refreshed_nodes():
                 self._assemble(client, {})
 
@@ -222,7 +253,8 @@ class Controller:
 
     def _report_problems(self) -> None:
         """Log every problem once when it comes and once when it goes, and keep them for the nodes."""
-        problems = self._read_problems.union(self.cluster.problems, self._mesh_problems)
+        unwritable = self._write_problems.values()
+        problems = self._read_problems.union(self.cluster.problems, self._mesh_problems, *unwritable)
         if problems == self._problems:
             return
         for problem in sorted(problems - self._problems):

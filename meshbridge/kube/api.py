@@ -1,4 +1,4 @@
-"""What is asked of an API server: which kinds it has, lists page by page, watches, and a change of one object."""
+"""What is asked of an API server: which kinds it has, lists page by page, watches, and changes of one object."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ PAGE: Final = 500
 MAX_PAGE_BYTES: Final = 1 << 30  # 500 objects of the API server's own 1.5 MiB, and some room
 MAX_EVENT_BYTES: Final = 1 << 24
 TIMEOUT_S: Final = (5.0, 60.0)  # to connect, and between two pieces of an answer
+WRITE_S: Final = 5
+"""After this the server gives up a write, so that it is not done long after it was decided."""
+_WRITE_TIMEOUT_S: Final = (2.0, WRITE_S + 2.0)
 
 _Request = tuple[str, str, dict[str, str], str | None, list[str]]
 """Method, address, headers, body and form fields."""
 
-OK, CREATED, UNAUTHORIZED, FORBIDDEN, NOT_FOUND, CONFLICT, GONE = 200, 201, 401, 403, 404, 409, 410
+OK, CREATED, ACCEPTED, UNAUTHORIZED, FORBIDDEN, NOT_FOUND, CONFLICT, GONE = 200, 201, 202, 401, 403, 404, 409, 410
 FIELD_MANAGER: Final = "meshbridge"
 
 
@@ -215,7 +218,43 @@ class Api:
             RefusedError: the server says no.
             ClusterError: it cannot be reached, or answers something else.
         """
-        self.patch(f"{resource.path(namespace)}/{quote(name, safe='')}", patch)
+        self.patch(_path(resource, namespace, name), patch)
+
+    def read(self, resource: Resource, namespace: str, name: str) -> Mapping[str, Any] | None:
+        """An object as it is now, None where there is none.
+
+        Raises:
+            RefusedError: the server says no.
+            ClusterError: it cannot be reached, or answers something else.
+        """
+        path = _path(resource, namespace, name)
+        try:
+            return self._answer(path, self._request("GET", path, {}), _WRITE_TIMEOUT_S)
+        except RefusedError as refused:
+            if refused.code == NOT_FOUND:
+                return None
+            raise
+
+    def create(self, resource: Resource, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A new object, as the server has it.
+
+        Raises:
+            RefusedError: the server says no; with CONFLICT where there is one already.
+            ClusterError: it cannot be reached, or answers something else.
+        """
+        path = resource.path(body["metadata"].get("namespace", ""))
+        return self._write("POST", path, {}, {**body, "apiVersion": resource.api_version}, "application/json")
+
+    def replace(self, resource: Resource, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The object is what ``body`` says, as the server has it; with ``metadata.resourceVersion`` only that version.
+
+        Raises:
+            RefusedError: the server says no; with CONFLICT where it is another version.
+            ClusterError: it cannot be reached, or answers something else.
+        """
+        metadata = body["metadata"]
+        path = _path(resource, metadata.get("namespace", ""), metadata["name"])
+        return self._write("PUT", path, {}, {**body, "apiVersion": resource.api_version}, "application/json")
 
     def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> None:
         """That very object is gone, or going; another of its name stays.
@@ -225,9 +264,8 @@ class Api:
             ClusterError: it cannot be reached, or answers something else.
         """
         options = {"kind": "DeleteOptions", "apiVersion": "v1", "preconditions": {"uid": uid}}
-        path = f"{resource.path(namespace)}/{quote(name, safe='')}"
         try:
-            self._answer(path, self._request("DELETE", path, {}, options, "application/json"))
+            self._write("DELETE", _path(resource, namespace, name), {}, options, "application/json")
         except RefusedError as refused:
             if refused.code != NOT_FOUND:
                 raise
@@ -238,6 +276,7 @@ class Api:
         body: Mapping[str, Any],
         *,
         dry_run: bool = False,
+        status: bool = False,
         force: bool = False,
         manager: str = FIELD_MANAGER,
     ) -> Mapping[str, Any]:
@@ -245,6 +284,7 @@ class Api:
 
         Args:
             dry_run: Only have the server say what it would.
+            status: Write its status alone; an object that is not there is not made.
             force: What ``body`` says is taken over from whoever else said it.
             manager: Under whose name; what the same one said before and does not say now is taken back.
 
@@ -255,15 +295,15 @@ class Api:
         Spec: Kubernetes, "Server-Side Apply".
         """
         metadata = body["metadata"]
-        path = f"{resource.path(metadata.get('namespace', ''))}/{quote(metadata['name'], safe='')}"
+        path = _path(resource, metadata.get("namespace", ""), metadata["name"]) + ("/status" if status else "")
         query = {"fieldManager": manager, "fieldValidation": "Strict"}
         query |= ({"dryRun": "All"} if dry_run else {}) | ({"force": "true"} if force else {})
         text = json.dumps({**body, "apiVersion": resource.api_version})  # JSON is YAML
-        return self._answer(path, self._request("PATCH", path, query, text, "application/apply-patch+yaml"))
+        return self._write("PATCH", path, query, text, "application/apply-patch+yaml")
 
     def patch(self, path: str, patch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The object at a path with ``patch`` merged into it; see ``merge``."""
-        return self._answer(path, self._request("PATCH", path, {}, patch))
+        return self._write("PATCH", path, {}, patch, "application/merge-patch+json")
 
     def post(self, path: str, body: Mapping[str, Any], answer_s: float = TIMEOUT_S[1]) -> Mapping[str, Any]:
         """What the server makes of ``body``: the object it creates, or its answer to a review.
@@ -278,18 +318,24 @@ class Api:
         request = self._request("POST", path, {}, body, "application/json")
         return self._answer(path, request, (TIMEOUT_S[0], answer_s))
 
-    def _answer(self, path: str, request: _Request, timeout_s: tuple[float, float] = TIMEOUT_S) -> Mapping[str, Any]:
+    def _write(
+        self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | str, content_type: str
+    ) -> Mapping[str, Any]:
+        bounded = {**query, "timeout": f"{WRITE_S}s"}
+        return self._answer(path, self._request(method, path, bounded, body, content_type), _WRITE_TIMEOUT_S)
+
+    def _answer(self, path: str, request: _Request, timeout_s: tuple[float, float] | None = None) -> Mapping[str, Any]:
         from urllib3.exceptions import HTTPError
 
         try:
-            response = self._open(request, timeout_s)
+            response = self._open(request, timeout_s or TIMEOUT_S)
             content = response.read(MAX_PAGE_BYTES + 1, decode_content=True)
             response.release_conn()
         except (HTTPError, OSError) as error:
             raise self._unreachable(error) from error
         if len(content) > MAX_PAGE_BYTES:
             raise ClusterError(f"an answer of more than {MAX_PAGE_BYTES} bytes to {path}", where=self.where)
-        if response.status not in (OK, CREATED):
+        if response.status not in (OK, CREATED, ACCEPTED):
             raise RefusedError(response.status, _message(content))
         try:
             answer = json.loads(content)
@@ -325,7 +371,7 @@ class Api:
         path: str,
         query: Mapping[str, str],
         body: Mapping[str, Any] | str | None = None,
-        content_type: str = "application/merge-patch+json",
+        content_type: str = "",
     ) -> _Request:
         headers = {"Accept": "application/json"} | ({"Content-Type": content_type} if body else {})
         return self._client.param_serialize(
@@ -350,6 +396,10 @@ class Api:
         if refused.code == UNAUTHORIZED:
             what, fix = "does not accept the credentials", "log in again, or choose another --context"
         return ClusterError(what, where=self.where, fix=fix)
+
+
+def _path(resource: Resource, namespace: str, name: str) -> str:
+    return f"{resource.path(namespace)}/{quote(name, safe='')}"
 
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:

@@ -21,8 +21,15 @@ from meshbridge.kube.cluster import connect
 
 REPO = Path(__file__).parent.parent.parent
 ADMIN, NOBODY, READER = "admin", "nobody", "reader"
+REPLICAS = ("replica-a", "replica-b")
+"""Users who may do what a test gives them, as two replicas of one program."""
 ETCD = Path("/var/cache/meshbridge/etcd/current/usr/bin/etcd")
 STARTED_S = 90
+
+_AUDITED = {
+    "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"],
+    "rules": [{"level": "Metadata", "verbs": ["create", "update", "patch", "delete"]}],
+}  # fmt: skip
 
 CRDS = {
     "cilium.io/v2": {"CiliumNetworkPolicy": True, "CiliumClusterwideNetworkPolicy": False},
@@ -66,6 +73,11 @@ class ApiServer:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+
+    def writes(self) -> list[dict[str, Any]]:
+        """Every write it has answered, with who made it and when, in its own words."""
+        path = self.directory / "audit.log"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def create(self, *objects: dict[str, Any]) -> None:
         for each in objects:
@@ -154,8 +166,12 @@ def running_api_server(directory: Path, kinds_of: Mapping[str, Mapping[str, bool
     etcd_url, peer_url = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
     port = free_port()
     tokens = directory / "tokens.csv"
-    tokens.write_text(f'{ADMIN},{ADMIN},1,"system:masters"\n{NOBODY},{NOBODY},2\n{READER},{READER},3\n')
+    users = (NOBODY, READER, *REPLICAS)
+    lines = [f'{ADMIN},{ADMIN},1,"system:masters"', *(f"{user},{user},{n}" for n, user in enumerate(users, 2))]
+    tokens.write_text("\n".join(lines) + "\n")
     tokens.chmod(0o600)
+    audited = directory / "audit-policy.json"
+    audited.write_text(json.dumps(_AUDITED))
     key = directory / "sa.key"
     subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
     commands = {
@@ -170,6 +186,7 @@ def running_api_server(directory: Path, kinds_of: Mapping[str, Mapping[str, bool
             f"--cert-dir={directory / 'certs'}", f"--token-auth-file={tokens}", "--authorization-mode=RBAC",
             "--service-cluster-ip-range=10.96.0.0/16", "--disable-admission-plugins=ServiceAccount",
             "--allow-privileged=true",
+            f"--audit-policy-file={audited}", f"--audit-log-path={directory / 'audit.log'}",
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-account-key-file={key}", f"--service-account-signing-key-file={key}",
         ],

@@ -30,6 +30,9 @@ def server(api_server: ApiServer) -> Iterator[ApiServer]:
         wait_for(lambda plural=plural: api_server.call("GET", f"{GROUP}/{plural}")[0] == 200, f"{plural} are served")
     yield api_server
     api_server.delete(*definitions)
+    for definition in definitions:
+        plural = definition["spec"]["names"]["plural"]
+        wait_for(lambda plural=plural: api_server.call("GET", f"{GROUP}/{plural}")[0] == 404, f"{plural} are gone")
 
 
 def policy(spec: Any, name: str, kind: str = "BypassPolicy") -> dict[str, Any]:

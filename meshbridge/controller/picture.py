@@ -1,0 +1,54 @@
+"""The cluster at one moment, as another thread than the one that keeps it may look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from meshbridge.bypass.bypasspolicy import BypassPolicy
+from meshbridge.bypass.capture import bypasses_sidecar
+from meshbridge.controller.cluster import TERMINAL_PHASES
+from meshbridge.identity.model import Peer, Workload
+from meshbridge.kube.manifests import Key
+from meshbridge.kube.problems import Problem
+from meshbridge.policy.model import Document
+from meshbridge.xds.nodereport import NodeReport
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``problems`` are those of single objects; ``reports`` what nodes say of their own pods, by node."""
+
+    documents: Mapping[Key, tuple[Document, ...]]
+    problems: Mapping[Key, tuple[Problem, ...]]
+    policies: tuple[BypassPolicy, ...]
+    workloads: tuple[Workload, ...]
+    reports: Mapping[str, NodeReport]
+
+    def selected(self, policy: BypassPolicy) -> list[Workload]:
+        """The pods a BypassPolicy selects on whose interfaces a node enforces."""
+        return [pod for peer, pods in self._alike if policy.subject.matches(peer) for pod in pods]
+
+    @cached_property
+    def enforced(self) -> tuple[Workload, ...]:
+        """The pods with interfaces of their own that carry their addresses, on some node."""
+        return tuple(
+            pod
+            for pod in self.workloads
+            if pod.node and pod.addresses and not pod.host_network and pod.phase not in TERMINAL_PHASES
+        )
+
+    @cached_property
+    def bypassing(self) -> frozenset[str]:
+        """Those among them whose specifications let something pass by their sidecars, by UID."""
+        return frozenset(pod.uid for pod in self.enforced if bypasses_sidecar(pod))
+
+    @cached_property
+    def _alike(self) -> Iterable[tuple[Peer, list[Workload]]]:
+        """Pods that a selector cannot tell apart, together: there are few kinds of pods and many of each."""
+        found: dict[tuple[object, ...], list[Workload]] = {}
+        for pod in self.enforced:
+            labels = (frozenset(pod.labels.items()), frozenset(pod.namespace_labels.items()))
+            found.setdefault((pod.namespace, *labels, pod.service_account, pod.proxy), []).append(pod)
+        return [(pods[0].peer(), pods) for pods in found.values()]
