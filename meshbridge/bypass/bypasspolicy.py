@@ -240,7 +240,8 @@ def parse_bypass_policy(document: Document) -> BypassPolicy:
         if document.fault:
             raise Invalid("", document.fault, "keep one definition")
         policy = _policy(document)
-    except Invalid as error:
+    except Exception as raised:
+        error = Invalid.of(raised)
         refusal = Refusal(document, error.reason, error.path, error.fix)
         subject = _reach(document)
         policy = BypassPolicy(refusal.origin, subject, routes=(), otherwise=Otherwise.DENY, refusal=refusal)
@@ -294,7 +295,7 @@ def _reach(document: Document) -> Selector:
     spec = {name: Reader(fields[name], f"spec.{name}") for name in ("selector", "namespaceSelector") if name in fields}
     try:
         return Selector.of(_subject(spec, document))
-    except Invalid:
+    except Exception:
         return Selector.of(_subject({}, document))
 
 

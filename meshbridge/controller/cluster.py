@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import Final
 
+import structlog
+
 from meshbridge.bypass.bypasspolicy import KINDS as BYPASS_KINDS
 from meshbridge.bypass.capture import bypasses_outbound
 from meshbridge.controller.addresses import CONTESTED, AddressBook, Holder
@@ -30,6 +32,8 @@ from meshbridge.policy.priorities import equal_priorities
 from meshbridge.policy.references import Resolver
 from meshbridge.policy.selectors import ServiceReference
 from meshbridge.xds.exclusions import Exclusions
+
+log = structlog.get_logger()
 
 TERMINAL_PHASES: Final = frozenset({"Succeeded", "Failed"})
 EXTRA_ADDRESSES: Final = "meshbridge.io/extra-addresses"
@@ -218,7 +222,16 @@ class Cluster:
         """Take in what changed: for each object its definitions now, none when it is gone."""
         touched = Touched()
         for key in sorted(changes, key=_in_order):
-            self._put(key, changes[key], touched)
+            try:
+                self._put(key, changes[key], touched)
+            except Exception as error:  # one object that trips us may not keep all others from nodes, again and again
+                log.exception("object.not_taken_in", kind=key[1], namespace=key[2], name=key[3])
+                text = (
+                    f"{key[1]} {f'{key[2]}/' if key[2] else ''}{key[3]}: cannot be taken in "
+                    f"({type(error).__name__}: {str(error)[:200]}), so what was known of it before stays in force; "
+                    "that is a defect of MeshBridge: report it with the object"
+                )
+                self._problems[key] = (Problem(ProblemReason.REFUSED, text),)
         self._find_contested()
         self.service_book.refresh(self._backends_in)
         return touched

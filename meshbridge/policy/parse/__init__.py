@@ -14,8 +14,9 @@ from meshbridge.policy.parse.ciliumnetworkpolicy import CLUSTERWIDE, parse_ciliu
 from meshbridge.policy.parse.cluster import Namespace, Node, Service, ServiceAccount, ServicePort
 from meshbridge.policy.parse.clusternetworkpolicy import CLUSTER_POLICY_KINDS, parse_cluster_network_policy
 from meshbridge.policy.parse.networkpolicy import parse_network_policy
-from meshbridge.policy.parse.parsed import Parsed, refused_by_source
+from meshbridge.policy.parse.parsed import Parsed, refused_by_source, refused_unread
 from meshbridge.policy.parse.peerauthentication import parse_peer_authentication
+from meshbridge.policy.parse.reader import Invalid
 from meshbridge.policy.parse.registry import REGISTRY_KINDS, parse_registry_object
 from meshbridge.policy.parse.requestauthentication import parse_request_authentication
 from meshbridge.policy.parse.workloads import TEMPLATE_KINDS, parse_cluster_object
@@ -49,6 +50,13 @@ def parse(document: Document) -> Parsed:
 
     An object of a kind that is not read yields a notice when its API group is one of policies, else nothing.
     """
+    try:
+        return _parse(document)
+    except Exception as error:
+        return refused_unread(document, Invalid.of(error))
+
+
+def _parse(document: Document) -> Parsed:
     group = document.api_version.rpartition("/")[0]
     parser = POLICY_KINDS.get((group, document.kind))
     if parser is not None:

@@ -106,7 +106,8 @@ def parse_authorization_policy(document: Document) -> Parsed:
             Reader(None, "spec.rules").refuse(f"{action} without rules never matches", "write a rule")
         notices: list[Notice] = []
         rules = tuple(filter(None, [_rule(item, document, action, notices) for item in written]))
-    except Invalid as error:
+    except Exception as raised:
+        error = Invalid.of(raised)
         return refused_mesh(document, error, _reach(document, selector), may_deny=not _only_allows(document))
     policy = AuthorizationPolicy(
         document.namespace,

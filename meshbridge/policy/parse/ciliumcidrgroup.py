@@ -20,7 +20,8 @@ def parse_cilium_cidr_group(document: Document) -> Parsed:
         if document.fault:
             raise Invalid("", document.fault, "keep one definition")
         return Parsed(document, objects=(_group(document),))
-    except Invalid as error:
+    except Exception as raised:
+        error = Invalid.of(raised)
         refusal = Refusal(document, error.reason, error.path, error.fix, Layer.NETWORK, (), frozenset())
         return Parsed(document, objects=(CidrGroup(document.name, networks=None),), refusals=(refusal,))
 

@@ -22,7 +22,8 @@ def parse_cilium_config(document: Document) -> Parsed:
         if document.fault:
             raise Invalid("", document.fault, "keep one definition")
         settings = _settings(document)
-    except Invalid as error:
+    except Exception as raised:
+        error = Invalid.of(raised)
         refusal = Refusal(document, error.reason, error.path, error.fix, Layer.NETWORK, (), frozenset())
         return Parsed(document, refusals=(refusal,), cilium=CiliumSettings())
     notices: tuple[Notice, ...] = ()

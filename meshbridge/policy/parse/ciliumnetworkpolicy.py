@@ -61,7 +61,8 @@ def parse_cilium_network_policy(document: Document) -> Parsed:
         rules: list[NetworkRule] = []
         for spec in _specs(document):
             rules += _rules_of_spec(spec, scope, notices)
-    except Invalid as error:
+    except Exception as raised:
+        error = Invalid.of(raised)
         return refused_network(document, error, _reaches(document, scope))
     return Parsed(document, network=tuple(rules), notices=tuple(notices))
 

@@ -89,7 +89,8 @@ def parse_cluster_network_policy(document: Document) -> Parsed:
     notices: list[Notice] = []
     try:
         rules = _rules(document, notices)
-    except Invalid as error:
+    except Exception as raised:
+        error = Invalid.of(raised)
         return refused_network(document, error, [_reach(document)])
     return Parsed(document, network=tuple(rules), notices=tuple(notices))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from meshbridge.identity.model import Workload
 from meshbridge.policy.cilium import CiliumSettings
@@ -24,10 +25,20 @@ from meshbridge.policy.model import (
 from meshbridge.policy.parse.cluster import CidrGroup, EndpointSlice, Namespace, Node, Service, ServiceAccount
 from meshbridge.policy.parse.reader import Invalid
 from meshbridge.policy.registry import RegistryObject
-from meshbridge.policy.selectors import Selector
+from meshbridge.policy.selectors import IS_POD, Selector, in_namespace
 
 _BEFORE_ALL = -1
 """A priority that no object has."""
+
+_MAY_DENY: Final = {
+    "NetworkPolicy": (Tier.NORMAL, False),
+    "CiliumNetworkPolicy": (Tier.NORMAL, True),
+    "CiliumClusterwideNetworkPolicy": (Tier.NORMAL, True),
+    "ClusterNetworkPolicy": (Tier.ADMIN, True),
+    "AdminNetworkPolicy": (Tier.ADMIN, True),
+    "BaselineAdminNetworkPolicy": (Tier.BASELINE, True),
+}
+"""Kinds of network policies: their tier, and whether they can deny what others allow."""
 
 ClusterObject = Workload | Namespace | Node | Service | ServiceAccount | EndpointSlice | CidrGroup
 
@@ -132,6 +143,19 @@ def refused_by_source(parsed: Parsed) -> Parsed:
     selectors += [policy.selector for policy in parsed.request_authentication if not policy.targets]
     selectors += [policy.selector or Selector() for policy in parsed.peer_authentication]
     refusal = Refusal(document, error.reason, error.path, error.fix, Layer.MESH, tuple(selectors))
+    return Parsed(document, refusals=(refusal,))
+
+
+def refused_unread(document: Document, error: Invalid) -> Parsed:
+    """An object of which not even the reach can be told concerns every pod that it could: of its namespace, or all."""
+    both = frozenset(Direction)
+    if document.kind in _MAY_DENY:
+        everybody = Selector.of([in_namespace(document.namespace)] if document.namespace else [IS_POD])
+        tier, denies = _MAY_DENY[document.kind]
+        return refused_network(document, error, [Reach(everybody, both, both if denies else frozenset(), tier)])
+    if document.api_version.startswith("security.istio.io/"):
+        return refused_mesh(document, error, Selector())
+    refusal = Refusal(document, error.reason, error.path, error.fix, Layer.NETWORK, (), frozenset())
     return Parsed(document, refusals=(refusal,))
 
 

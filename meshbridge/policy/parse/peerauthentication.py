@@ -27,7 +27,8 @@ def parse_peer_authentication(document: Document) -> Parsed:
             if selector is None:
                 spec["portLevelMtls"].refuse("needs a selector", "write selector.matchLabels")
             ports = _port_modes(spec["portLevelMtls"])
-    except Invalid as error:
+    except Exception as raised:
+        error = Invalid.of(raised)
         return refused_mesh(document, error, selector or Selector())
     created = _created(document)
     policy = PeerAuthentication(

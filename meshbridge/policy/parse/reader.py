@@ -23,6 +23,15 @@ class Invalid(MeshBridgeError):
         super().__init__(reason, where=path, fix=fix)
         self.path, self.reason = path, reason
 
+    @classmethod
+    def of(cls, error: Exception) -> Invalid:
+        """What refuses an object that trips its parser as well: it may not keep policy from all others."""
+        if isinstance(error, Invalid):
+            return error
+        text = " ".join(str(error).split())[:_LONGEST_STEP]
+        fix = "that is a defect of MeshBridge: report it with the object, and write it differently until it is mended"
+        return cls("", f"cannot be read: {type(error).__name__}{f': {text}' if text else ''}", fix)
+
 
 def shown(value: object) -> str:
     """A value as an error quotes it: short, and never with control characters."""

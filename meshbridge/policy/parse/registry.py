@@ -39,7 +39,8 @@ def parse_registry_object(document: Document) -> Parsed:
         if not isinstance(spec.value, dict):
             spec.refuse(f"expected a mapping, found {shown(spec.value)}", "see the kind's reference")
         return Parsed(document, registry=(_KINDS[document.kind](document, spec),))
-    except Invalid as error:
+    except Exception as raised:
+        error = Invalid.of(raised)
         refusal = Refusal(document, error.reason, error.path, error.fix, Layer.MESH, (), frozenset())
         return Parsed(document, refusals=(refusal,))
 

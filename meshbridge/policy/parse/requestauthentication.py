@@ -38,7 +38,8 @@ def parse_request_authentication(document: Document) -> Parsed:
         if "selector" in spec:
             selector = Selector.of(match_labels_only(spec["selector"]))
         rules = tuple(_rule(item, document) for item in spec["jwtRules"].items()) if "jwtRules" in spec else ()
-    except Invalid as error:
+    except Exception as raised:
+        error = Invalid.of(raised)
         return refused_mesh(document, error, selector)
     origin = origin_of(document, "")
     policy = RequestAuthentication(document.namespace, document.name, rules, origin, selector, targets)

@@ -40,7 +40,8 @@ def parse_cluster_object(document: Document) -> Parsed:
     """
     try:
         return Parsed(document, objects=(_read(document),))
-    except Invalid as error:
+    except Exception as raised:
+        error = Invalid.of(raised)
         refusal = Refusal(document, error.reason, error.path, error.fix, Layer.NETWORK, (), frozenset())
         return Parsed(document, refusals=(refusal,))
 
