@@ -25,6 +25,7 @@ from meshbridge.kube.api import FORBIDDEN, GONE, NOT_FOUND, Api, RefusedError, R
 from meshbridge.kube.manifests import Changes, Key
 from meshbridge.kube.objects import MESH_CONFIG, POLICY_KINDS, STATE_KINDS
 from meshbridge.kube.problems import Problem, ProblemReason
+from meshbridge.policy.cilium import CONFIG_NAME, CONFIG_NAMESPACE
 from meshbridge.policy.model import Document
 
 log = structlog.get_logger()
@@ -46,15 +47,17 @@ class Follower:
         self, api: Api, istio_namespace: str, kinds: Set[tuple[str, str]] = POLICY_KINDS | STATE_KINDS
     ) -> None:
         self._api = api
+        configs = [(istio_namespace, MESH_CONFIG), (CONFIG_NAMESPACE, CONFIG_NAME)]
         self._kinds = [
-            _Kind(group, kind, istio_namespace if (group, kind) == ("", "ConfigMap") else "")
+            _Kind(group, kind, namespace, name)
             for group, kind in sorted(kinds)
             if group not in _OF_TEMPLATES
+            for namespace, name in (configs if (group, kind) == ("", "ConfigMap") else [("", "")])
         ]
         self.documents: dict[Key, tuple[Document, ...]] = {}
         self._lock = threading.Lock()
         self._pending: dict[Key, tuple[Document, ...]] = {}
-        self._problems: dict[tuple[str, str], Problem] = {}
+        self._problems: dict[tuple[str, str, str], Problem] = {}
         self._stop = threading.Event()
         self._news: Callable[[], None] = lambda: None
 
@@ -220,21 +223,19 @@ class _Absent(Exception):
 class _Kind:
     group: str
     kind: str
-    namespace: str
+    namespace: str = ""
+    name: str = ""
+    """The only object that is read of the kind; empty: all."""
     keys: set[Key] = field(default_factory=set)
     synced: bool = False
 
     @property
-    def key(self) -> tuple[str, str]:
-        return self.group, self.kind
-
-    @property
-    def name(self) -> str:
-        """The only object that is read of the kind; empty: all."""
-        return MESH_CONFIG if self.kind == "ConfigMap" else ""
+    def key(self) -> tuple[str, str, str]:
+        return self.group, self.kind, self.name
 
     def __str__(self) -> str:
-        return f"{self.kind}.{self.group}" if self.group else self.kind
+        kind = f"{self.kind}.{self.group}" if self.group else self.kind
+        return f"{kind} {self.namespace}/{self.name}" if self.name else kind
 
 
 def _in_a_row(before: int, began: float) -> int:

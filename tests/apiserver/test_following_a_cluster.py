@@ -15,6 +15,10 @@ STRICT = {
     "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
     "metadata": {"name": "followed", "namespace": "default"}, "spec": {"mtls": {"mode": "STRICT"}},
 }  # fmt: skip
+CILIUM: dict[str, Any] = {
+    "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "cilium-config", "namespace": "kube-system"},
+    "data": {"enable-policy": "always"},
+}  # fmt: skip
 DENY = {"podSelector": {}, "policyTypes": ["Ingress"]}
 
 
@@ -48,6 +52,12 @@ def test_what_happens_in_a_cluster_is_followed(api_server: ApiServer) -> None:
         await until(lambda: specs()["deny"]["policyTypes"] == ["Ingress", "Egress"])
         api_server.delete(policy("deny", DENY))
         await until(lambda: "deny" not in specs())
+        cilium = ("", "ConfigMap", "kube-system", "cilium-config")
+        api_server.create(CILIUM, {**CILIUM, "metadata": {**CILIUM["metadata"], "name": "other"}})
+        await until(lambda: cilium in follower.documents)
+        assert ("", "ConfigMap", "kube-system", "other") not in follower.documents
+        api_server.delete(CILIUM)
+        await until(lambda: cilium not in follower.documents)
         # a kind that is installed while we look
         api_server.install("security.istio.io/v1", "PeerAuthentication", namespaced=True)
         api_server.create(STRICT)
