@@ -5,7 +5,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help demo test setup setup-dev check lint types layers unit bpf netns envoy demo-test apiserver conformance e2e image bench protos format clean
+.PHONY: help demo test cni setup setup-dev check lint types layers unit bpf netns envoy demo-test apiserver conformance e2e image bench protos format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -13,7 +13,7 @@ help: ## list the targets
 demo: setup ## watch real packets and real Envoys behave as the policies say (root)
 	@$(BIN)/meshbridge demo run
 
-test: setup-dev check unit bpf netns envoy demo-test ## every check and test (root)
+test: setup-dev cni check unit bpf netns envoy demo-test ## every check and test (root)
 	@echo "test: all passed"
 
 setup: ## what the demo needs: Debian packages, .venv, bpffs
@@ -27,7 +27,7 @@ check: lint types layers ## lint, types, import layers (no root)
 lint:
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	git ls-files 'bpf/*.c' 'bpf/*.h' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files 'bpf/*.c' 'bpf/*.h' 'cni/*.c' | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 types:
 	$(BIN)/mypy
@@ -37,6 +37,12 @@ layers:
 
 unit: ## unit tests (no root)
 	$(PYTEST) -n 2 tests/unit
+
+cni: build/meshbridge-cni ## the CNI plugin, a static program for hosts
+
+build/meshbridge-cni: cni/meshbridge-cni.c cni/build
+	@mkdir -p build
+	cni/build $@
 
 bpf: ## the real BPF programs on single packets, and against the oracle (root)
 	$(PYTEST) tests/bpf
@@ -64,7 +70,6 @@ image: setup ## the container image, without a registry (root)
 e2e: ## a real Kubernetes of two nodes with a real Istio on this machine (root; builds them once)
 	@scripts/setup e2e
 	@scripts/third-party istio kubernetes coredns
-	$(PYTEST) --timeout 900 tests/image
 	$(PYTEST) tests/e2e
 
 bench: setup-dev ## the figures of docs/benchmarks.md, as ratios (root)
@@ -77,7 +82,7 @@ protos: ## regenerate meshbridge/protos from protos/
 format: ## rewrite code in the project's format
 	$(BIN)/ruff check --fix-only --exit-zero
 	$(BIN)/ruff format
-	git ls-files 'bpf/*.c' 'bpf/*.h' | xargs -r $(BIN)/clang-format -i
+	git ls-files 'bpf/*.c' 'bpf/*.h' 'cni/*.c' | xargs -r $(BIN)/clang-format -i
 
 clean: ## remove what the commands left in this folder
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -13,13 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 
 from meshbridge import __version__
 from meshbridge.agent import memory
 from meshbridge.agent.audits import AuditCounts
+from meshbridge.agent.cnicall import Call, Verb, network_of, valid_containers
+from meshbridge.agent.cniserver import start_cni
 from meshbridge.agent.enforcer import Enforcer
 from meshbridge.agent.evidence import Evidence
 from meshbridge.agent.metrics import serve_metrics
@@ -28,10 +30,12 @@ from meshbridge.agent.node import EndpointError, Node, Published
 from meshbridge.agent.observer import ObserverService, start_observer, stop_observer
 from meshbridge.agent.redirects import Redirects, Seen
 from meshbridge.agent.ring import FlowRing
+from meshbridge.agent.view import Announced
 from meshbridge.datapath.attach import AttachMode
 from meshbridge.datapath.events import EventReader
 from meshbridge.datapath.links import Link, NetworkWatch
 from meshbridge.datapath.maps import MapSizes
+from meshbridge.datapath.redirect import host_path
 from meshbridge.errors import MeshBridgeError
 from meshbridge.observe.tables import READY
 from meshbridge.protos import observer_pb2 as pb
@@ -47,6 +51,7 @@ REDIRECT_TURN_S: Final = 0.1
 REDIRECT_TURNS: Final = 20
 EVENTS_PER_TURN: Final = 512
 MAX_WAIT_S: Final = 60.0
+ADD_WAIT_S: Final = 5.0
 MAX_INTERFACES: Final = 16
 MAX_TOKEN_BYTES: Final = 8192
 
@@ -67,6 +72,8 @@ class AgentSettings:
     metrics: str = ""
     controller_ca: Path | None = None
     controller_name: str = ""
+    cni: Path | None = None
+    """Where the CNI plugin asks; None: nowhere."""
     attach: AttachMode | None = None
     sizes: MapSizes | None = None
 
@@ -104,6 +111,7 @@ class Agent:
         try:
             await self._in_worker(lambda: self._start(loop))
             server = await start_observer(ObserverService(self, self._ring), self._settings.socket)
+            plugin = await start_cni(self, self._settings.cni) if self._settings.cni else None
             metrics = await serve_metrics(self, self._settings.metrics) if self._settings.metrics else None
             log.info("agent.started", node=self._settings.node, duration_ms=self._uptime_ms())
             reader = self._enforcer.reader()
@@ -116,8 +124,9 @@ class Agent:
                     tasks.create_task(self._follow_redirects(), name="follow-redirects")
             finally:
                 loop.remove_reader(reader.fileno())
-                if metrics is not None:
-                    metrics.close()
+                for listening in (metrics, plugin):
+                    if listening is not None:
+                        listening.close()
                 await stop_observer(server)
                 reader.close()
         finally:
@@ -296,3 +305,36 @@ class Agent:
         except TimeoutError:
             return False
         return True
+
+    async def cni(self, call: Call) -> dict[str, Any] | None:
+        """What a CNI plugin asks.
+
+        ADD returns with the pod's interfaces hooked and, if the controller tells of the pod within ``ADD_WAIT_S``, its
+        policy in force; else they are closed to everything until it does (docs/adr/0242).
+        """
+        match call.verb:
+            case Verb.ADD:
+                return await self._cni_add(call)
+            case Verb.CHECK:
+                await self._in_worker(partial(self._node.check_pod, host_path(call.netns), call.pod))
+            case Verb.DEL:
+                await self._in_worker(partial(self._node.release_pod, call.uid, call.container))
+            case Verb.GC:
+                await self._in_worker(partial(self._node.keep_pods, valid_containers(call)))
+            case Verb.STATUS:
+                pass  # who answers is there
+        return None
+
+    async def _cni_add(self, call: Call) -> dict[str, Any]:
+        started = time.monotonic()
+        network, netns = network_of(call), host_path(call.netns)
+        announced = Announced(call.pod, call.container, network.addresses)
+        await self._in_worker(partial(self._node.add_pod, call.uid, announced, netns, network.interfaces))
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._onlooker, self._redirects.announce, call.uid, netns)
+        ready = await self._wait_ready(call.uid, ADD_WAIT_S if self.connected else 0.0)
+        took_ms = round((time.monotonic() - started) * 1e3)
+        log.info("cni.added", pod=call.pod, uid=call.uid, ready=ready, duration_ms=took_ms)
+        result = call.config["prevResult"]
+        assert isinstance(result, dict)
+        return result

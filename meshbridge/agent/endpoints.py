@@ -19,7 +19,10 @@ UNKNOWN_POD: Final = ""
 
 @dataclass(frozen=True, slots=True)
 class Hooked:
-    """An interface under our programs. ``uid`` is empty for one found after a restart and not yet claimed by a pod."""
+    """An interface under our programs. ``uid`` is empty for one found after a restart and not yet claimed by a pod.
+
+    ``late``: found when its pod may have been running already, rather than announced before.
+    """
 
     ifindex: int
     name: str
@@ -27,6 +30,7 @@ class Hooked:
     incarnation: int
     uid: str = UNKNOWN_POD
     mac: bytes | None = None
+    late: bool = False
 
 
 @dataclass(slots=True)
@@ -43,7 +47,7 @@ class Endpoints:
     hooked: dict[int, Hooked] = field(default_factory=dict)
     _known: frozenset[str] = frozenset()
 
-    def take(self, link: Link, uid: str, mac: bytes | None) -> Hooked:
+    def take(self, link: Link, uid: str, mac: bytes | None, *, late: bool = False) -> Hooked:
         """The interface is the pod's from now on; the same again when it was already."""
         known = self.hooked.get(link.ifindex)
         if known is not None and known.uid == uid and known.name == link.name:
@@ -51,7 +55,7 @@ class Endpoints:
             return self.hooked[link.ifindex]
         self.highest_id += 1
         self.highest_incarnation += 1
-        found = Hooked(link.ifindex, link.name, self.highest_id, self.highest_incarnation, uid, mac)
+        found = Hooked(link.ifindex, link.name, self.highest_id, self.highest_incarnation, uid, mac, late)
         self.hooked[link.ifindex] = found
         return found
 
@@ -101,6 +105,8 @@ def find_interfaces(
     An interface that was hooked before a restart and carried one of the pod's addresses is the pod's still: hooks die
     with their device, and a device serves one pod. Else the route to one of its addresses shows the interface, which
     may be ``abandoned``: what was taken for the pod that had the address before, as its end was told late.
+
+    So is every further interface that leads into the network namespace of one that is known.
     """
     unclaimed = endpoints.unclaimed()
     claimed: set[int] = set()
@@ -119,3 +125,13 @@ def find_interfaces(
             if link is not None and free and ifindex not in claimed:
                 claimed.add(ifindex)
                 yield uid, link, False
+    namespaces = {
+        link.peer_netns: hooked.uid
+        for hooked in endpoints.hooked.values()
+        if hooked.uid in pods and pods[hooked.uid].is_hooked
+        and (link := network.links.get(hooked.ifindex)) is not None and link.peer_netns is not None
+    }  # fmt: skip
+    for ifindex, link in sorted(network.links.items()):
+        if link.peer_netns in namespaces and ifindex not in endpoints.hooked and ifindex not in claimed:
+            claimed.add(ifindex)
+            yield namespaces[link.peer_netns], link, False

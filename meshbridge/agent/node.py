@@ -25,11 +25,12 @@ from meshbridge.agent.identities import PeerNumbers
 from meshbridge.agent.names import Names, labels_of
 from meshbridge.agent.redirects import Seen
 from meshbridge.agent.reporting import node_report
-from meshbridge.agent.view import Changes, LocalPod, NodeView
+from meshbridge.agent.view import Announced, Changes, LocalPod, NodeView
 from meshbridge.datapath.ipcache import ipcache_key
-from meshbridge.datapath.links import Link, NodeNetwork, pod_mac, read_network
+from meshbridge.datapath.links import Link, NodeNetwork, pod_interfaces, pod_mac, read_network
 from meshbridge.datapath.policysets import RuleIds
 from meshbridge.datapath.reconcile import DesiredEndpoint, DesiredState
+from meshbridge.datapath.redirect import namespace_number
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, ProxyClass
 from meshbridge.observe.flow import Flow
@@ -43,6 +44,9 @@ from meshbridge.xds.nodereport import NodeReport
 
 log = structlog.get_logger()
 
+ATTACHED_LATE: Final = (
+    "attached late: no CNI plugin announced it, so until then nothing was enforced on it; make the pod anew to be sure"
+)
 _INIT: Final = int(abi.ReservedIdentity.IDENTITY_INIT)
 _NAMED_PODS: Final = 3
 _KEPT_ENTITIES: Final = frozenset({Entity.KUBE_APISERVER})
@@ -176,7 +180,7 @@ class Node:
             EndpointError: an interface does not exist, or cannot be hooked.
         """
         self._see(read_network())
-        found = []
+        links = []
         for name in interfaces:
             link = self._network.by_name(name)
             if link is None:
@@ -184,12 +188,75 @@ class Node:
                     f"no interface {name!r} in the agent's network namespace", where=f"pod {pod}",
                     fix="name the host side of the pod's veth",
                 )  # fmt: skip
+            links.append(link)
+        return self._hook(pod, uid, links)
+
+    def add_pod(self, uid: str, announced: Announced, netns: str, interfaces: frozenset[str]) -> list[Hooked]:
+        """Every interface of this node that leads into the namespace is hooked, and drops all until policy is known.
+
+        Args:
+            netns: path of the pod's network namespace.
+            interfaces: names of interfaces inside it that have to be behind one of those.
+
+        Raises:
+            MeshBridgeError: an interface cannot be hooked, or is none of ours to hook; nothing of the pod may run.
+        """
+        self._see(read_network())
+        where = f"pod {announced.pod}"
+        links = self._links_into(netns)
+        inside = pod_interfaces(links[0].peer_netns) if links and links[0].peer_netns is not None else {}
+        reached = {link.peer_index for link in links}
+        missing = sorted(name for name in interfaces if inside.get(name) not in reached)
+        if missing:
+            raise EndpointError(
+                f"no veth of this node leads to {', '.join(missing)}, so nothing could be enforced there", where=where,
+                fix="use a CNI plugin that makes veths (not macvlan, ipvlan, host-device or SR-IOV), or exempt the pod "
+                "by another network",
+            )  # fmt: skip
+        hooked = self._hook(announced.pod, uid, links, announced)
+        log.info("pod.announced", pod=announced.pod, uid=uid, container=announced.container)
+        return hooked
+
+    def check_pod(self, netns: str, pod: str) -> None:
+        """
+        Raises:
+            EndpointError: an interface that leads into the namespace does not run our programs.
+        """
+        self._see(read_network())
+        links, attached = self._links_into(netns), self.enforcer.attached()
+        bare = sorted(link.name for link in links if link.ifindex not in attached)
+        if bare or not links:
+            names = ", ".join(bare) or "no interface of this node leads into it, so there is nothing that"
+            raise EndpointError(f"{names} does not run MeshBridge's programs", where=f"pod {pod}", fix="delete the pod")
+
+    def release_pod(self, uid: str, container: str) -> None:
+        """What was announced for the container counts no more; its interfaces stay hooked until they are gone."""
+        changes = self._view.withdraw(uid, container)
+        if changes.addresses:
+            self._pending |= changes
+            self.step()
+
+    def keep_pods(self, containers: frozenset[str]) -> None:
+        """Of what was announced only these containers are left."""
+        for uid, announced in list(self._view.announced.items()):
+            if announced.container not in containers:
+                self.release_pod(uid, announced.container)
+
+    def _links_into(self, netns: str) -> list[Link]:
+        number = namespace_number(netns)
+        return [] if number < 0 else [link for link in self._network.links.values() if link.peer_netns == number]
+
+    def _hook(self, pod: str, uid: str, links: Iterable[Link], announced: Announced | None = None) -> list[Hooked]:
+        found = []
+        for link in links:
             if link.ifindex in self._endpoints.hooked and link.ifindex not in self.enforcer.attached():
                 self._endpoints.release([link.ifindex])  # the number of an interface that is gone
             hooked = self._endpoints.take(link, uid, pod_mac(link))
             self.enforcer.attach(hooked.ifindex, hooked.incarnation)
             found.append(hooked)
-            log.info("endpoint.hooked", pod=pod, uid=uid, interface=name, endpoint=hooked.id)
+            log.info("endpoint.hooked", pod=pod, uid=uid, interface=link.name, endpoint=hooked.id)
+        if announced is not None:
+            self._pending |= self._view.announce(uid, announced)
         self.step()
         return found
 
@@ -249,7 +316,11 @@ class Node:
         return Durations(compiled_s, compiled_s + applied.enforced_s, applied.duration_s, compiled, applied.writes)
 
     def _hooked_pods(self) -> dict[str, LocalPod]:
-        return {uid: pod for uid, pod in self._view.pods.items() if pod.is_hooked}
+        return {
+            uid: pod
+            for uid, pod in self._view.pods.items()
+            if pod.is_hooked and (pod.workload.addresses or self._endpoints.of_pod(uid))
+        }
 
     def _match_interfaces(self) -> list[Hooked]:
         """Drop interfaces that are gone, find those of pods without one; those still to be hooked are returned."""
@@ -265,7 +336,8 @@ class Node:
             if resumed:
                 self._endpoints.resume(link.ifindex, uid, pod_mac(link))
             else:
-                fresh.append(self._endpoints.take(link, uid, pod_mac(link)))
+                fresh.append(self._endpoints.take(link, uid, pod_mac(link), late=True))
+                log.warning("endpoint.hooked_late", pod=self._view.pods[uid].workload.key, interface=link.name)
         return fresh
 
     def _number_peers(self, pods: Mapping[str, LocalPod]) -> None:
@@ -286,7 +358,8 @@ class Node:
 
     def _renumber(self, networks: frozenset[IpNetwork]) -> None:
         first = not self._peers.identities
-        known = (self._view.holders.keys(), self._own_addresses, self._view.services.addresses())
+        view = self._view
+        known = (view.holders.keys(), view.announced_holders, self._own_addresses, view.services.addresses())
         holders = {address: self._holder(address) for address in dict.fromkeys(chain(*known))}
         self._peers.renumber(
             {address: peer for address, peer in holders.items() if peer is not None},
@@ -296,7 +369,7 @@ class Node:
         )
 
     def _holder(self, address: bytes) -> Peer | None:
-        told = self._view.holders.get(address)
+        told = self._view.holder(address)
         peer = told.peer if told else None
         if address in self._own_addresses:
             peer = self._own_address(address)
@@ -399,7 +472,8 @@ class Node:
         for hooked in sorted(self._endpoints.hooked.values(), key=lambda h: h.id):
             yield self._state(hooked)
         for uid, pod in sorted(self._view.pods.items()):
-            if self._informed and pod.is_hooked and not self._endpoints.of_pod(uid):
+            # a pod without an address has no network yet
+            if self._informed and pod.is_hooked and pod.workload.addresses and not self._endpoints.of_pod(uid):
                 state = self._pod_state(pod)
                 state.state = "not-hooked"
                 why = f"it is to be closed ({pod.fault}), but " if pod.fault else ""
@@ -425,8 +499,11 @@ class Node:
             unseen = self._seen.problems.get(hooked.uid)
             notes = [unseen] if unseen else list(compiled.notes)
             refused = sorted(map(str, frozenset(pod.extra_addresses) - sources_of(pod, self._is_held)))
+            notes += [ATTACHED_LATE] if hooked.late else []
             notes += [f"it may not send from {', '.join(refused)}, which others hold"] if refused else []
             state.state, state.message = "ready", "; ".join(notes)
+            if hooked.late:
+                state.conditions.add(type="Degraded", status=True, reason="AttachedLate", message=ATTACHED_LATE)
             if (condition := self._ghosts.condition(hooked.uid)) is not None:
                 state.conditions.append(condition)
             for direction, enforced, policies in (

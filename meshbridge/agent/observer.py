@@ -105,7 +105,7 @@ async def start_observer(service: ObserverService, path: Path) -> grpc.aio.Serve
     Raises:
         SocketError: another agent answers there, or the path cannot be used.
     """
-    _claim(path)
+    claim_socket(path)
     server = grpc.aio.server(
         options=(("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)),
         maximum_concurrent_rpcs=256,
@@ -127,7 +127,12 @@ async def stop_observer(server: grpc.aio.Server) -> None:
     await server.stop(_DRAIN_S)
 
 
-def _claim(path: Path) -> None:
+def claim_socket(path: Path) -> None:
+    """Make room for a socket at ``path``; one that nobody listens on any more is removed.
+
+    Raises:
+        SocketError: another agent answers there, or the path cannot be used.
+    """
     if len(os.fsencode(path)) >= _SUN_PATH_BYTES:
         raise SocketError(f"the path has {len(os.fsencode(path))} bytes", where=str(path), fix="use a shorter --socket")
     try:

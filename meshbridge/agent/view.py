@@ -58,6 +58,15 @@ class LocalPod:
 
 
 @dataclass(frozen=True, slots=True)
+class Announced:
+    """What a CNI plugin said of a pod's network: for which container, and the addresses it was given."""
+
+    pod: str
+    container: str
+    addresses: tuple[IpAddress, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Holder:
     """Who holds an address; ``name`` is the pod's, empty for anything else."""
 
@@ -103,10 +112,16 @@ class NodeView:
     services: Services = field(default_factory=Services)
     registry: dict[str, Known] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    announced: dict[str, Announced] = field(default_factory=dict)
+    """By UID: pods whose addresses a CNI plugin told before the controller did."""
+    announced_holders: dict[bytes, Holder] = field(default_factory=dict)
+    """The pods of ``announced`` that the controller has told of, by those addresses."""
     unusable: dict[tuple[str, str], str] = field(default_factory=dict)
     _peers: dict[int, Peer] = field(default_factory=dict)
     """By the hash of their class."""
     _parts: dict[Any, Any] = field(default_factory=dict)
+    _completed: set[str] = field(default_factory=set)
+    """UIDs of pods whose addresses are those announced."""
 
     def apply(self, update: Update) -> Changes:
         """Take in all that changed up to a whole revision.
@@ -140,6 +155,7 @@ class NodeView:
                 except MeshBridgeError as error:
                     self.unusable[type_url, name] = str(error)
         self.revision = update.revision
+        addresses.update(self._complete_pods())
         if len(self._peers) > 2 * len(self.holders) + 1024:
             self._peers = {hash(class_of(holder.peer)): holder.peer for holder in self.holders.values()}
         policies = (*before.values(), *(self.policies.get(name) for name in before))
@@ -150,6 +166,49 @@ class NodeView:
             policies=changed,
             everything=everything or any(parsed.objects or parsed.cilium is not None for parsed in changed),
         )
+
+    def announce(self, uid: str, announced: Announced) -> Changes:
+        """The pod has these addresses, until the controller tells which it has."""
+        self._withdraw(uid)
+        self.announced[uid] = announced
+        return Changes(addresses=frozenset(self._complete_pods()))
+
+    def withdraw(self, uid: str, container: str) -> Changes:
+        """What was announced for this container of the pod counts no more."""
+        announced = self.announced.get(uid)
+        if announced is None or announced.container != container:
+            return Changes()
+        self._withdraw(uid)
+        return Changes(addresses=frozenset(self._complete_pods()))
+
+    def _withdraw(self, uid: str) -> None:
+        self.announced.pop(uid, None)
+        if uid in self._completed:
+            self._completed.discard(uid)
+            pod = self.pods[uid]
+            self.pods[uid] = replace(pod, workload=replace(pod.workload, addresses=()))
+
+    def _complete_pods(self) -> set[bytes]:
+        """Give pods the addresses announced for them, as long as they are told to have none; which were touched."""
+        touched = set(self.announced_holders)
+        self.announced_holders = {}
+        for uid, announced in list(self.announced.items()):
+            pod = self.pods.get(uid)
+            if pod is None:
+                continue
+            if pod.workload.addresses and uid not in self._completed:
+                del self.announced[uid]
+                continue
+            self._completed.add(uid)
+            workload = replace(pod.workload, addresses=announced.addresses)
+            self.pods[uid] = replace(pod, workload=workload)
+            holder = Holder(self._shared(workload.peer()), workload.name, intern(workload.node))
+            self.announced_holders |= {address_bytes(address): holder for address in announced.addresses}
+        return touched | set(self.announced_holders)
+
+    def holder(self, address: bytes) -> Holder | None:
+        """Who holds an address: a pod of this node that a CNI plugin gave it to, else who the controller says."""
+        return self.announced_holders.get(address) or self.holders.get(address)
 
     @property
     def known(self) -> Known | None:
@@ -175,6 +234,7 @@ class NodeView:
     def _put(self, type_url: str, name: str, message: Any) -> None:
         if type_url == xds.ENDPOINT:
             extra = tuple(address_of(packed, f"Endpoint {name}") for packed in message.extra_addresses)
+            self._completed.discard(name)
             self.pods[name] = LocalPod(workload_of(message), extra, message.fault)
         elif type_url == xds.POLICY:
             self._put_policy(name, document_of(message))
@@ -203,7 +263,9 @@ class NodeView:
 
     def _remove(self, type_url: str, name: str) -> None:
         if type_url == xds.ENDPOINT:
-            self.pods.pop(name, None)
+            if self.pods.pop(name, None) is not None:
+                self.announced.pop(name, None)
+            self._completed.discard(name)
         elif type_url == xds.POLICY:
             self.policies.put(name, None)
             self.bypass_policies.pop(name, None)

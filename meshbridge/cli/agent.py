@@ -42,6 +42,11 @@ _RUN = Path("/run/meshbridge")
 @click.option(
     "--socket", type=click.Path(path_type=Path), help="The agent's own socket.  [/run/meshbridge/NODE/agent.sock]"
 )
+@click.option(
+    "--cni-socket",
+    type=click.Path(path_type=Path),
+    help="Where the CNI plugin meshbridge-cni asks, for root only.  [with --cni-conf-dir /run/meshbridge/cni.sock]",
+)
 @click.option("--metrics", metavar="ADDRESS", default="", help="Serve /metrics on this loopback address and port.")
 @click.option("--attach", type=click.Choice(["tcx", "clsact", "auto"]), default="auto", show_default=True)
 @click.option(
@@ -56,6 +61,7 @@ def command(
     token_file: Path | None,
     bpffs: Path,
     socket: Path | None,
+    cni_socket: Path | None,
     metrics: str,
     attach: str,
     log_level: str,
@@ -100,6 +106,7 @@ def command(
         pin_dir=bpffs / node,
         socket=socket or _RUN / node / "agent.sock",
         metrics=metrics,
+        cni=cni_socket,
         controller_ca=at.ca,
         controller_name=at.server_name,
         attach=mode,

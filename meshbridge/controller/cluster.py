@@ -528,7 +528,8 @@ def _extra_address_problems(pod: Workload, document: Document) -> tuple[Problem,
 
 
 def _is_endpoint(pod: Workload) -> bool:
-    return bool(pod.node) and _holds_addresses(pod)
+    """Whether its node is told of it; before it has an address, too, so that its policy is there when it gets one."""
+    return bool(pod.node) and not pod.host_network and pod.phase not in TERMINAL_PHASES
 
 
 def _holds_addresses(pod: Workload) -> bool:

@@ -97,6 +97,20 @@ def pod_mac(link: Link) -> bytes | None:
     return None
 
 
+def pod_interfaces(namespace: int) -> dict[str, int]:
+    """The interfaces inside a pod's network namespace, by name, with their numbers there; loopback is left out.
+
+    Args:
+        namespace: as ``Link.peer_netns`` names it.
+
+    Raises:
+        LinkError: the kernel refuses, or there is no such namespace any more.
+    """
+    target = netlink.attribute(_IFLA_TARGET_NETNSID, struct.pack("=i", namespace))
+    links = map(_link, _dump(_RTM_GETLINK, _RTM_NEWLINK, _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + target))
+    return {link.name: link.ifindex for link in links if link.name != "lo"}
+
+
 class NetworkWatch:
     """Becomes readable when links, addresses or routes of the namespace changed; ``drain`` before reading them anew."""
 

@@ -320,6 +320,14 @@ def find_namespaces(wanted: Collection[int], directories: Iterable[Path] = NAMES
     return found
 
 
+def host_path(path: str) -> str:
+    """A path as a program of the host names it, from here; in a container of the host's PID namespace the host's root
+    is that of its first process."""
+    with contextlib.suppress(NamespaceError), _opened(path):
+        return path
+    return f"/proc/1/root{path}"
+
+
 def namespace_number(path: str) -> int:
     """The number that the namespace at a path has in the calling thread's; -1 when it has none.
 

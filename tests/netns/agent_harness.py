@@ -158,6 +158,7 @@ class NodeHarness:
         self.netns = f"{self.prefix}-node"
         self.controller = ScriptedController(self.directory / "controller.sock")
         self.socket = self.directory / "agent.sock"
+        self.cni_socket = self.directory / "cni.sock"
         self.token = self.directory / "token"
         self.token.write_text(mint_token(KEY, node_caller(self.name), now=datetime.now(UTC)))
         self.pin_root = Path("/sys/fs/bpf/meshbridge-tests")
@@ -181,10 +182,7 @@ class NodeHarness:
             self.agent.kill()
             self.agent.wait(5)
         self.controller.stop()
-        subprocess.run(
-            inside(self.netns, MESHBRIDGE, *self._agent_options(), "--cleanup"),
-            capture_output=True, timeout=30, check=False,
-        )  # fmt: skip
+        subprocess.run(inside(self.netns, *self.cleanup_command()), capture_output=True, timeout=30, check=False)
         self._remove_namespaces()
         with suppress(OSError):
             self.pin_root.rmdir()
@@ -297,11 +295,14 @@ class NodeHarness:
     def _agent_options(self) -> list[str]:
         return ["agent", "--node", self.name, "--bpffs", str(self.pin_root), "--attach", self.attach]
 
+    def cleanup_command(self) -> list[str]:
+        return [MESHBRIDGE, *self._agent_options(), "--cleanup"]
+
     def start_agent(self) -> float:
         """Start the agent; returns the seconds until its socket answered."""
         started = time.monotonic()
         options = [*self._agent_options(), "--socket", str(self.socket), "--token-file", str(self.token)]
-        options += ["--controller", f"unix:{self.controller.socket}"]
+        options += ["--controller", f"unix:{self.controller.socket}", "--cni-socket", str(self.cni_socket)]
         with self.log.open("ab") as log:
             self.agent = subprocess.Popen(inside(self.netns, MESHBRIDGE, *options), stderr=log, stdout=log)
         self.wait(lambda _: True, "the agent's socket")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from meshbridge.abi import address_bytes
-from meshbridge.agent.view import NodeView
+from meshbridge.agent.view import Announced, Changes, NodeView
 from meshbridge.controller.messages import address_message, endpoint_message
 from meshbridge.identity.model import Peer, Workload
 from meshbridge.protos import agent_pb2
@@ -128,3 +128,49 @@ def test_mesh_settings_touch_everything() -> None:
     changes = view.apply(update(mesh={"mesh": agent_pb2.Mesh(root_namespace="root", trust_domain="td", cluster="c")}))
     assert changes.everything
     assert view.mesh.root_namespace == "root"
+
+
+def endpoint(*addresses: str) -> agent_pb2.Endpoint:
+    packed = [ip_address(address).packed for address in addresses]
+    return agent_pb2.Endpoint(namespace="shop", name="web-0", uid="u", node="n", addresses=packed, proxy="none")
+
+
+def told(view: NodeView) -> list[str]:
+    return [str(address) for address in view.pods["u"].workload.addresses]
+
+
+def test_an_announced_pod_has_its_addresses_until_the_controller_tells_which() -> None:
+    view, one = NodeView(), ip_address("10.0.0.1")
+    key = address_bytes(one)
+    assert view.announce("u", Announced("shop/web-0", "c", (one,))).addresses == frozenset(), "nobody told of the pod"
+    assert view.holder(key) is None
+    assert key in view.apply(update(1, endpoint={"u": endpoint()})).addresses
+    held = view.holder(key)
+    assert told(view) == ["10.0.0.1"]
+    assert held is not None
+    assert held.name == "web-0"
+    view.apply(update(2, endpoint={"u": endpoint()}))
+    assert told(view) == ["10.0.0.1"], "told again, still without"
+    assert key in view.apply(update(3, endpoint={"u": endpoint("10.0.0.2")})).addresses
+    assert (told(view), view.holder(key), view.announced) == (["10.0.0.2"], None, {})
+
+
+def test_an_announcement_counts_for_its_container_alone() -> None:
+    view, one, two = NodeView(), ip_address("10.0.0.1"), ip_address("10.0.0.2")
+    view.apply(update(1, endpoint={"u": endpoint()}))
+    view.announce("u", Announced("shop/web-0", "old", (one,)))
+    view.announce("u", Announced("shop/web-0", "new", (two,)))
+    assert view.withdraw("u", "old") == Changes()
+    assert told(view) == ["10.0.0.2"]
+    assert address_bytes(two) in view.withdraw("u", "new").addresses
+    assert told(view) == []
+
+
+def test_an_announced_pod_hides_who_had_its_address_before() -> None:
+    view, one = NodeView(), ip_address("10.0.0.1")
+    before = agent_pb2.Address(address=one.packed, namespace="shop", name="old", proxy="none")
+    view.apply(update(1, address={"10.0.0.1": before}, endpoint={"u": endpoint()}))
+    view.announce("u", Announced("shop/web-0", "c", (one,)))
+    held = view.holder(address_bytes(one))
+    assert held is not None
+    assert held.name == "web-0"

@@ -231,14 +231,24 @@ def test_an_address_of_two_live_pods_has_nobodys_labels_until_one_lets_go(world:
     assert world.controller.problems == ()
 
 
-def test_host_network_pods_and_pods_without_address_are_no_endpoints(world: World) -> None:
+def test_host_network_pods_are_no_endpoints(world: World) -> None:
     a = world.connect(A)
-    world.put(
-        pod("host", "172.16.0.1", spec={"hostNetwork": True}),
-        document("Pod", "new", "shop", spec={"nodeName": "node-a"}),
-    )
+    world.put(pod("host", "172.16.0.1", spec={"hostNetwork": True}))
     assert world.names(a, xds.ENDPOINT) == set()
     assert world.names(a, xds.ADDRESS) == set()
+
+
+def test_a_node_is_told_of_a_pod_with_its_policies_before_it_has_an_address(world: World) -> None:
+    a, b = world.connect(A), world.connect(B)
+    world.put(
+        document("Pod", "new", "shop", labels={"app": "new"}, spec={"nodeName": "node-a"}),
+        document("Pod", "unscheduled", "shop", labels={"app": "new"}, spec={}),
+        cnp("for-new", "new", {"app": "db"}),
+    )
+    assert world.names(a, xds.ENDPOINT) == {"shop/new"}
+    assert len(world.names(a, xds.POLICY)) == 1
+    assert world.names(a, xds.ADDRESS) == set()
+    assert world.names(b, xds.ENDPOINT) == world.names(b, xds.POLICY) == set()
 
 
 def test_node_addresses_and_the_gateways_of_pod_ranges_are_nodes(world: World) -> None:
