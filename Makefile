@@ -70,6 +70,7 @@ image: setup ## the container image, without a registry (root)
 e2e: ## a real Kubernetes of two nodes with a real Istio on this machine (root; builds them once)
 	@scripts/setup e2e
 	@scripts/third-party istio kubernetes coredns
+	$(PYTEST) --timeout 900 tests/image
 	$(PYTEST) tests/e2e
 
 bench: setup-dev ## the figures of docs/benchmarks.md, as ratios (root)
