@@ -211,6 +211,8 @@ class ServerCertificate:
         Raises:
             SettingsError: see ``use``.
         """
+        self._pair = b"", b""
+        self._news: grpc.ServerCertificateConfiguration | None = None
         self.use(chain, key, where)
 
     def use(self, chain: bytes, key: bytes, where: str) -> None:
@@ -228,10 +230,25 @@ class ServerCertificate:
         if not fits:
             raise SettingsError("the key is another certificate's", where=where, fix="give a PEM chain and its own key")
         CERTIFICATE_EXPIRY.set(certificate.not_valid_after_utc.timestamp())
-        self._configuration = grpc.ssl_server_certificate_configuration([(key, chain)])
+        if (key, chain) != self._pair:
+            self._pair = key, chain
+            self._news = grpc.ssl_server_certificate_configuration([self._pair])
 
     def credentials(self) -> grpc.ServerCredentials:
-        return grpc.dynamic_ssl_server_credentials(self._configuration, lambda: self._configuration)
+        """Credentials for one server, which present what ``use`` was given last."""
+        self._news = None
+        return grpc.dynamic_ssl_server_credentials(
+            grpc.ssl_server_certificate_configuration([self._pair]), self._take_news
+        )
+
+    def _take_news(self) -> grpc.ServerCertificateConfiguration | None:
+        """What to present from now on, once; None: as before.
+
+        gRPC asks at each handshake, and puts away what another of its threads may be about to use: were it answered
+        every time, the process would crash when some hundred agents connect at once.
+        """
+        news, self._news = self._news, None
+        return news
 
 
 async def start_server(
