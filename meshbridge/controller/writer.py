@@ -58,7 +58,8 @@ class Outbox:
         self._held_for_s, self._stopped, self._clock = held_for_s, stopped, clock
         self._tokens, self._filled_at = BURST, clock()
         self.problems: set[Problem] = set()
-        self.failed = False
+        self.unfinished = False
+        """Whether something is left that should be tried again soon."""
 
     def write(self, what: str, act: Callable[[], Mapping[str, Any] | None], where: str) -> Mapping[str, Any] | None:
         """What the server has now; None where it said no, which the next look may see differently.
@@ -83,6 +84,21 @@ class Outbox:
         log.debug("object.written", what=what, object=where)
         return answer if answer is not None else {}
 
+    def read(self, what: str, ask: Callable[[], Mapping[str, Any] | None], where: str) -> Mapping[str, Any] | None:
+        """What is there; None where nothing is, or where it may not be read.
+
+        Raises:
+            NotLeadingError: another replica may write by now, so there is nothing to read for.
+            MeshBridgeError: the server cannot be reached.
+        """
+        if self._stopped() or self._held_for_s() <= 0:
+            raise NotLeadingError
+        try:
+            return ask()
+        except RefusedError as refused:
+            self._refused(what, where, refused)
+            return None
+
     def _refused(self, what: str, where: str, refused: RefusedError) -> None:
         WRITES.labels(what, str(refused.code)).inc()
         if refused.code == FORBIDDEN and "being terminated" not in refused.message:
@@ -95,7 +111,7 @@ class Outbox:
                 self.problems.add(Problem(ProblemReason.UNWRITABLE, text.replace("may not be written", kind, 1)))
             return
         log.info("write.refused", what=what, object=where, code=refused.code, reason=refused.message)
-        self.failed = True
+        self.unfinished = True
 
     def _wait_for_turn(self) -> None:
         while True:
@@ -142,7 +158,7 @@ class ClusterWriter:
             if stop.is_set() or picture is None:
                 continue
             began = time.monotonic()
-            outbox.problems, outbox.failed = set(), False
+            outbox.problems, outbox.unfinished = set(), False
             again = await asyncio.to_thread(_look, parts, picture, outbox)
             self._report(frozenset(outbox.problems))
             pause_s = IDLE_RATIO * (time.monotonic() - began)
@@ -166,7 +182,7 @@ def _look(parts: Sequence[Part], picture: Picture, outbox: Outbox) -> bool:
         except Exception:  # one object that trips us must not keep all others from being written
             log.exception("write.failed", part=type(part).__name__)
             again = True
-    return again or outbox.failed
+    return again or outbox.unfinished
 
 
 async def _first(*waits: Any, timeout_s: float) -> None:

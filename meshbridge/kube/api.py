@@ -209,8 +209,8 @@ class Api:
         """
         return self._answer(path, self._request("GET", path, query or {}))
 
-    def merge(self, resource: Resource, namespace: str, name: str, patch: Mapping[str, Any]) -> None:
-        """Merge ``patch`` into an object; with ``metadata.resourceVersion`` only into that version of it.
+    def merge(self, resource: Resource, namespace: str, name: str, patch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The object with ``patch`` merged into it; with ``metadata.resourceVersion`` only into that version of it.
 
         Spec: RFC 7386.
 
@@ -218,7 +218,7 @@ class Api:
             RefusedError: the server says no.
             ClusterError: it cannot be reached, or answers something else.
         """
-        self.patch(_path(resource, namespace, name), patch)
+        return self.patch(_path(resource, namespace, name), patch)
 
     def read(self, resource: Resource, namespace: str, name: str) -> Mapping[str, Any] | None:
         """An object as it is now, None where there is none.
