@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,15 +29,19 @@ from meshbridge.agent.metrics import serve_metrics
 from meshbridge.agent.names import Names
 from meshbridge.agent.node import EndpointError, Node, Published
 from meshbridge.agent.observer import ObserverService, start_observer, stop_observer
+from meshbridge.agent.proofs import Schedule
+from meshbridge.agent.prover import PAUSE_S, Proving
 from meshbridge.agent.redirects import Redirects, Seen
 from meshbridge.agent.ring import FlowRing
 from meshbridge.agent.view import Announced
+from meshbridge.bypass.proof import Status
 from meshbridge.datapath.attach import AttachMode
 from meshbridge.datapath.events import EventReader
 from meshbridge.datapath.links import Link, NetworkWatch
 from meshbridge.datapath.maps import MapSizes
 from meshbridge.datapath.redirect import host_path
 from meshbridge.errors import MeshBridgeError
+from meshbridge.observe.flow import FlowKind
 from meshbridge.observe.tables import READY
 from meshbridge.protos import observer_pb2 as pb
 from meshbridge.xds.client import ControllerClient
@@ -50,6 +55,7 @@ FIRST_LOOK_S: Final = 2.0
 REDIRECT_TURN_S: Final = 0.1
 REDIRECT_TURNS: Final = 20
 EVENTS_PER_TURN: Final = 512
+MOST_EVENTS: Final = 8192
 MAX_WAIT_S: Final = 60.0
 ADD_WAIT_S: Final = 5.0
 MAX_INTERFACES: Final = 16
@@ -90,6 +96,7 @@ class Agent:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="node")
         self._onlooker = ThreadPoolExecutor(1, thread_name_prefix="redirects")
         self._redirects = Redirects()
+        self._proving = Proving(lambda: self._node, self._in_worker, self._read_waiting, self.events_lost)
         self._client = ControllerClient(
             settings.controller, settings.node, self._token, settings.controller_ca, settings.controller_name
         )
@@ -97,6 +104,7 @@ class Agent:
         self._changed = asyncio.Event()
         self._retry = asyncio.Event()
         self._enforcer: Enforcer
+        self._reader: EventReader
         self._node: Node
         self.published = Published()
 
@@ -114,7 +122,7 @@ class Agent:
             plugin = await start_cni(self, self._settings.cni) if self._settings.cni else None
             metrics = await serve_metrics(self, self._settings.metrics) if self._settings.metrics else None
             log.info("agent.started", node=self._settings.node, duration_ms=self._uptime_ms())
-            reader = self._enforcer.reader()
+            reader = self._reader = self._enforcer.reader()
             loop.add_reader(reader.fileno(), self._read_events, reader)
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -122,6 +130,7 @@ class Agent:
                     tasks.create_task(self._follow_network(loop, watch), name="follow-network")
                     tasks.create_task(self._try_again(), name="try-again")
                     tasks.create_task(self._follow_redirects(), name="follow-redirects")
+                    tasks.create_task(self._follow_proofs(), name="follow-proofs")
             finally:
                 loop.remove_reader(reader.fileno())
                 for listening in (metrics, plugin):
@@ -133,6 +142,7 @@ class Agent:
             watch.close()
             self._worker.shutdown(wait=True)
             self._onlooker.shutdown(wait=True)
+            self._proving.close()
             log.info("agent.stopped", node=self._settings.node)
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -215,9 +225,36 @@ class Agent:
             self._retry.clear()
             await self._in_worker(self._node.step)
 
-    def _read_events(self, reader: EventReader) -> None:
-        for event in reader.read(EVENTS_PER_TURN):
+    async def _follow_proofs(self) -> None:
+        """Prove what policies want proved, one pod after the other, and again after a while."""
+        schedule = Schedule()
+        while True:
+            changed = self._changed
+            schedule.update(self.published.proofs, time.monotonic())
+            due = schedule.first()
+            wait_s = due.at_s - time.monotonic() if due is not None else None
+            if due is None or (wait_s is not None and wait_s > 0):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await changed.wait()
+                continue
+            outcome = await self._proving.prove(due.uid, due.wanted, due.turn)
+            if outcome is not None:
+                await self._in_worker(partial(self._node.take_outcome, due.uid, due.wanted, outcome))
+            proved = outcome is not None and outcome.status is Status.TRUE
+            schedule.done(due.uid, due.wanted, proved=proved, now_s=time.monotonic())
+            await asyncio.sleep(PAUSE_S)
+
+    def _read_waiting(self) -> None:
+        """Take in every event that waits."""
+        self._read_events(self._reader, MOST_EVENTS)
+
+    def _read_events(self, reader: EventReader, most: int = EVENTS_PER_TURN) -> None:
+        for event in reader.read(most):
+            of_probe = self._proving.expected.take(event)
             for flow in self._names.flows(event):
+                if of_probe and flow.kind is not FlowKind.LOST:
+                    continue  # nobody sent it
                 self._ring.add(flow)
                 self._audits.add(flow)
                 evidence = self._evidence.of(flow)
@@ -246,6 +283,9 @@ class Agent:
 
     def ghost_packets(self) -> int:
         return self._evidence.count
+
+    def probes(self) -> int:
+        return self._proving.expected.probes
 
     def audited(self) -> int:
         return self._audits.total

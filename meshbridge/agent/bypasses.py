@@ -23,6 +23,7 @@ def bypasses_json(
     seen: Mapping[str, SeenRules],
     others: Mapping[str, Peer],
     audited: Sequence[Mapping[str, Any]] = (),
+    proofs: Sequence[Mapping[str, Any]] = (),
 ) -> bytes:
     """The report on these pods.
 
@@ -30,6 +31,7 @@ def bypasses_json(
         seen: Rules read in the pods' namespaces, by UID.
         others: Pods of other nodes by name, as sources.
         audited: What audits alone let through, as of ``AuditCounts.records``.
+        proofs: What came of the proofs that policies ask for, as of ``Proofs.records``.
     """
     pods = tuple(sorted(workloads, key=lambda workload: workload.key))
     states = {pod.key: capture_state(pod, seen=seen.get(pod.uid)) for pod in pods}
@@ -43,4 +45,4 @@ def bypasses_json(
         bypass_policies=bypass_policies,
         registry_only=policies.mesh.registry_only,
     )
-    return json.dumps({**report_record(report(inventory)), "audited": audited}).encode()
+    return json.dumps({**report_record(report(inventory)), "audited": audited, "proofs": proofs}).encode()

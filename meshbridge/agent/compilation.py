@@ -18,6 +18,7 @@ from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.findings import Finding, FindingCode
 from meshbridge.bypass.findings import Severity as FindingSeverity
 from meshbridge.bypass.ghosts import GhostBypass, ghost_bypasses, proxy_uids
+from meshbridge.bypass.proof import Demand, demand_of
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.bypass.sets import IntSet
 from meshbridge.bypass.state import CaptureState, capture_of
@@ -131,6 +132,12 @@ class Compilation:
         if seen is None or captured.state is None:
             return None
         return Watched(uid, workload.namespace, workload.name, captured.capture, captured.proxy_uids)
+
+    def demand(self, uid: str, workload: Workload, seen: SeenRules | None) -> Demand | None:
+        """What is to be proved of a pod; None: no BypassPolicy asks for it."""
+        if not self.bypass_policies.asks_for_proof:
+            return None
+        return demand_of(self._of(uid, workload, seen).state, workload.peer(), self.bypass_policies)
 
     def _of(self, uid: str, workload: Workload, seen: SeenRules | None) -> Captured:
         held = self._captured.get(uid)

@@ -6,7 +6,7 @@ Everything here blocks and belongs to one worker thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -14,11 +14,13 @@ from typing import Final
 import structlog
 
 from meshbridge import abi
+from meshbridge.agent.endpoints import Hooked
 from meshbridge.datapath.attach import Attacher, AttachMode
 from meshbridge.datapath.events import EventReader
 from meshbridge.datapath.ipcache import Identities
 from meshbridge.datapath.loader import Datapath, open_datapath
 from meshbridge.datapath.maps import MapSizes, has_other_versions, remove_other_versions
+from meshbridge.datapath.probes import ProbeFlow, Sender, Sent, forget_flow, frame, is_open, unused_flow
 from meshbridge.datapath.reconcile import (
     FIRST_ALIAS,
     Delete,
@@ -83,6 +85,37 @@ class Enforcer:
         """Losses that no event has told yet."""
         return self._maps.lost_events()
 
+    def probe(
+        self,
+        hooked: Hooked,
+        flows: Iterable[tuple[IpAddress, IpAddress, int]],
+        magic: bytes,
+        announce: Callable[[int, ProbeFlow], None],
+    ) -> list[Sent]:
+        """Send a probe for each (source, destination, port) to the pod behind an interface; none leaves an open flow.
+
+        Args:
+            announce: called with interface and flow of each before it is sent.
+
+        Raises:
+            ProbeError: the interface is gone or down, or too many of the source's flows are open.
+            BpfNotFoundError: the pod has no flow table.
+        """
+        mac = hooked.mac or bytes(6)  # a pod that does not take it for its own shows it all the same
+        sent = []
+        with (
+            Sender(hooked.ifindex) as sender,
+            self._maps.conntrack.flows_at(self._flow_table(hooked.incarnation)) as held,
+        ):
+            for source, destination, port in flows:
+                flow = unused_flow(held, source, destination, port)
+                data = frame(flow, magic, source_mac=sender.mac, destination_mac=mac)
+                announce(hooked.ifindex, flow)
+                taken = sender.send(data)
+                opened = forget_flow(held, flow)
+                sent.append(Sent(flow, data, taken, opened, left=is_open(held, flow)))
+        return sent
+
     def attached(self) -> frozenset[int]:
         """Interfaces that exist and run both programs."""
         return frozenset(self._attacher.attached())
@@ -136,6 +169,10 @@ class Enforcer:
             raise
         self.observed = result.after
         return Applied(result.writes, enforced_s, time.perf_counter() - started)
+
+    def distrust(self) -> None:
+        """What the kernel holds is read back at the next ``apply``, and mended: it is not what was written."""
+        self._in_doubt = True
 
     def _run(self, desired: DesiredState, started: float) -> tuple[Plan, float]:
         result = plan(self.observed, desired)

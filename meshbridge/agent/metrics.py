@@ -45,6 +45,8 @@ class MetricsSource(Protocol):
 
     def ghost_packets(self) -> int: ...
 
+    def probes(self) -> int: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -154,6 +156,13 @@ def _families(source: MetricsSource) -> Iterator[Family]:
     yield Family(
         "meshbridge_ghost_bypass_packets_total", "counter", "Ports and users that packets gave away.", given_away
     )
+    proofs = [({"status": status.value}, float(count)) for status, count in published.proved.items()]
+    yield Family("meshbridge_proofs", "gauge", "Pods whose compensation is to be proved, by what came of it.", proofs)
+    for name, text, count in (
+        ("proofs_failed_total", "Pods that were not proved, or not any more.", published.proofs_failed),
+        ("proof_probes_total", "Probes sent to pods; the figures of packets count them as well.", source.probes()),
+    ):
+        yield Family(f"meshbridge_{name}", "counter", text, [({}, count)])
     for name, text, value in (
         ("controller_connected", "1 while the controller answers.", int(source.connected)),
         ("revision_received", "Newest revision received.", source.revision_received),

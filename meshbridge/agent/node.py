@@ -23,9 +23,12 @@ from meshbridge.agent.evidence import Watched
 from meshbridge.agent.ghosts import Ghosts
 from meshbridge.agent.identities import PeerNumbers
 from meshbridge.agent.names import Names, labels_of
+from meshbridge.agent.probing import Announce, Prober, Question, Volleys
+from meshbridge.agent.proofs import Proofs, Wanted
 from meshbridge.agent.redirects import Seen
 from meshbridge.agent.reporting import node_report
 from meshbridge.agent.view import Announced, Changes, LocalPod, NodeView
+from meshbridge.bypass.proof import Outcome, Plan, Status
 from meshbridge.datapath.ipcache import ipcache_key
 from meshbridge.datapath.links import Link, NodeNetwork, pod_interfaces, pod_mac, read_network
 from meshbridge.datapath.policysets import RuleIds
@@ -90,6 +93,11 @@ class Published:
     """What this step noticed; to be told once."""
     sidecars: Mapping[str, tuple[Link, ...]] = field(default_factory=dict)
     """The node's ends of the veths of pods with a sidecar, by UID: where redirect rules are to be looked for."""
+    proofs: Mapping[str, Wanted] = field(default_factory=dict)
+    """What is to be proved, by UID."""
+    proved: Mapping[Status, int] = field(default_factory=dict)
+    """How many of these pods are, are not, and are not known to be proved."""
+    proofs_failed: int = 0
 
 
 @dataclass(slots=True)
@@ -113,12 +121,15 @@ class Node:
     _peers: PeerNumbers = field(default_factory=PeerNumbers)
     _compilation: Compilation = field(default_factory=lambda: Compilation(RuleIds()))
     _ghosts: Ghosts = field(init=False)
+    _proofs: Proofs = field(init=False)
+    _prober: Prober = field(init=False)
     _informed: bool = False
     _pending: Changes = field(default_factory=lambda: Changes(everything=True))
     _fault: str = ""
 
     def __post_init__(self) -> None:
-        self._ghosts = Ghosts(self.name)
+        self._ghosts, self._proofs = Ghosts(self.name), Proofs(self.name)
+        self._prober = Prober(self.enforcer)
 
     def start(self) -> None:
         """Take over what an earlier agent left: nothing changes until the first revision is there."""
@@ -171,7 +182,43 @@ class Node:
             if holder.name and (number := self._peers.number(address)) is not None
         }
         rulings = self._view.bypass_policies_at(datetime.now(UTC))
-        return partial(bypasses_json, pods, self._policies, rulings, dict(self._seen.rules), others, audited)
+        return partial(
+            bypasses_json,
+            pods,
+            self._policies,
+            rulings,
+            dict(self._seen.rules),
+            others,
+            audited,
+            self._proofs.records(),
+        )
+
+    def question(self, uid: str, wanted: Wanted) -> Question | None:
+        """What a proof starts from; None: it is no longer what is wanted."""
+        if self.published.proofs.get(uid) != wanted:
+            return None
+        netns = self._seen.namespaces.get(uid, "")
+        return self._prober.question(wanted, self._network.links, netns, self._view.holders, self._peers.ipcache)
+
+    def fire(self, question: Question, plan: Plan, magics: Sequence[bytes], announce: Announce) -> Volleys | None:
+        """Send the probes of a plan on every interface of the pod; None: it was planned for something else than holds.
+
+        Raises:
+            MeshBridgeError: they cannot be sent.
+        """
+        wanted = question.wanted
+        if self.published.proofs.get(wanted.workload.uid) != wanted:
+            return None
+        return self._prober.fire(question, plan, magics, announce, self._peers.ipcache)
+
+    def take_outcome(self, uid: str, wanted: Wanted, outcome: Outcome) -> None:
+        """A proof came to this. Where it failed, the kernel is no longer trusted to hold what was written."""
+        changed, events = self._proofs.take(uid, wanted, outcome, time.time_ns())
+        if changed:
+            self._publish(self.published.durations, events)
+        if outcome.refutes and self.published.proofs.get(uid) == wanted:
+            self.enforcer.distrust()
+            self.step()
 
     def add_endpoint(self, pod: str, uid: str, interfaces: Iterable[str]) -> list[Hooked]:
         """The pod's interfaces are hooked, and drop everything until its policy is known.
@@ -409,9 +456,10 @@ class Node:
 
     # What is told
 
-    def _publish(self, durations: Durations) -> None:
+    def _publish(self, durations: Durations, told: Iterable[Flow] = ()) -> None:
         ghosts = self._compilation.ghosts(self._hooked_pods(), self._seen.rules)
-        events = self._ghosts.update(ghosts, time.time_ns())
+        proofs = self._wanted()
+        events = [*told, *self._ghosts.update(ghosts, time.time_ns()), *self._proofs.update(proofs, time.time_ns())]
         states = tuple(self._states())
         applied = self._informed and not self._view.unusable and not self._fault
         self.published = Published(
@@ -429,12 +477,26 @@ class Node:
             watched=self._watched(),
             events=tuple(events),
             sidecars=self._sidecars(),
+            proofs=proofs,
+            proved=self._proofs.pods(),
+            proofs_failed=self._proofs.failed,
         )
         self.publish(self.published)
 
     def _report(self, states: Iterable[pb.EndpointState]) -> NodeReport:
         exclusions = self._compilation.exclusions(self._hooked_pods(), self._seen.rules)
         return node_report(exclusions, self._view.bypass_policies.values(), states)
+
+    def _wanted(self) -> dict[str, Wanted]:
+        found: dict[str, Wanted] = {}
+        for uid, pod in self._hooked_pods().items():
+            demand = self._compilation.demand(uid, pod.workload, self._seen.rules.get(uid))
+            if demand is not None and pod.workload.addresses:
+                compiled = self._compilation.compiled.get(uid)
+                sets, fault = (compiled.sets, compiled.fault) if compiled is not None else (None, "")
+                hooked = tuple(self._endpoints.of_pod(uid))
+                found[uid] = Wanted(pod.workload, demand, hooked, sets, self._fault or fault)
+        return found
 
     def _watched(self) -> dict[int, Watched]:
         found: dict[int, Watched] = {}
@@ -458,8 +520,7 @@ class Node:
         found |= dict.fromkeys(str(refusal) for refusal in self._policies.refusals)
         refused = (policy.refusal for policy in self._view.bypass_policies.values())
         found |= dict.fromkeys(sorted(str(refusal) for refusal in refused if refusal is not None))
-        unproven = (policy.origin for policy in self._view.bypass_policies.values() if policy.proof)
-        found |= dict.fromkeys(f"{origin} asks for a proof, which no agent gives yet" for origin in sorted(unproven))
+        found |= dict.fromkeys(self._proofs.problems())
         found |= dict.fromkeys(f"not understood, so no revision is acted on: {t}" for t in self._view.unusable.values())
         pods: dict[str, list[str]] = {}
         for state in states:
@@ -476,6 +537,7 @@ class Node:
             if self._informed and pod.is_hooked and pod.workload.addresses and not self._endpoints.of_pod(uid):
                 state = self._pod_state(pod)
                 state.state = "not-hooked"
+                self._add_conditions(state)
                 why = f"it is to be closed ({pod.fault}), but " if pod.fault else ""
                 state.message = (
                     f"{why}no interface of it was found, so nothing is enforced on it: its CNI plugin did not announce "
@@ -504,15 +566,19 @@ class Node:
             state.state, state.message = "ready", "; ".join(notes)
             if hooked.late:
                 state.conditions.add(type="Degraded", status=True, reason="AttachedLate", message=ATTACHED_LATE)
-            if (condition := self._ghosts.condition(hooked.uid)) is not None:
-                state.conditions.append(condition)
             for direction, enforced, policies in (
                 (Direction.INGRESS, "ingress_enforced", state.ingress_policies),
                 (Direction.EGRESS, "egress_enforced", state.egress_policies),
             ):
                 setattr(state, enforced, bool(compiled.isolating[direction]))
                 policies.extend(rule_messages(compiled.isolating[direction]))
+        self._add_conditions(state)
         return state
+
+    def _add_conditions(self, state: pb.EndpointState) -> None:
+        for of in (self._ghosts, self._proofs):
+            if (condition := of.condition(state.uid)) is not None:
+                state.conditions.append(condition)
 
     def _identity_of(self, pod: LocalPod) -> int:
         addresses = pod.workload.addresses

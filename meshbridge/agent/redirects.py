@@ -20,10 +20,11 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The rules of pods by UID, and why those of a pod were not seen."""
+    """The rules of pods by UID, why those of a pod were not seen, and the paths of their network namespaces."""
 
     rules: Mapping[str, SeenRules] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
+    namespaces: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -59,7 +60,7 @@ class Redirects:
         for uid, problem in self.problems.items():
             if told.get(uid) != problem:
                 log.warning("redirects.not_seen", uid=uid, reason=problem)
-        return Seen(dict(self.seen), dict(self.problems))
+        return Seen(dict(self.seen), dict(self.problems), dict(self._paths))
 
     def _locate(self, numbers: Mapping[str, int | None]) -> None:
         """Bring ``_paths`` up to date: a path counts while the pod's interface leads to the namespace behind it."""

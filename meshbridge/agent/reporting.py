@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from meshbridge.bypass.bypasspolicy import BypassPolicy
+from meshbridge.bypass.proof import AUDITED, CONDITION
 from meshbridge.protos import observer_pb2 as pb
 from meshbridge.xds.exclusions import Exclusions
-from meshbridge.xds.nodereport import ENFORCED, ConditionStatus, NodeReport, PodCondition
+from meshbridge.xds.nodereport import ENFORCED, PROVED, ConditionStatus, NodeReport, PodCondition
 
 _UNENFORCED: Final[Mapping[str, tuple[ConditionStatus, str]]] = {
     "waiting-for-policy": (ConditionStatus.UNKNOWN, "WaitingForPolicy"),
@@ -34,6 +35,17 @@ def _conditions(states: Iterable[pb.EndpointState]) -> dict[str, tuple[PodCondit
             status, reason = _UNENFORCED[state.state]
             of_pod.setdefault(ENFORCED, PodCondition(ENFORCED, status, reason, state.message))
         for condition in state.conditions:
-            status = ConditionStatus.TRUE if condition.status else ConditionStatus.FALSE
-            of_pod.setdefault(condition.type, PodCondition(condition.type, status, condition.reason, condition.message))
+            if (told := _condition(condition)) is not None:
+                of_pod.setdefault(told.type, told)
     return {uid: tuple(of_pod.values()) for uid, of_pod in found.items() if uid and of_pod}
+
+
+def _condition(condition: pb.Condition) -> PodCondition | None:
+    """What an endpoint calls enforced is proved; None: an audit, of which the controller knows by itself."""
+    if condition.reason == AUDITED:
+        return None
+    kind = PROVED if condition.type == CONDITION else condition.type
+    status = ConditionStatus.TRUE if condition.status else ConditionStatus.FALSE
+    return PodCondition(
+        kind, ConditionStatus.UNKNOWN if condition.unknown else status, condition.reason, condition.message
+    )

@@ -29,7 +29,7 @@ def _parts(span: Span, peer: Peer, policies: BypassPolicies) -> Iterator[Span]:
         yield span
         return
     audited, enforced = IntSet(), IntSet()
-    for ports in _told_apart(span.box.port, policies.policies):
+    for ports in told_apart(span.box.port, policies.policies):
         ruling = policies.ruling(peer, span, ports, ())
         if ruling.mode is Mode.AUDIT:
             audited |= ports
@@ -40,7 +40,7 @@ def _parts(span: Span, peer: Peer, policies: BypassPolicies) -> Iterator[Span]:
             yield replace(span, box=span.box._replace(port=ports), audit=audit)
 
 
-def _told_apart(ports: IntSet, policies: tuple[BypassPolicy, ...]) -> list[IntSet]:
+def told_apart(ports: IntSet, policies: tuple[BypassPolicy, ...]) -> list[IntSet]:
     """The ports, cut wherever some route begins or ends."""
     parts = [ports]
     for cut in {route.ports for policy in policies for route in policy.routes}:

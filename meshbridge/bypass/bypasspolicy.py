@@ -175,6 +175,10 @@ class BypassPolicies:
         """When they next mean something else by themselves, as one expires; None: never."""
         return min((p.until for p in self.policies if p.until is not None and p.until > self.now), default=None)
 
+    @property
+    def asks_for_proof(self) -> bool:
+        return any(policy.proof for policy in self.policies)
+
     def selecting(self, peer: Peer) -> tuple[BypassPolicy, ...]:
         """Those that select a pod, or were refused and may select it."""
         return tuple(policy for policy in self.policies if policy.subject.matches(peer))

@@ -231,8 +231,10 @@ def _selected(record: dict[str, Any], wanted: Callable[[str], bool]) -> dict[str
     kept = {key: [item for item in record[key] if wanted(item["pod"])] for key in by_pod}
     halves = [h for h in record["half_bypasses"] if wanted(h["server"]) or any(map(wanted, h["clients"]))]
     automatic = [item for item in record.get("automatic", ()) if wanted(item["pod"])]
+    proofs = [item for item in record.get("proofs", ()) if wanted(item["pod"])]
     return {
         **kept,
+        "proofs": proofs,
         "automatic": automatic,
         "half_bypasses": halves,
         "not_starting": [pod for pod in record["not_starting"] if wanted(pod)],
@@ -329,7 +331,13 @@ def _show_lines(pod: str, record: dict[str, Any]) -> list[str]:
                 if g["fate"] == fate
             ]
             lines += aligned(table)
-    return [*lines, *_warnings(record)]
+    return [*lines, *map(_proof_line, record["proofs"]), *_warnings(record)]
+
+
+def _proof_line(proof: dict[str, Any]) -> str:
+    words = {"True": "Enforced", "False": "not Enforced"}.get(proof["status"], "Enforced unknown")
+    text = f"{words} ({proof['reason']}): {proof['message']}"
+    return f"  proof      {printable(text)}"
 
 
 def _route(route: dict[str, Any]) -> str:

@@ -283,9 +283,21 @@ class Conntrack:
             BpfNotFoundError: It has none.
         """
         index = self.tables().get(incarnation)
-        fd = None if index is None else self._open(index)
-        if fd is None:
+        if index is None:
             raise BpfNotFoundError("no flow table", where=f"conntrack, incarnation {incarnation}")
+        with self.flows_at(index) as flows:
+            yield flows
+
+    @contextlib.contextmanager
+    def flows_at(self, index: int) -> Iterator[Map[abi.ConntrackKey, abi.ConntrackValue]]:
+        """The table with this index, for the length of the block.
+
+        Raises:
+            BpfNotFoundError: There is none.
+        """
+        fd = self._open(index)
+        if fd is None:
+            raise BpfNotFoundError("no flow table", where=f"conntrack, index {index}")
         try:
             yield Map("conntrack", fd, abi.ConntrackKey, abi.ConntrackValue)
         finally:

@@ -37,10 +37,10 @@ def layout(cls: type[abi.AbiStruct], *, skip: int = 0) -> struct.Struct:
 
 SET_ID: Final = struct.Struct("=I")
 KEY: Final = struct.Struct("=Q")
-_VALUE: Final = layout(abi.PolicyValue)
+VALUE: Final = layout(abi.PolicyValue)
 _DEFAULT: Final = layout(abi.PolicyLayerDefault)
 DEFAULTS_BYTES: Final = _DEFAULT.size * len(Layer)
-ENTRY_BYTES: Final = KEY.size + _VALUE.size
+ENTRY_BYTES: Final = KEY.size + VALUE.size
 _VERDICTS: Final = {
     Verdict.ALLOW: int(abi.PolicyVerdict.POLICY_ALLOW),
     Verdict.DENY: int(abi.PolicyVerdict.POLICY_DENY),
@@ -180,7 +180,7 @@ def pack_map(policy: PolicyMap, rules: RuleIds) -> PackedSet:
     keys = (EntryKey(k.identity, k.port, k.protocol, k.prefix, k.layer) for k in policy.entries)
     entries = sorted(
         KEY.pack(key.packed())
-        + _VALUE.pack(
+        + VALUE.pack(
             entry.precedence,
             rules.number(entry.origins),
             _VERDICTS[entry.verdict],
@@ -207,7 +207,7 @@ def read_sets(items: Iterable[tuple[bytes, bytes]]) -> dict[int, PackedSet]:
 def unpack_entries(entries: bytes) -> Iterator[tuple[EntryKey, EntryValue]]:
     for start in range(0, len(entries), ENTRY_BYTES):
         key = EntryKey.unpacked(KEY.unpack_from(entries, start)[0])
-        yield key, EntryValue(*_VALUE.unpack_from(entries, start + KEY.size))
+        yield key, EntryValue(*VALUE.unpack_from(entries, start + KEY.size))
 
 
 def pack_entries(entries: Mapping[EntryKey, EntryValue], defaults: tuple[LayerValue, LayerValue]) -> PackedSet:
@@ -219,7 +219,7 @@ def pack_entries(entries: Mapping[EntryKey, EntryValue], defaults: tuple[LayerVa
     )
     return PackedSet(
         b"".join(_DEFAULT.pack(*layer) for layer in layers),
-        b"".join(sorted(KEY.pack(key.packed()) + _VALUE.pack(*value) for key, value in entries.items())),
+        b"".join(sorted(KEY.pack(key.packed()) + VALUE.pack(*value) for key, value in entries.items())),
     )
 
 

@@ -34,7 +34,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def endpoint_lines(endpoints: Iterable[pb.EndpointState]) -> list[str]:
-    """``cilium endpoint list``'s columns, one label a line; then one sentence for each endpoint that is not ready."""
+    """``cilium endpoint list``'s columns, one label a line; then a sentence for what is not as it should be."""
     rows: list[Sequence[str]] = [*ENDPOINT_HEADER]
     notes: list[str] = []
     for endpoint in sorted(endpoints, key=lambda e: e.id):
@@ -52,9 +52,13 @@ def endpoint_lines(endpoints: Iterable[pb.EndpointState]) -> list[str]:
                 label, six, four,
                 printable(endpoint.state) if first else "",
             ))  # fmt: skip
+        name = printable(f"{endpoint.namespace}/{endpoint.pod}")
         if endpoint.state != READY or endpoint.message:
-            name = printable(f"{endpoint.namespace}/{endpoint.pod}")
             notes.append(f"endpoint {endpoint.id} ({name}): {printable(endpoint.message or endpoint.state)}")
+        for condition in endpoint.conditions:
+            words = "is unknown" if condition.unknown else "holds" if condition.status else "does not hold"
+            text = f"{condition.type} {words} ({condition.reason}): {condition.message}"
+            notes.append(f"endpoint {endpoint.id} ({name}): {printable(text)}")
     return [*aligned(rows), *(["", *notes] if notes else [])]
 
 
@@ -81,7 +85,7 @@ def endpoint_record(node: str, endpoint: pb.EndpointState) -> dict[str, Any]:
         "conditions": [
             {
                 "type": condition.type,
-                "status": condition.status,
+                "status": None if condition.unknown else condition.status,
                 "reason": condition.reason,
                 "message": condition.message,
                 "since_unix_ns": condition.since_unix_ns,

@@ -181,18 +181,20 @@ class EndpointState(_message.Message):
     def __init__(self, id: _Optional[int] = ..., namespace: _Optional[str] = ..., pod: _Optional[str] = ..., uid: _Optional[str] = ..., identity: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., addresses: _Optional[_Iterable[bytes]] = ..., state: _Optional[str] = ..., message: _Optional[str] = ..., ingress_enforced: _Optional[bool] = ..., egress_enforced: _Optional[bool] = ..., ingress_policies: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., egress_policies: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., interface: _Optional[str] = ..., attach_mode: _Optional[str] = ..., conditions: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ...) -> None: ...
 
 class Condition(_message.Message):
-    __slots__ = ("type", "status", "reason", "message", "since_unix_ns")
+    __slots__ = ("type", "status", "reason", "message", "since_unix_ns", "unknown")
     TYPE_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     SINCE_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     type: str
     status: bool
     reason: str
     message: str
     since_unix_ns: int
-    def __init__(self, type: _Optional[str] = ..., status: _Optional[bool] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., since_unix_ns: _Optional[int] = ...) -> None: ...
+    unknown: bool
+    def __init__(self, type: _Optional[str] = ..., status: _Optional[bool] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., since_unix_ns: _Optional[int] = ..., unknown: _Optional[bool] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

@@ -85,9 +85,12 @@ def test_an_audit_that_ends_is_enforced_although_nothing_else_happens(node: Node
     assert datetime.now(UTC) >= datetime.fromisoformat(end)
 
 
-def test_a_proof_that_nobody_gives_is_told(node: NodeHarness, pods: tuple[Pod, Pod]) -> None:
-    put(node, "{proof: true}")
-    assert any("BypassPolicy shop/api" in text and "proof" in text for text in node.client.status().problems)
+def test_an_audit_is_never_proved(node: NodeHarness, pods: tuple[Pod, Pod]) -> None:
+    put(node, "{mode: audit, proof: true, selector: {matchLabels: {app: api}}}")
+    eventually(lambda: excluded(node, pods[0]) == [[9090, 9090]])
+    (condition,) = [c for state in node.client.endpoints() if state.pod == "api" for c in state.conditions]
+    assert (condition.type, condition.status, condition.reason) == ("Enforced", False, "Audited")
+    assert "IPv4 TCP 9090, IPv6 TCP 9090" in condition.message
 
 
 def test_a_refused_policy_is_told_with_file_and_line_and_opens_nothing(

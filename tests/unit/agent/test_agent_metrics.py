@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from meshbridge.agent.metrics import _response, exposition, serve_metrics
 from meshbridge.agent.node import Published
+from meshbridge.bypass.proof import Status
 from meshbridge.errors import SettingsError
 from meshbridge.policy.model import Direction
 from meshbridge.protos import observer_pb2 as pb
@@ -17,7 +18,8 @@ from meshbridge.protos import observer_pb2 as pb
 class Source:
     published = Published(
         revision=7, endpoints=(pb.EndpointState(state="ready"), pb.EndpointState(state="not-hooked")), problems=("p",),
-        ghosts={Direction.INGRESS: 2, Direction.EGRESS: 0}, ghosts_found=5,
+        ghosts={Direction.INGRESS: 2, Direction.EGRESS: 0}, ghosts_found=5, proved={Status.TRUE: 3, Status.FALSE: 1},
+        proofs_failed=4,
     )  # fmt: skip
     connected = True
     revision_received = 8
@@ -30,6 +32,9 @@ class Source:
 
     def ghost_packets(self) -> int:
         return 2
+
+    def probes(self) -> int:
+        return 12
 
     def audited(self) -> int:
         return 3
@@ -52,6 +57,9 @@ def test_figures_are_what_the_sources_say() -> None:
     assert found["meshbridge_ghost_bypass_packets_total", ()] == 2
     assert found["meshbridge_ghost_bypasses", (("direction", "ingress"),)] == 2
     assert found["meshbridge_ghost_bypasses_found_total", ()] == 5
+    assert found["meshbridge_proofs", (("status", "True"),)] == 3
+    assert found["meshbridge_proofs_failed_total", ()] == 4
+    assert found["meshbridge_proof_probes_total", ()] == 12
     assert found["meshbridge_resident_bytes", ()] > 1e6
 
 

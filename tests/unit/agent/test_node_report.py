@@ -13,6 +13,9 @@ from meshbridge.xds.nodereport import ConditionStatus, NodeReport, PodCondition
 
 GHOST = Condition(type="Captured", status=False, reason="GhostBypass", message="inbound bypasses Envoy")
 GHOST_TOLD = PodCondition("Captured", ConditionStatus.FALSE, "GhostBypass", "inbound bypasses Envoy")
+PROBED = Condition(type="Enforced", status=True, reason="Proved", message="4 probes")
+DOUBTED = Condition(type="Enforced", unknown=True, reason="Pending", message="not yet")
+AUDITED = Condition(type="Enforced", status=False, reason="Audited", message="TCP 9090")
 NOT_HOOKED = PodCondition("Enforced", ConditionStatus.FALSE, "NotHooked", "no interface")
 
 STATES = {
@@ -23,6 +26,15 @@ STATES = {
         [EndpointState(uid="a", state="ready"), EndpointState(uid="a", state="not-hooked", message="no interface")],
         (NOT_HOOKED,),
     ),
+    "a compensation that is proved": (
+        [EndpointState(uid="a", state="ready", conditions=[PROBED])],
+        (PodCondition("Proved", ConditionStatus.TRUE, "Proved", "4 probes"),),
+    ),
+    "one that is not proved yet": (
+        [EndpointState(uid="a", state="ready", conditions=[DOUBTED])],
+        (PodCondition("Proved", ConditionStatus.UNKNOWN, "Pending", "not yet"),),
+    ),
+    "one that is audited": ([EndpointState(uid="a", state="ready", conditions=[AUDITED])], ()),
     "an interface of nobody": ([EndpointState(state="waiting-for-policy")], ()),
     "an interface whose pod is gone": ([EndpointState(uid="a", state="disconnected")], ()),
 }

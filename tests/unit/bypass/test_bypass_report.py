@@ -435,7 +435,7 @@ def test_list_shows_a_line_per_bypass(manifests: Path) -> None:
 def test_list_of_a_namespace_and_as_json(manifests: Path) -> None:
     result = run("list", "-n", "finance", "-f", str(manifests), "-o", "json")
     record: dict[str, Any] = json.loads(result.output)
-    assert set(record) == {"bypasses", "findings", "half_bypasses", "isolations", "not_starting", "automatic"}
+    assert set(record) == {"bypasses", "findings", "half_bypasses", "isolations", "not_starting", "automatic", "proofs"}
     (bypass,) = record["bypasses"]
     assert set(bypass) == {
         "pod", "direction", "families", "protocol", "ports", "destinations", "class", "route", "guarantees",
