@@ -18,6 +18,8 @@ RUN python3 -m venv --without-pip /opt/meshbridge
 COPY constraints.txt /src/
 COPY pyproject.toml README.md /src/
 WORKDIR /src
+COPY cni /src/cni
+RUN cni/build /meshbridge-cni
 # Dependencies first: a change of ours does not fetch them again.
 RUN --mount=type=secret,id=ca \
     if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi; \
@@ -49,6 +51,8 @@ RUN apt-get update -qq \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/* /var/log/* \
     && groupadd --gid 65532 meshbridge && useradd --uid 65532 --gid 65532 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin meshbridge
 COPY --from=build /opt/meshbridge /opt/meshbridge
+# The CNI plugin, which the agent puts on its node.
+COPY --from=build /meshbridge-cni /usr/lib/meshbridge/meshbridge-cni
 # The kernel's programs, compiled: see scripts/image. Those of another source or machine are not taken for ours.
 COPY build/bytecode /usr/lib/meshbridge/bytecode
 RUN python -c 'from meshbridge.datapath.compiler import compile_programs; compile_programs()'

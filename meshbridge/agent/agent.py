@@ -21,6 +21,7 @@ import structlog
 from meshbridge import __version__
 from meshbridge.agent import memory
 from meshbridge.agent.audits import AuditCounts
+from meshbridge.agent.chain import CHECK_S, Chain
 from meshbridge.agent.cnicall import Call, Verb, network_of, valid_containers
 from meshbridge.agent.cniserver import start_cni
 from meshbridge.agent.enforcer import Enforcer
@@ -80,6 +81,8 @@ class AgentSettings:
     controller_name: str = ""
     cni: Path | None = None
     """Where the CNI plugin asks; None: nowhere."""
+    chain: Chain | None = None
+    """The CNI chain of the node, for our plugin to be kept in."""
     attach: AttachMode | None = None
     sizes: MapSizes | None = None
 
@@ -131,6 +134,8 @@ class Agent:
                     tasks.create_task(self._try_again(), name="try-again")
                     tasks.create_task(self._follow_redirects(), name="follow-redirects")
                     tasks.create_task(self._follow_proofs(), name="follow-proofs")
+                    if self._settings.chain is not None:
+                        tasks.create_task(self._keep_chain(self._settings.chain), name="keep-chain")
             finally:
                 loop.remove_reader(reader.fileno())
                 for listening in (metrics, plugin):
@@ -218,6 +223,11 @@ class Agent:
                 if self.published.sidecars.keys() != sidecars.keys():
                     break
 
+    async def _keep_chain(self, chain: Chain) -> None:
+        while True:
+            await asyncio.to_thread(chain.keep)
+            await asyncio.sleep(CHECK_S)
+
     async def _try_again(self) -> None:
         while True:
             await self._retry.wait()
@@ -297,7 +307,7 @@ class Agent:
         return self.published.endpoints
 
     def status(self) -> pb.Status:
-        published = self.published
+        published, chain = self.published, self._settings.chain
         return pb.Status(
             node=self._settings.node,
             version=__version__,
@@ -310,7 +320,7 @@ class Agent:
             addresses=published.addresses,
             policies=published.policies,
             events_lost=self.events_lost(),
-            problems=published.problems,
+            problems=[*published.problems, *([chain.problem] if chain is not None and chain.problem else [])],
             attach_mode=self._enforcer.mode.value,
             memory_resident_bytes=memory.resident_bytes(),
             uptime_s=time.monotonic() - self._started,

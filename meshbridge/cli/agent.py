@@ -47,12 +47,35 @@ _RUN = Path("/run/meshbridge")
     type=click.Path(path_type=Path),
     help="Where the CNI plugin meshbridge-cni asks, for root only.  [with --cni-conf-dir /run/meshbridge/cni.sock]",
 )
+@click.option(
+    "--cni-conf-dir",
+    type=click.Path(path_type=Path),
+    help="Keep meshbridge-cni in the chain that this node's runtime uses, as configured here: /etc/cni/net.d.",
+)
+@click.option(
+    "--cni-bin-dir",
+    type=click.Path(path_type=Path),
+    default=Path("/opt/cni/bin"),
+    show_default=True,
+    help="Where the runtime looks for plugins.",
+)
+@click.option(
+    "--cni-plugin",
+    type=click.Path(path_type=Path),
+    default=Path("/usr/lib/meshbridge/meshbridge-cni"),
+    show_default=True,
+    help="The program to install there.",
+)
 @click.option("--metrics", metavar="ADDRESS", default="", help="Serve /metrics on this loopback address and port.")
 @click.option("--attach", type=click.Choice(["tcx", "clsact", "auto"]), default="auto", show_default=True)
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True
 )
-@click.option("--cleanup", is_flag=True, help="Take the programs off all interfaces, unpin everything, and end.")
+@click.option(
+    "--cleanup",
+    is_flag=True,
+    help="Leave the CNI chain, take the programs off all interfaces, unpin everything, and end.",
+)
 def command(
     node: str,
     controller: str | None,
@@ -62,6 +85,9 @@ def command(
     bpffs: Path,
     socket: Path | None,
     cni_socket: Path | None,
+    cni_conf_dir: Path | None,
+    cni_bin_dir: Path,
+    cni_plugin: Path,
     metrics: str,
     attach: str,
     log_level: str,
@@ -72,7 +98,8 @@ def command(
     \b
     Examples:
       meshbridge agent --node node-a --controller unix:/run/meshbridge/controller.sock --token-file /etc/mb/token
-      meshbridge agent --node node-a --cleanup      stop enforcing: uninstall
+      meshbridge agent --node node-a --cni-conf-dir /etc/cni/net.d              in a pod: the rest is there
+      meshbridge agent --node node-a --cni-conf-dir /etc/cni/net.d --cleanup    stop enforcing: uninstall
     \b
     Exit codes: 0 stopped, 1 the datapath, socket or controller address cannot be used, 2 an option cannot be used.
     """
@@ -88,7 +115,16 @@ def command(
             f"{node!r} is no node name", where="--node", fix="use lower-case letters, digits, '-' and '.'"
         )
     mode = None if attach == "auto" else AttachMode(attach)
+    chain = None
+    if cni_conf_dir is not None:
+        from meshbridge.agent.chain import Chain
+        from meshbridge.agent.cniserver import DEFAULT_SOCKET
+
+        cni_socket = cni_socket or DEFAULT_SOCKET
+        chain = Chain(cni_conf_dir, cni_bin_dir, cni_socket, cni_plugin)
     if cleanup:
+        if chain is not None:
+            click.echo(f"node {node}: taken out of {chain.remove()} CNI configurations")
         from meshbridge.agent.enforcer import remove_everything
 
         count = remove_everything(bpffs / node, mode)
@@ -107,6 +143,7 @@ def command(
         socket=socket or _RUN / node / "agent.sock",
         metrics=metrics,
         cni=cni_socket,
+        chain=chain,
         controller_ca=at.ca,
         controller_name=at.server_name,
         attach=mode,

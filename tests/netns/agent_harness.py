@@ -143,6 +143,8 @@ class NodeHarness:
     subnet: int = 77
     attach: str = "auto"
     all_mesh_policies: bool = False
+    options: tuple[str, ...] = ()
+    """Further ones of the agent, for its clean-up too."""
     pods: dict[str, Pod] = field(default_factory=dict)
     policies: dict[str, Document] = field(default_factory=dict)
     services: dict[str, agent_pb2.Service] = field(default_factory=dict)
@@ -293,7 +295,7 @@ class NodeHarness:
     # The agent
 
     def _agent_options(self) -> list[str]:
-        return ["agent", "--node", self.name, "--bpffs", str(self.pin_root), "--attach", self.attach]
+        return ["agent", "--node", self.name, "--bpffs", str(self.pin_root), "--attach", self.attach, *self.options]
 
     def cleanup_command(self) -> list[str]:
         return [MESHBRIDGE, *self._agent_options(), "--cleanup"]

@@ -43,6 +43,7 @@ class Runtime:
     harness: NodeHarness
     plugins: Sequence[Mapping[str, Any]]
     name: str = "net"
+    shim: Path = SHIM
     pods: dict[str, str] = field(default_factory=dict)
     _results: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     _count: int = 0
@@ -123,7 +124,7 @@ class Runtime:
 
     def _run(self, verb: str, plugin: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any] | None:
         kind = plugin["type"]
-        program = SHIM if kind == "meshbridge-cni" else DEBIAN / kind
+        program = self.shim if kind == "meshbridge-cni" else DEBIAN / kind
         config = {"cniVersion": VERSION, "name": self.name, **plugin}
         environment = {"PATH": os.environ["PATH"], "CNI_PATH": f"{DEBIAN}", **variables}
         done = subprocess.run(

@@ -5,6 +5,7 @@ Judged by packets: a sniffer in the pod's namespace from before it has an interf
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,10 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from agent_harness import NodeHarness, Pod, inside, run
-from cni_runtime import CniRefused, Runtime, chain, missing
+from cni_runtime import SHIM, CniRefused, Runtime, chain, missing
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 
@@ -317,3 +319,38 @@ def test_a_pod_that_was_there_before_is_attached_late_and_says_so(node: NodeHarn
     assert endpoint.state == "ready"
     assert [(c.type, c.status, c.reason) for c in endpoint.conditions] == [("Degraded", True, "AttachedLate")]
     assert not node.reaches(stranger.netns, FIRST, PORT)
+
+
+def test_the_agent_joins_the_nodes_chain_and_leaves_it_at_the_end(node: NodeHarness, tmp_path: Path) -> None:
+    """As a runtime has it: the first file of the directory, and programs where it looks for them."""
+    (tmp_path / "net.d").mkdir()
+    (tmp_path / "bin").mkdir()
+    path = tmp_path / "net.d/10-pods.conflist"
+    given = {"cniVersion": "1.0.0", "name": "pods", "plugins": chain(tmp_path, "ptp", node.cni_socket, hooked=False)}
+    path.write_text(json.dumps(given))
+    node.options = ("--cni-conf-dir", f"{tmp_path}/net.d", "--cni-bin-dir", f"{tmp_path}/bin",
+                    "--cni-plugin", str(SHIM))  # fmt: skip
+
+    def plugins() -> list[dict[str, Any]]:
+        return json.loads(path.read_text())["plugins"]  # type: ignore[no-any-return]
+
+    node.start_agent()
+    node.wait(lambda status: not status.problems and len(plugins()) == 2, "our plugin is the last")
+    path.write_text(json.dumps(given))
+    node.wait(lambda _: len(plugins()) == 2, "and again, after somebody wrote the file anew")
+    node.apply(ALLOW_FRIEND)
+    stranger = node.add_pod("shop", "stranger", app="stranger")
+    pods = Runtime(node, plugins(), shim=tmp_path / "bin/meshbridge-cni")
+    server = pods.sandbox("shop", "server", app="server")
+    node.sync()
+    server = pods.plug(server)
+    assert state(node, server) == ("ready", "")
+    node.listen(server, PORT)
+    assert not node.reaches(stranger.netns, FIRST, PORT)
+    node.kill_agent(signal.SIGTERM)
+    assert len(plugins()) == 2, "an agent that is replaced leaves no pod unguarded"
+    said = run(*inside(node.netns, *node.cleanup_command()))
+    assert "taken out of 1 CNI configurations" in said
+    assert json.loads(path.read_text()) == given
+    assert list((tmp_path / "bin").iterdir()) == []
+    assert node.reaches(stranger.netns, FIRST, PORT)
