@@ -325,7 +325,7 @@ struct flow_event {
 	__be16 ethertype;
 	__u8 audit;    /* 1: policy would have dropped it */
 	__u8 rejudged; /* 1: an open flow judged again */
-	__u8 pad[8];
+	__u64 cgroup_id; /* of cgroup v2, of the sending socket where visible (egress), else 0 */
 };
 
 #endif

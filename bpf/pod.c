@@ -980,6 +980,7 @@ static __always_inline void tell(struct __sk_buff *skb, const struct endpoint_va
 		/* that of a connection still being made stands for its listener */
 		if (socket && (socket->state == BPF_TCP_NEW_SYN_RECV || bpf_sk_fullsock(socket)))
 			event->uid = bpf_get_socket_uid(skb);
+		event->cgroup_id = bpf_skb_cgroup_id(skb);
 	}
 	if (endpoint) {
 		event->endpoint_id = endpoint->id;

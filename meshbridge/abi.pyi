@@ -388,7 +388,7 @@ class FlowEvent(AbiStruct):
     ethertype: int
     audit: int
     rejudged: int
-    pad: ctypes.Array[ctypes.c_ubyte]
+    cgroup_id: int
     def __init__(
         self,
         *,
@@ -421,5 +421,5 @@ class FlowEvent(AbiStruct):
         ethertype: int = ...,
         audit: int = ...,
         rejudged: int = ...,
-        pad: ctypes.Array[ctypes.c_ubyte] = ...,
+        cgroup_id: int = ...,
     ) -> None: ...

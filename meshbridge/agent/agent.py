@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -30,11 +30,13 @@ from meshbridge.agent.metrics import serve_metrics
 from meshbridge.agent.names import Names
 from meshbridge.agent.node import EndpointError, Node, Published
 from meshbridge.agent.observer import ObserverService, start_observer, stop_observer
+from meshbridge.agent.processes import Processes
 from meshbridge.agent.proofs import Schedule
 from meshbridge.agent.prover import PAUSE_S, Proving
 from meshbridge.agent.redirects import Redirects, Seen
 from meshbridge.agent.ring import FlowRing
 from meshbridge.agent.view import Announced
+from meshbridge.bypass.owners import ProxyOwner
 from meshbridge.bypass.proof import Status
 from meshbridge.datapath.attach import AttachMode
 from meshbridge.datapath.events import EventReader
@@ -99,6 +101,7 @@ class Agent:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="node")
         self._onlooker = ThreadPoolExecutor(1, thread_name_prefix="redirects")
         self._redirects = Redirects()
+        self._processes = Processes()
         self._proving = Proving(lambda: self._node, self._in_worker, self._read_waiting, self.events_lost)
         self._client = ControllerClient(
             settings.controller, settings.node, self._token, settings.controller_ca, settings.controller_name
@@ -158,6 +161,11 @@ class Agent:
         self._node = Node(self._settings.node, self._enforcer, self._names, publish, self._first_look)
         self._node.start()
 
+    def _look(self, sidecars: Mapping[str, tuple[Link, ...]], owners: Mapping[str, ProxyOwner]) -> Seen:
+        seen = self._redirects.look(sidecars)
+        pods = {uid: (seen.namespaces[uid], owner) for uid, owner in owners.items() if uid in seen.namespaces}
+        return replace(seen, processes=self._processes.look(pods))
+
     def _first_look(self, sidecars: Mapping[str, tuple[Link, ...]]) -> Seen:
         """The redirect rules of all pods, read before the first revision is acted on; none when it takes too long."""
         try:
@@ -211,13 +219,16 @@ class Agent:
     async def _follow_redirects(self) -> None:
         """Read the redirect rules in the pods' namespaces again and again, and whenever there are other pods.
 
-        They are read by a thread of their own: a pod can make that slow, and no other pod may wait for it.
+        They are read by a thread of their own: a pod can make that slow, and no other pod may wait for it. So are the
+        pods' processes.
         """
         loop = asyncio.get_running_loop()
         while True:
-            sidecars = self.published.sidecars
-            seen = await loop.run_in_executor(self._onlooker, self._redirects.look, sidecars)
+            sidecars, owners = self.published.sidecars, self.published.owners
+            seen = await loop.run_in_executor(self._onlooker, self._look, sidecars, owners)
             await self._in_worker(partial(self._node.take_seen, seen))
+            for evidence in self._evidence.looked(seen.processes, self._processes.looked_ns):
+                self._ring.add(evidence)
             for _ in range(REDIRECT_TURNS):
                 await asyncio.sleep(REDIRECT_TURN_S)
                 if self.published.sidecars.keys() != sidecars.keys():

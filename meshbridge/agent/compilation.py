@@ -17,11 +17,12 @@ from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.findings import Finding, FindingCode
 from meshbridge.bypass.findings import Severity as FindingSeverity
-from meshbridge.bypass.ghosts import GhostBypass, ghost_bypasses, proxy_uids
+from meshbridge.bypass.ghosts import GhostBypass, ghost_bypasses, impostor_bypasses, proxy_uids
+from meshbridge.bypass.owners import NO_IMPOSTORS, Impostors, ProxyOwner, proxy_owner, with_impostors
 from meshbridge.bypass.proof import Demand, demand_of
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.bypass.sets import IntSet
-from meshbridge.bypass.state import CaptureState, capture_of
+from meshbridge.bypass.state import CaptureState, Truth, capture_of
 from meshbridge.datapath.policysets import RuleIds
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, TcpPorts, Workload
 from meshbridge.policy.capture import Capture, PortClass, PortClasses, sidecar_excluding
@@ -50,8 +51,8 @@ class Captured:
     """How a pod's TCP reaches Envoy by the redirect rules that were seen, and in ``notes`` what is wrong with those.
 
     ``excluded`` are the ports that past all doubt reach it past Envoy: its specification asks for it, and the rules do.
-    ``ghosts`` are ports that do so although nobody asked for it. ``fault``: why nothing is known of it. ``state``: what
-    all of it was made of, None without a sidecar.
+    ``ghosts`` are ports that do so although nobody asked for it. ``owner``: whose packets the rules leave alone.
+    ``fault``: why nothing is known of it. ``state``: what all of it was made of, None without a sidecar.
     """
 
     capture: Capture
@@ -61,6 +62,7 @@ class Captured:
     state: CaptureState | None = None
     ghosts: tuple[GhostBypass, ...] = ()
     proxy_uids: frozenset[int] = frozenset()
+    owner: ProxyOwner | None = None
 
 
 @dataclass(slots=True)
@@ -77,6 +79,8 @@ class Compilation:
     knows_destinations: bool = False
     """Whether the policies are all of the mesh's, so that it is known what destinations refuse."""
     bypass_policies: BypassPolicies = NO_BYPASS_POLICIES
+    impostors: Mapping[str, Impostors] = field(default_factory=dict)
+    """Processes of these pods, by UID, that send as if they were the pods' proxies."""
     known: Known | None = None
     """What REGISTRY_ONLY lets pods send to past their Envoys."""
     mesh: MeshSettings = DEFAULT_MESH
@@ -123,8 +127,18 @@ class Compilation:
         self, pods: Mapping[str, LocalPod], seen: Mapping[str, SeenRules]
     ) -> dict[str, tuple[Workload, tuple[GhostBypass, ...]]]:
         """What of these pods bypasses their Envoys although nobody asked for it, by UID."""
-        found = {uid: (pod.workload, self._of(uid, pod.workload, seen.get(uid)).ghosts) for uid, pod in pods.items()}
+        found = {uid: (pod.workload, self._ghosts(uid, pod.workload, seen.get(uid))) for uid, pod in pods.items()}
         return {uid: held for uid, held in found.items() if held[1]}
+
+    def _ghosts(self, uid: str, workload: Workload, seen: SeenRules | None) -> tuple[GhostBypass, ...]:
+        captured, impostors = self._of(uid, workload, seen), self.impostors.get(uid)
+        if impostors is None or captured.state is None:
+            return captured.ghosts
+        return captured.ghosts + impostor_bypasses(captured.state, workload, impostors)
+
+    def owner(self, uid: str, workload: Workload, seen: SeenRules) -> ProxyOwner | None:
+        """Whose packets the rules seen of a pod leave alone; None where they redirect nothing, or are not known."""
+        return self._of(uid, workload, seen).owner
 
     def watched(self, uid: str, workload: Workload, seen: SeenRules | None) -> Watched | None:
         """What the rules seen of a pod leave to its Envoy; None where nothing is known of it."""
@@ -154,9 +168,11 @@ class Compilation:
         """The pod's capture as it is compiled: with its audits, and its outbound ranges if those are not too many."""
         captured = self._of(uid, workload, seen)
         capture = captured.capture
-        if captured.state is not None and self.bypass_policies.policies:
-            audited = with_audits(captured.state, workload.peer(), self.bypass_policies)
-            capture = capture if audited is captured.state else capture_of(audited, judges=_JUDGES)
+        if captured.state is not None:
+            state = with_impostors(captured.state, self.impostors.get(uid, NO_IMPOSTORS))
+            if self.bypass_policies.policies:
+                state = with_audits(state, workload.peer(), self.bypass_policies)
+            capture = capture if state is captured.state else capture_of(state, judges=_JUDGES)
         if capture.outbound and self.known is not None:
             capture = replace(capture, registry=self.known.registry_of(workload, self.mesh))
         return capture.anywhere() if self._anywhere else capture
@@ -296,8 +312,9 @@ class CaptureCache:
             excluded = _settled(state) if seen is not None else ()
             capture = capture_of(state, judges=_JUDGES)
             found = Captured(
-                capture, notes, excluded, state=state, ghosts=ghost_bypasses(state), proxy_uids=proxy_uids(asked)
-            )
+                capture, notes, excluded, state=state, ghosts=ghost_bypasses(state), proxy_uids=proxy_uids(asked),
+                owner=proxy_owner(asked) if state.truth is Truth.RULES else None,
+            )  # fmt: skip
             self._known[key] = found
         return found
 

@@ -81,6 +81,7 @@ class Names:
             reply=_REPLIES.get(event.is_reply),
             packet_bytes=event.packet_bytes,
             uid=None if event.uid == NO_UID else event.uid,
+            cgroup_id=event.cgroup_id,
             rejudged=bool(event.rejudged),
             audit=audited,
         )

@@ -20,7 +20,7 @@ from meshbridge.agent.compilation import Compilation
 from meshbridge.agent.endpoints import UNKNOWN_POD, Endpoints, Hooked, find_interfaces, sources_of
 from meshbridge.agent.enforcer import Enforcer
 from meshbridge.agent.evidence import Watched
-from meshbridge.agent.ghosts import Ghosts
+from meshbridge.agent.ghosts import STARTING, Ghosts
 from meshbridge.agent.identities import PeerNumbers
 from meshbridge.agent.names import Names, labels_of
 from meshbridge.agent.probing import Announce, Prober, Question, Volleys
@@ -28,6 +28,7 @@ from meshbridge.agent.proofs import Proofs, Wanted
 from meshbridge.agent.redirects import Seen
 from meshbridge.agent.reporting import node_report
 from meshbridge.agent.view import Announced, Changes, LocalPod, NodeView
+from meshbridge.bypass.owners import ProxyOwner
 from meshbridge.bypass.proof import Outcome, Plan, Status
 from meshbridge.datapath.ipcache import ipcache_key
 from meshbridge.datapath.links import Link, NodeNetwork, pod_interfaces, pod_mac, read_network
@@ -91,6 +92,8 @@ class Published:
     """What Envoys alone should send and answer, by endpoint number."""
     events: tuple[Flow, ...] = ()
     """What this step noticed; to be told once."""
+    owners: Mapping[str, ProxyOwner] = field(default_factory=dict)
+    """Whose packets the rules seen of a pod leave alone, by UID: who else sends as they do is to be looked for."""
     sidecars: Mapping[str, tuple[Link, ...]] = field(default_factory=dict)
     """The node's ends of the veths of pods with a sidecar, by UID: where redirect rules are to be looked for."""
     proofs: Mapping[str, Wanted] = field(default_factory=dict)
@@ -169,6 +172,9 @@ class Node:
         expiry = self._compilation.bypass_policies.next_change
         if seen != self._seen or (expiry is not None and datetime.now(UTC) >= expiry):
             self._seen = seen
+            self._compilation.impostors = {
+                uid: processes.impostors for uid, processes in seen.processes.items() if processes.impostors
+            }
             self.step()
 
     def bypasses(self, audited: Sequence[Mapping[str, Any]] = ()) -> Callable[[], bytes]:
@@ -187,7 +193,7 @@ class Node:
             pods,
             self._policies,
             rulings,
-            dict(self._seen.rules),
+            self._seen,
             others,
             audited,
             self._proofs.records(),
@@ -475,6 +481,7 @@ class Node:
             ghosts={direction: self._ghosts.pods(direction) for direction in Direction},
             ghosts_found=self._ghosts.found,
             watched=self._watched(),
+            owners=self._owners(),
             events=tuple(events),
             sidecars=self._sidecars(),
             proofs=proofs,
@@ -505,6 +512,16 @@ class Node:
             watched = self._compilation.watched(hooked.uid, pod.workload, seen) if pod is not None else None
             if watched is not None:
                 found[hooked.id] = watched
+        return found
+
+    def _owners(self) -> dict[str, ProxyOwner]:
+        found: dict[str, ProxyOwner] = {}
+        for uid in {hooked.uid for hooked in self._endpoints.hooked.values()}:
+            pod, seen = self._view.pods.get(uid), self._seen.rules.get(uid)
+            # the init containers of one that is starting may run as the proxy's user, as istio-validation does
+            if pod is not None and seen is not None and pod.workload.phase != STARTING:
+                owner = self._compilation.owner(uid, pod.workload, seen)
+                found |= {uid: owner} if owner is not None else {}
         return found
 
     def _sidecars(self) -> dict[str, tuple[Link, ...]]:
@@ -560,6 +577,8 @@ class Node:
         else:
             unseen = self._seen.problems.get(hooked.uid)
             notes = [unseen] if unseen else list(compiled.notes)
+            looked = self._seen.processes.get(hooked.uid)
+            notes += [looked.problem] if looked is not None and looked.problem else []
             refused = sorted(map(str, frozenset(pod.extra_addresses) - sources_of(pod, self._is_held)))
             notes += [ATTACHED_LATE] if hooked.late else []
             notes += [f"it may not send from {', '.join(refused)}, which others hold"] if refused else []

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from meshbridge.agent.processes import PodProcesses
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.datapath.links import Link
 from meshbridge.datapath.redirect import NamespaceError, RedirectReader, find_namespaces, namespace_number
@@ -20,11 +21,15 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The rules of pods by UID, why those of a pod were not seen, and the paths of their network namespaces."""
+    """The rules of pods by UID, why those of a pod were not seen, and the paths of their network namespaces.
+
+    ``processes``: what was found in there.
+    """
 
     rules: Mapping[str, SeenRules] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
     namespaces: Mapping[str, str] = field(default_factory=dict)
+    processes: Mapping[str, PodProcesses] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

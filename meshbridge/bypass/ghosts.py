@@ -9,8 +9,9 @@ from typing import Final
 from meshbridge.bypass.annotations import MeshDefaults
 from meshbridge.bypass.classify import owner_numbers
 from meshbridge.bypass.expected import expected_redirection
-from meshbridge.bypass.sets import IntSet, union
-from meshbridge.bypass.state import CaptureState, Route, Span, Truth
+from meshbridge.bypass.owners import Impostors
+from meshbridge.bypass.sets import IntSet, NameSet, union
+from meshbridge.bypass.state import LOOPBACK_INTERFACE, CaptureState, Route, Span, Truth
 from meshbridge.identity.model import IpFamily, Workload
 from meshbridge.policy.capture import PortClass
 from meshbridge.policy.model import Direction
@@ -47,6 +48,25 @@ def ghost_bypasses(state: CaptureState) -> tuple[GhostBypass, ...]:
                 if ports := _common(wanted, (span for span in seen if span.route == route)):
                     found.append(GhostBypass(direction, family, ports, route))
     return tuple(sorted(found, key=lambda ghost: (ghost.direction, ghost.family, ghost.ports.spans)))
+
+
+def impostor_bypasses(state: CaptureState, workload: Workload, impostors: Impostors) -> tuple[GhostBypass, ...]:
+    """What these processes of a pod send past Envoy: the TCP ports on which it gets everybody else's packets."""
+    families = sorted({IpFamily.of(address) for address in workload.addresses})
+    captured = {
+        family: union(
+            span.box.port
+            for span in state.of(Direction.EGRESS, family)
+            if span.port_class is PortClass.CAPTURED and span.box.output - NameSet.of(LOOPBACK_INTERFACE)
+        )
+        for family in families
+    }
+    return tuple(
+        GhostBypass(Direction.EGRESS, family, captured[family], route)
+        for route in impostors.routes()
+        for family in families
+        if captured[family]
+    )
 
 
 def proxy_uids(workload: Workload) -> frozenset[int]:

@@ -16,7 +16,7 @@ from meshbridge.bypass.halfreport import MAX_SINGLE_PORTS, HalfBypass, half_bypa
 from meshbridge.bypass.inventory import Inventory, target_port
 from meshbridge.bypass.isolation import Isolation, isolations
 from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, IntSet, networks
-from meshbridge.bypass.state import Route, Span
+from meshbridge.bypass.state import Route, RouteKind, Span
 from meshbridge.identity.model import IpFamily, Peer, ProxyClass, Workload
 from meshbridge.policy.baseline import Guard
 from meshbridge.policy.capture import PortClass
@@ -149,7 +149,15 @@ def _ruled(row: Row, workload: Workload, span: Span, inventory: Inventory) -> Ro
 def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
     refusing = _refusing_destinations(workload, span, inventory)
     known = any(other is not workload for other in inventory.workloads)
-    if refusing:
+    impostor = span.route.kind is RouteKind.PROXY_OWNER
+    # REGISTRY_ONLY does not hold where Envoy's own packets look the same
+    registry_only = None if impostor else inventory.registry_only
+    if impostor and not refusing:
+        why = (
+            "its packets look like Envoy's, so only that is dropped here which would be dropped where it arrives; "
+            "the rest is judged there as what comes past an Envoy; end the process, or run it as another user"
+        )
+    elif refusing:
         why = "what these destinations refuse this pod is dropped here already, and again where it arrives"
     elif inventory.others:
         why = (
@@ -168,13 +176,13 @@ def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
         span.port_class,
         span.route,
         _destinations(span),
-        outbound_guarantees(destination_drops=bool(refusing), registry_only=inventory.registry_only),
+        outbound_guarantees(destination_drops=bool(refusing), registry_only=registry_only),
         Compensation(
-            bool(refusing or inventory.registry_only),
+            bool(refusing or registry_only),
             why,
             refused=refusing,
             outbound=True,
-            registry_only=bool(inventory.registry_only),
+            registry_only=bool(registry_only),
         ),
     )
     return _ruled(row, workload, span, inventory)

@@ -179,5 +179,6 @@ def _bypasses(spans: tuple[Span, ...], family: IpFamily) -> tuple[OutboundBypass
             # too many to compare every destination with; to name more than is bypassed drops nothing that
             # the destination would let in
             where = prefixes if len(prefixes) <= MAX_NETWORKS else ANY
-        found.update(OutboundBypass(first, last, where, span.audit) for first, last in span.box.port)
-    return tuple(sorted(found, key=lambda bypass: (bypass.first, bypass.last, repr(bypass.networks), bypass.audit)))
+        registered = span.route.kind is not RouteKind.PROXY_OWNER
+        found.update(OutboundBypass(first, last, where, span.audit, registered) for first, last in span.box.port)
+    return tuple(sorted(found, key=lambda b: (b.first, b.last, repr(b.networks), b.audit, b.registered)))

@@ -1,4 +1,4 @@
-"""One rtnetlink request and its answers, spoken directly: pyroute2 would cost the long-lived agent 25 MB.
+"""One netlink request and its answers, spoken directly: pyroute2 would cost the long-lived agent 25 MB.
 
 Spec: netlink(7), rtnetlink(7).
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Final
 
 NETLINK_ROUTE: Final = 0
+NETLINK_SOCK_DIAG: Final = 4
 DUMP: Final = 0x300
 EXCLUSIVE: Final = 0x200
 CREATE: Final = 0x400
@@ -29,7 +30,7 @@ _TIMEOUT_S: Final = 5.0
 _sequence = itertools.count(1)
 
 
-def ask(request: int, payload: bytes, flags: int = 0) -> Iterator[tuple[int, bytes]]:
+def ask(request: int, payload: bytes, flags: int = 0, *, protocol: int = NETLINK_ROUTE) -> Iterator[tuple[int, bytes]]:
     """Yield kind and body of every answer in the calling thread's network namespace, until the kernel says it was all.
 
     Raises:
@@ -39,7 +40,7 @@ def ask(request: int, payload: bytes, flags: int = 0) -> Iterator[tuple[int, byt
     number = next(_sequence) & 0xFFFFFFFF
     flags |= _REQUEST | (0 if flags & DUMP == DUMP else _ACKNOWLEDGE)
     interrupted = False
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE) as channel:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as channel:
         channel.settimeout(_TIMEOUT_S)
         channel.send(_HEADER.pack(_HEADER.size + len(payload), request, flags, number, 0) + payload)
         while True:

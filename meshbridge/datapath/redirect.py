@@ -338,6 +338,16 @@ def namespace_number(path: str) -> int:
         return _number_of(handle)
 
 
+def namespace_inode(path: str) -> int:
+    """What ``/proc/PID/ns/net`` of a process in the network namespace at a path has as its inode.
+
+    Raises:
+        NamespaceError: There is no network namespace at the path.
+    """
+    with _opened(path) as handle:
+        return os.fstat(handle).st_ino
+
+
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[int]:
     """A descriptor of the network namespace at a path; another kind of file is never waited for."""

@@ -117,6 +117,7 @@ class Flow:
     reply: bool | None = None
     packet_bytes: int = 0
     uid: int | None = None
+    cgroup_id: int = 0
     lost: int = 0
     lost_by: LostBy | None = None
     rejudged: bool = False

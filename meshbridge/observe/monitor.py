@@ -40,7 +40,7 @@ def explanation(flow: Flow) -> Iterator[str]:
     if flow.rejudged:
         yield "the flow was open before; policy or an identity has changed since"
     if flow.uid is not None:
-        yield f"sent by: uid {flow.uid}"
+        yield f"sent by: uid {flow.uid}" + (f", cgroup {flow.cgroup_id}" if flow.cgroup_id else "")
     if flow.reason:
         yield f"fix: {reason.fix}"
 

@@ -154,6 +154,7 @@ def _json_flow(flow: Flow, time: str) -> dict[str, Any]:
         "ifindex": flow.ifindex,
         "packet_bytes": flow.packet_bytes,
         "uid": flow.uid,
+        "cgroup_id": flow.cgroup_id or None,
         "ethertype": flow.ethertype,
         "rejudged": flow.rejudged,
         "audit": flow.audit,

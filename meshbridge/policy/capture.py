@@ -113,13 +113,15 @@ class OutboundBypass:
     """TCP destination ports that an endpoint's application reaches past its own Envoy, and where.
 
     Destinations in ``networks`` are found by ``Peer.networks``, so they have to be among those it is computed against.
-    ``audit``: what is dropped there in Envoy's place passes, and is told.
+    ``audit``: what is dropped there in Envoy's place passes, and is told. ``registered``: REGISTRY_ONLY holds there;
+    not where Envoy's own packets look the same, since it may send to others.
     """
 
     first: int
     last: int
     networks: Anything | tuple[IpNetwork, ...] = ANY
     audit: bool = False
+    registered: bool = True
 
 
 REGISTRY_ONLY: Final = Origin("MeshConfig", "", "outboundTrafficPolicy", "REGISTRY_ONLY")
@@ -166,7 +168,7 @@ class Capture:
     def anywhere(self) -> Capture:
         """The same, but what ``outbound`` says of some destinations it says of all."""
         outbound = {
-            family: tuple(dict.fromkeys(OutboundBypass(b.first, b.last, audit=b.audit) for b in bypasses))
+            family: tuple(dict.fromkeys(replace(bypass, networks=ANY) for bypass in bypasses))
             for family, bypasses in self.outbound.items()
         }
         return replace(self, outbound=outbound)

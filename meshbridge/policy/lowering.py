@@ -219,6 +219,7 @@ class MeshCompiler:
     ) -> dict[PolicyKey, PolicyEntry]:
         """Nobody whom the registry does not know is reached past Envoy; entries for destinations rank above these."""
         entries: dict[PolicyKey, PolicyEntry] = {}
+        bypasses = [bypass for bypass in bypasses if bypass.registered]
         known = PolicyEntry(Verdict.ALLOW, MeshRank.SOME_PORTS, ())
         anywhere = _by_audit([bypass for bypass in bypasses if isinstance(bypass.networks, Anything)])
         by_name = [(port, port) for port in registry.by_name]

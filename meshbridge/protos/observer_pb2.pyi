@@ -47,7 +47,7 @@ class Rule(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., rule: _Optional[str] = ..., file: _Optional[str] = ..., line: _Optional[int] = ..., tier: _Optional[str] = ...) -> None: ...
 
 class Flow(_message.Message):
-    __slots__ = ("time_unix_ns", "node", "endpoint_id", "direction", "type", "verdict", "reason", "reason_name", "source_address", "destination_address", "source_port", "destination_port", "protocol", "tcp_flags", "icmp_type", "icmp_code", "source", "destination", "layer", "network_verdict", "mesh_verdict", "network_rules", "mesh_rules", "match_type", "is_reply", "packet_bytes", "uid", "lost", "rejudged", "audit", "ifindex", "ethertype", "lost_by", "agent")
+    __slots__ = ("time_unix_ns", "node", "endpoint_id", "direction", "type", "verdict", "reason", "reason_name", "source_address", "destination_address", "source_port", "destination_port", "protocol", "tcp_flags", "icmp_type", "icmp_code", "source", "destination", "layer", "network_verdict", "mesh_verdict", "network_rules", "mesh_rules", "match_type", "is_reply", "packet_bytes", "uid", "lost", "rejudged", "audit", "ifindex", "ethertype", "lost_by", "agent", "cgroup_id")
     TIME_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -82,6 +82,7 @@ class Flow(_message.Message):
     ETHERTYPE_FIELD_NUMBER: _ClassVar[int]
     LOST_BY_FIELD_NUMBER: _ClassVar[int]
     AGENT_FIELD_NUMBER: _ClassVar[int]
+    CGROUP_ID_FIELD_NUMBER: _ClassVar[int]
     time_unix_ns: int
     node: str
     endpoint_id: int
@@ -116,7 +117,8 @@ class Flow(_message.Message):
     ethertype: int
     lost_by: str
     agent: AgentEvent
-    def __init__(self, time_unix_ns: _Optional[int] = ..., node: _Optional[str] = ..., endpoint_id: _Optional[int] = ..., direction: _Optional[str] = ..., type: _Optional[str] = ..., verdict: _Optional[str] = ..., reason: _Optional[int] = ..., reason_name: _Optional[str] = ..., source_address: _Optional[bytes] = ..., destination_address: _Optional[bytes] = ..., source_port: _Optional[int] = ..., destination_port: _Optional[int] = ..., protocol: _Optional[str] = ..., tcp_flags: _Optional[int] = ..., icmp_type: _Optional[int] = ..., icmp_code: _Optional[int] = ..., source: _Optional[_Union[Peer, _Mapping]] = ..., destination: _Optional[_Union[Peer, _Mapping]] = ..., layer: _Optional[str] = ..., network_verdict: _Optional[str] = ..., mesh_verdict: _Optional[str] = ..., network_rules: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., mesh_rules: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., match_type: _Optional[str] = ..., is_reply: _Optional[int] = ..., packet_bytes: _Optional[int] = ..., uid: _Optional[int] = ..., lost: _Optional[int] = ..., rejudged: _Optional[bool] = ..., audit: _Optional[bool] = ..., ifindex: _Optional[int] = ..., ethertype: _Optional[int] = ..., lost_by: _Optional[str] = ..., agent: _Optional[_Union[AgentEvent, _Mapping]] = ...) -> None: ...
+    cgroup_id: int
+    def __init__(self, time_unix_ns: _Optional[int] = ..., node: _Optional[str] = ..., endpoint_id: _Optional[int] = ..., direction: _Optional[str] = ..., type: _Optional[str] = ..., verdict: _Optional[str] = ..., reason: _Optional[int] = ..., reason_name: _Optional[str] = ..., source_address: _Optional[bytes] = ..., destination_address: _Optional[bytes] = ..., source_port: _Optional[int] = ..., destination_port: _Optional[int] = ..., protocol: _Optional[str] = ..., tcp_flags: _Optional[int] = ..., icmp_type: _Optional[int] = ..., icmp_code: _Optional[int] = ..., source: _Optional[_Union[Peer, _Mapping]] = ..., destination: _Optional[_Union[Peer, _Mapping]] = ..., layer: _Optional[str] = ..., network_verdict: _Optional[str] = ..., mesh_verdict: _Optional[str] = ..., network_rules: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., mesh_rules: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., match_type: _Optional[str] = ..., is_reply: _Optional[int] = ..., packet_bytes: _Optional[int] = ..., uid: _Optional[int] = ..., lost: _Optional[int] = ..., rejudged: _Optional[bool] = ..., audit: _Optional[bool] = ..., ifindex: _Optional[int] = ..., ethertype: _Optional[int] = ..., lost_by: _Optional[str] = ..., agent: _Optional[_Union[AgentEvent, _Mapping]] = ..., cgroup_id: _Optional[int] = ...) -> None: ...
 
 class AgentEvent(_message.Message):
     __slots__ = ("name", "details")

@@ -12,7 +12,10 @@ from agent_harness import NodeHarness, Pod, inside, run
 from click.testing import CliRunner
 from test_agent_capture import ENVOY_PORT, STRICT_AND_A_PATH, eventually, redirect, with_sidecar
 
+from meshbridge.bypass.initargs import parse_init_args
+from meshbridge.bypass.redirect_config import restore_text
 from meshbridge.cli import cli
+from meshbridge.identity.model import IpFamily
 from meshbridge.observe.flow import Flow, FlowKind
 from meshbridge.protos import observer_pb2 as pb
 
@@ -97,6 +100,38 @@ def test_rules_that_vanish_and_those_of_another_pod_are_ghosts(node: NodeHarness
     other = with_sidecar(node, "shop", "other", excludeInboundPorts="9090")
     redirect(Pod(other.workload, api.netns, api.interface))
     eventually(lambda: [c.message.count("TCP 9090") for c in conditions(node, api)] == [2], GHOST_FOUND_S)
+
+
+def legacy_redirect(pod: Pod) -> None:
+    """What istio-init does where the node's iptables is the old one."""
+    config, _ = parse_init_args(pod.workload.init_args or (), pod.workload.init_env)
+    for family, tool in ((IpFamily.IPV4, "iptables-legacy"), (IpFamily.IPV6, "ip6tables-legacy")):
+        text = restore_text(config, family)
+        run(*inside(pod.netns, "sh", "-c", f"{tool}-restore --noflush <<'END'\n{text}\nEND\n"))
+
+
+def test_legacy_rules_that_are_flushed_by_hand_are_ghosts_in_each_family(node: NodeHarness) -> None:
+    api = with_sidecar(node, "shop", "api")
+    legacy_redirect(api)
+    node.listen(api, ENVOY_PORT, uid=1337)
+    node.apply(STRICT_AND_A_PATH)
+    node.sync()
+    eventually(lambda: not any("redirect" in s.message for s in node.client.endpoints()))
+    assert not told(node)
+    for tool, family in (("iptables-legacy", "ipv4"), ("ip6tables-legacy", "ipv6")):
+        run(*inside(api.netns, tool, "-t", "nat", "-F"))
+        eventually(lambda family=family: family in {f for name, f, _ in told(node)}, GHOST_FOUND_S)  # type: ignore[misc]
+
+
+def test_rules_that_vanish_while_no_agent_runs_are_ghosts_once_it_is_back(node: NodeHarness) -> None:
+    api, web = captured(node)
+    node.kill_agent()
+    run(*inside(api.netns, "nft", "flush", "ruleset"))
+    node.start_agent()
+    eventually(lambda: bool(conditions(node, api)), GHOST_FOUND_S)
+    assert {family for _, family, _ in told(node)} == {"ipv4", "ipv6"}
+    assert not conditions(node, web)
+    assert not node.reaches(web.netns, api.ipv4, 9090, uid=1337)
 
 
 def given_away(node: NodeHarness, pod: Pod) -> list[tuple[str, str, str]]:

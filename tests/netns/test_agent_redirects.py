@@ -109,12 +109,12 @@ def test_the_report_follows_the_rules_that_were_seen(node: None) -> None:
     write_rules()
     look(redirects, link())
     others = {"shop/client": Peer(namespace="shop", proxy=ProxyClass.SIDECAR)}
-    record = json.loads(bypasses_json([WORKLOAD], PolicySet(), NO_BYPASS_POLICIES, redirects.seen, others))
+    record = json.loads(bypasses_json([WORKLOAD], PolicySet(), NO_BYPASS_POLICIES, Seen(redirects.seen), others))
     ports = [row["ports"] for row in record["bypasses"] if row["class"] == "excluded"]
     assert ports == [[[8080, 8080]]]
     assert record["findings"] == []
     run("nsenter", f"--net={NETNS / POD}", "iptables-nft", "-t", "nat", "-F")
     look(redirects, link())
-    record = json.loads(bypasses_json([WORKLOAD], PolicySet(), NO_BYPASS_POLICIES, redirects.seen, others))
+    record = json.loads(bypasses_json([WORKLOAD], PolicySet(), NO_BYPASS_POLICIES, Seen(redirects.seen), others))
     assert "rules-missing" in {finding["code"] for finding in record["findings"]}
     assert [[8080, 8080]] in [row["ports"] for row in record["bypasses"] if row["class"] == "excluded"]
