@@ -29,6 +29,7 @@ VERBS = {
     "monitor": "Follow the kernel's events: drops with the rule that caused them.",
     "observe": "Show flows and verdicts, like hubble observe.",
     "status": "Show what the node's agent has programmed and what is wrong.",
+    "uninstall": "Remove MeshBridge from a cluster, down to what it left on the nodes.",
     "webhook": "Answer the API server's admission reviews of pods and policies.",
 }
 
