@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,12 @@ def test_it_is_small(image: Image) -> None:
 def test_the_tools_that_read_pods_redirect_rules_are_there(image: Image) -> None:
     for tool in ("iptables-nft-save", "iptables-legacy-save", "ip6tables-nft-save", "nft"):
         assert (image.root / "usr/sbin" / tool).is_symlink() or (image.root / "usr/sbin" / tool).exists(), tool
+
+
+def test_the_cni_plugin_is_a_program_that_needs_nothing(image: Image) -> None:
+    plugin = image.root / "usr/lib/meshbridge/meshbridge-cni"
+    headers = subprocess.check_output(["readelf", "--program-headers", plugin], text=True)
+    assert ("INTERP" in headers, plugin.stat().st_mode & 0o111 != 0) == (False, True)
 
 
 def test_manifests_name_what_is_built(image: Image) -> None:
