@@ -89,6 +89,14 @@ def resident_bytes(pid: int) -> int:
     return 0
 
 
+def peak_bytes(pid: int) -> int:
+    """VmHWM of a process: the most it ever had resident."""
+    for line in _lines(f"/proc/{pid}/status"):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def _comm(process: Path) -> str:
     try:
         return (process / "comm").read_text().strip()

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshbridge.bench import agent, change, compile, denied, http, program, tcp
+from meshbridge.bench import agent, change, compile, denied, http, program, scale, tcp
 from meshbridge.bench.errors import BenchError
 from meshbridge.bench.figures import Failure, Report, Section
 from meshbridge.bench.machine import come_first, describe, leave_core, measured_core
@@ -42,6 +42,7 @@ PARTS: Mapping[str, Part] = {
         "the compiler by cluster size, without a kernel: from nothing, and after one change", compile.measure
     ),
     "agent": Part("the agent by cluster size: memory, cold and warm start, kernel memory, changes", agent.measure),
+    "scale": Part("one controller with a thousand simulated agents: memory, bytes and time of a change", scale.measure),
 }
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from meshbridge.controller.messages import address_message, resource
 from meshbridge.identity.model import Entity, IpAddress, Peer
 from meshbridge.policy.selectors import LabelKeys
-from meshbridge.xds.snapshot import Resource, Resources
+from meshbridge.xds.tables import Resource, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class AddressBook:
 
     def __init__(self) -> None:
         self._claims: dict[IpAddress, dict[str, Holder]] = {}
-        self._views: dict[Distinctions, dict[str, Resource]] = {}
+        self._views: dict[Distinctions, Table] = {}
         self._stale: set[IpAddress] = set()
         self._marks: dict[IpAddress, frozenset[Entity]] = {}
 
@@ -119,13 +118,11 @@ class AddressBook:
         if not stale:
             return
         for distinctions, view in self._views.items():
-            updated = dict(view)
-            for address in stale:
-                self._renew(updated, address, distinctions)
-            if updated != view:
-                self._views[distinctions] = updated
+            renewed = {str(address): self._seen(address, distinctions) for address in stale}
+            if any(view.get(name) != resource for name, resource in renewed.items()):
+                self._views[distinctions] = view.changed(renewed)
 
-    def view(self, distinctions: Distinctions, like: Distinctions | None = None) -> Resources:
+    def view(self, distinctions: Distinctions, like: Distinctions | None = None) -> Table:
         """Every address with what ``distinctions`` leave of its holder; the same mapping until something changes.
 
         Args:
@@ -134,15 +131,17 @@ class AddressBook:
         view = self._views.get(distinctions)
         if view is None:
             base = self._views.get(like) if like is not None else None
-            view = self._derived(distinctions, like, base) if like is not None and base is not None else {}
-            if base is None:
-                for address in self._claims:
-                    self._renew(view, address, distinctions)
+            if like is not None and base is not None:
+                view = base.changed(self._derived(distinctions, like))
+            else:
+                seen = ((str(address), self._seen(address, distinctions)) for address in self._claims)
+                view = Table((name, resource) for name, resource in seen if resource is not None)
             self._views[distinctions] = view
         return view
 
-    def _derived(self, to: Distinctions, like: Distinctions, base: Mapping[str, Resource]) -> dict[str, Resource]:
-        view = dict(base)
+    def _derived(self, to: Distinctions, like: Distinctions) -> dict[str, Resource | None]:
+        """Those addresses whose holders may differ under the two."""
+        found: dict[str, Resource | None] = {}
         pod_keys, node_keys = to.labels.pod ^ like.labels.pod, to.labels.node ^ like.labels.node
         namespace_keys = to.labels.namespace ^ like.labels.namespace
         port_names = to.port_names ^ like.port_names
@@ -158,14 +157,13 @@ class AddressBook:
                 or any(port.name in port_names for port in peer.ports)
                 or (exclusions and peer.excluded)
             ):
-                self._renew(view, address, to)
-        return view
+                found[str(address)] = self._seen(address, to)
+        return found
 
-    def _renew(self, view: dict[str, Resource], address: IpAddress, distinctions: Distinctions) -> None:
+    def _seen(self, address: IpAddress, distinctions: Distinctions) -> Resource | None:
         holder = self.holder(address)
         if holder is None:
-            view.pop(str(address), None)
-            return
+            return None
         keys = distinctions.labels
         peer = replace(
             holder.peer,
@@ -175,4 +173,4 @@ class AddressBook:
             excluded=holder.peer.excluded if distinctions.exclusions else (),
         )
         message = address_message(address, peer, name=holder.name, uid=holder.uid, node=holder.node)
-        view[str(address)] = resource(message)
+        return resource(message)

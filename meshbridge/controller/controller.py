@@ -32,7 +32,8 @@ from meshbridge.xds.resources import sidecar_resources
 from meshbridge.xds.secrets import SecretStore, SpiffeId
 from meshbridge.xds.select import build_sidecar, mtls_destinations
 from meshbridge.xds.sidecar import MtlsDestination, Sidecar
-from meshbridge.xds.snapshot import Resource, Resources, Snapshot
+from meshbridge.xds.snapshot import Snapshot
+from meshbridge.xds.tables import Resource, Resources, Table
 
 log = structlog.get_logger()
 
@@ -101,7 +102,7 @@ class Controller:
         self._mesh_problems: tuple[Problem, ...] = ()
         self._read_problems: frozenset[Problem] = frozenset()
         self._problems: frozenset[Problem] = frozenset()
-        self._problem_resources: Resources = {}
+        self._problem_resources = Table()
         self._mesh_resources = _mesh_resources(self.cluster.mesh)
         self._clients: dict[Caller, _Client] = {}
         self._destinations: tuple[MtlsDestination, ...] | None = None
@@ -265,7 +266,7 @@ class Controller:
         for reason in ProblemReason:
             PROBLEMS.labels(reason.value).set(sum(problem.reason is reason for problem in problems))
         sent = self.problems[:MAX_PROBLEMS_SENT]
-        self._problem_resources = {problem_name(problem): resource(problem_message(problem)) for problem in sent}
+        self._problem_resources = Table((problem_name(problem), resource(problem_message(problem))) for problem in sent)
 
     def _update(self, client: _Client) -> None:
         if not self._synced:
@@ -356,7 +357,7 @@ class Controller:
 
 def _mesh_resources(mesh: MeshSettings) -> dict[bool, Resources]:
     """The mesh's settings for nodes that are sent all of its policies, and for the others."""
-    return {every: {"mesh": resource(mesh_message(mesh, all_policies=every))} for every in (False, True)}
+    return {every: Table({"mesh": resource(mesh_message(mesh, all_policies=every))}) for every in (False, True)}
 
 
 def _same(last: Resources | None, resources: Resources) -> Resources:

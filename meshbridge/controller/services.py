@@ -9,7 +9,7 @@ from meshbridge.controller.messages import resource, service_message
 from meshbridge.identity.model import IpAddress, Workload
 from meshbridge.kube.manifests import Key
 from meshbridge.policy.parse.cluster import EndpointSlice, Service
-from meshbridge.xds.snapshot import Resource, Resources
+from meshbridge.xds.tables import Resource, Table
 
 _Pair = tuple[str, str]
 
@@ -29,7 +29,7 @@ class ServiceBook:
 
     headless: bool = False
     """Whether Services without addresses are told of as well, for those behind them."""
-    resources: Resources = field(default_factory=dict)
+    resources: Table = field(default_factory=Table)
     """By ``namespace/name``; the same mapping until something changes."""
     _by_namespace: dict[str, dict[str, Service]] = field(default_factory=dict)
     _slices: dict[Key, EndpointSlice] = field(default_factory=dict)
@@ -81,21 +81,21 @@ class ServiceBook:
         if not self._stale:
             return
         stale, self._stale = self._stale, {}
-        updated: dict[str, Resource] = dict(self.resources)
+        updated: dict[str, Resource | None] = {}
         for namespace, names in stale.items():
             services = self._by_namespace.get(namespace, {})
             known = {name: services[name] for name in names if name in services}
             for name in names - known.keys():
-                updated.pop(f"{namespace}/{name}", None)
+                updated[f"{namespace}/{name}"] = None
             for name, pods in _selected(known, pods_in(namespace)).items():
                 service = known[name]
                 if service.addresses or service.outside_addresses or (self.headless and service.selector):
                     message = service_message(service, pods, self._listed(service))
                     updated[f"{namespace}/{name}"] = resource(message)
                 else:
-                    updated.pop(f"{namespace}/{name}", None)
-        if updated != self.resources:
-            self.resources = updated
+                    updated[f"{namespace}/{name}"] = None
+        if any(self.resources.get(name) != resource for name, resource in updated.items()):
+            self.resources = self.resources.changed(updated)
 
 
 def _selected(services: dict[str, Service], pods: Iterable[Workload]) -> dict[str, list[Workload]]:

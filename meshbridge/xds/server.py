@@ -20,8 +20,7 @@ import structlog
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from envoy.service.discovery.v3 import ads_pb2_grpc
-from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
+from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import Counter, Gauge
 
@@ -29,7 +28,7 @@ from meshbridge.errors import SettingsError
 from meshbridge.protos.reports_pb2_grpc import add_NodeReportsServicer_to_server
 from meshbridge.xds.auth import AuthenticationError, Authenticator, Caller, CallerKind, UnavailableError
 from meshbridge.xds.reports import ReportServer, refusal_code
-from meshbridge.xds.snapshot import DeltaSession, Nack, ProtocolError, Snapshot
+from meshbridge.xds.snapshot import DeltaSession, Nack, ProtocolError, Response, Snapshot
 
 log = structlog.get_logger()
 
@@ -41,6 +40,7 @@ CERTIFICATE_EXPIRY = Gauge(
 )
 REFUSED_CALLS = Counter("meshbridge_xds_refused_calls", "Streams refused, by reason.", ["reason"])
 
+SERVICE_NAME = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 UNIX = "unix:"
 MAX_MESSAGE_BYTES = 16 << 20  # a client with 100,000 addresses names them all when it reconnects
 SOCKET_MODE = 0o666  # every call carries a token; Envoys run as other users
@@ -65,11 +65,20 @@ class SnapshotSource(Protocol):
         """A feed for ``caller``; ``wake`` is called in the event loop after every change of it."""
 
 
-class DeltaServer(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: ignore[misc]  # generated, untyped
+class DeltaServer:
     """Serves every client its own snapshot.
 
-    A client never waits for another, and never holds more than one unread response per type here.
+    A client never waits for another, and never holds more than one unread response per type here. What it says it has
+    is read once there is something to compare it with: a thousand that come to a controller which has just started
+    wait with it in their connections, not in its memory.
     """
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service for a gRPC server. Responses come encoded, as most of each is shared by many streams."""
+        method = grpc.stream_stream_rpc_method_handler(
+            self.DeltaAggregatedResources, request_deserializer=DeltaDiscoveryRequest.FromString
+        )
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, {"DeltaAggregatedResources": method})
 
     def __init__(self, authenticator: Authenticator, source: SnapshotSource) -> None:
         self._authenticator, self._source = authenticator, source
@@ -128,11 +137,14 @@ class _Stream:
         self._caller, self._context = caller, context
         self._session = DeltaSession()
         self._awake = asyncio.Event()
+        self._known = asyncio.Event()
         self._end: _End | None = None
         self._identified = False
 
     def wake(self) -> None:
         self._awake.set()
+        if self.feed.snapshot is not None:
+            self._known.set()
 
     def end(self, code: grpc.StatusCode, reason: str) -> None:
         """Have the stream end with that status, as soon as it writes nothing."""
@@ -150,6 +162,7 @@ class _Stream:
                 if nack is not None:
                     self._report(nack)
                 self.wake()
+                await self._known.wait()
         except ProtocolError as error:
             self._end = _End(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
@@ -175,9 +188,9 @@ class _Stream:
             else:
                 await self._write(response)
 
-    async def _write(self, response: DeltaDiscoveryResponse) -> None:
+    async def _write(self, response: Response) -> None:
         RESPONSES.labels(_short(response.type_url)).inc()
-        await self._context.write(response)
+        await self._context.write(response.content)
 
     def _check_node(self, request: DeltaDiscoveryRequest) -> None:
         """A client names itself in its first request at the latest; another's name ends the stream."""
@@ -263,7 +276,7 @@ async def start_server(
         SettingsError: TCP without TLS, an address that cannot be used, or a socket another process answers on.
     """
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)])
-    ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(servicer, server)
+    server.add_generic_rpc_handlers((servicer.handler(),))
     if reports is not None:
         add_NodeReportsServicer_to_server(reports, server)  # type: ignore[no-untyped-call]  # generated
     health_servicer = health.aio.HealthServicer()

@@ -8,16 +8,26 @@ Spec: xDS protocol, "Incremental xDS"; envoy.service.discovery.v3.DeltaDiscovery
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
-from google.protobuf.any_pb2 import Any as AnyMessage
 
 from meshbridge.errors import MeshBridgeError
+from meshbridge.xds.tables import (
+    ABSENT,
+    MAX_RESPONSE_BYTES,
+    NOTHING,
+    Resources,
+    Step,
+    Table,
+    differing,
+    encode,
+    size_of,
+)
+from meshbridge.xds.tables import Resource as Resource
 
 PREFIX: Final = "type.googleapis.com/"
 CLUSTER: Final = PREFIX + "envoy.config.cluster.v3.Cluster"
@@ -35,13 +45,10 @@ PROBLEM: Final = PREFIX + "meshbridge.agent.v1.Problem"
 REVISION: Final = PREFIX + "meshbridge.agent.v1.Revision"
 
 WILDCARD = "*"
-MAX_RESPONSE_BYTES = 1 << 20  # well below gRPC's 4 MB, and small enough that a slow client is asked again soon
 MAX_NAMES = 100_000
 MAX_NAME_LENGTH = 2_048
 MAX_NACK_TEXT = 500
-RESOURCE_OVERHEAD_BYTES = 96
 
-ABSENT = ""  # the version of a resource that a client knows not to exist
 UNSURE = "?"  # no resource has it: the client may hold anything, and has to be told
 
 
@@ -77,22 +84,6 @@ class ProtocolError(MeshBridgeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Resource:
-    """One serialised message. Equal versions mean equal bodies, also across restarts of the controller."""
-
-    version: str
-    body: bytes
-
-    @classmethod
-    def of(cls, body: bytes) -> Resource:
-        return cls(hashlib.blake2b(body, digest_size=8).hexdigest(), body)
-
-
-Resources = Mapping[str, Resource]
-_NOTHING: Final[Resources] = {}
-
-
-@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything one client should hold: by type URL, by name. Unchanged types share their mapping with the last one,
     which is how a session sees without looking that there is nothing to send."""
@@ -100,7 +91,7 @@ class Snapshot:
     types: Mapping[str, Resources] = field(hash=False)
 
     def of(self, type_url: str) -> Resources:
-        return self.types.get(type_url, _NOTHING)
+        return self.types.get(type_url, NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,45 +104,149 @@ class Nack:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sent:
-    version: str
-    before: str | None  # what a NACK returns `held` to
+class Response:
+    """A response as it is sent."""
+
+    type_url: str
+    content: bytes
+
+    @classmethod
+    def of(cls, type_url: str, content: bytes, nonce: str) -> Response:
+        """``content`` is an encoded response without a nonce, shared with others; fields of a message may be added."""
+        return cls(type_url, content + DeltaDiscoveryResponse(nonce=nonce).SerializeToString())
+
+    def decoded(self) -> DeltaDiscoveryResponse:
+        return DeltaDiscoveryResponse.FromString(self.content)
+
+
+class _Held:
+    """The versions a client has: those of a table, and where it differs from that one (None: not had).
+
+    So a thousand clients that have the same cost no more than one.
+    """
+
+    __slots__ = ("base", "over")
+
+    def __init__(self, versions: Mapping[str, str]) -> None:
+        self.base: Table = NOTHING
+        self.over: dict[str, str | None] = dict(versions)
+
+    def get(self, name: str) -> str | None:
+        if name in self.over:
+            return self.over[name]
+        resource = self.base.get(name)
+        return None if resource is None else resource.version
+
+    def put(self, name: str, version: str | None) -> None:
+        resource = self.base.get(name)
+        if version == (None if resource is None else resource.version):
+            self.over.pop(name, None)
+        else:
+            self.over[name] = version
+
+    def rebase(self, table: Table, differing: Iterable[str]) -> None:
+        """The same as before, said as what differs from ``table``, which is at no other names than these."""
+        self.base, self.over = table, {name: self.get(name) for name in differing}
+
+    def keep_only(self, names: Iterable[str]) -> None:
+        self.over = {name: version for name in names if (version := self.get(name)) is not None}
+        self.base = NOTHING
+
+    def names(self) -> set[str]:
+        return {name for name in self.base.keys() | self.over.keys() if self.get(name) is not None}
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A response that is not answered yet: the versions in it, and what a NACK returns the client to."""
+
+    versions: Mapping[str, str]
+    base: Table
+    before: dict[str, str | None] = field(default_factory=dict)
+
+    def was(self, name: str) -> str | None:
+        if name in self.before:
+            return self.before[name]
+        resource = self.base.get(name)
+        return None if resource is None else resource.version
 
 
 @dataclass(slots=True)
 class _Subscription:
+    held: _Held  # what the client has once it has read what is in flight
     wildcard: bool = False
     names: set[str] = field(default_factory=set)
-    held: dict[str, str] = field(default_factory=dict)  # what the client has once it has read what is in flight
     refused: dict[str, str] = field(default_factory=dict)  # refused by itself: not sent again in this version
     alone: set[str] = field(default_factory=set)  # refused in company: sent again, each in its own response
     nonce: str = ""  # of the response in flight
-    in_flight: dict[str, _Sent] = field(default_factory=dict)
+    in_flight: _Flight | None = None
     answered: bool = False
     settled: Resources | None = None  # the resources that nothing was left to send of
-
-    def outdated(self, resources: Resources) -> list[str]:
-        """The names whose version, or absence, the client does not know yet and has not refused."""
-        held, refused = self.held, self.refused
-        if self.wildcard:
-            names = [name for name, resource in resources.items() if held.get(name) != resource.version]
-            names += [name for name, version in held.items() if name not in resources and version != ABSENT]
-            explicit = [name for name in self.names if name not in resources and name not in held]
-        else:
-            names, explicit = [], list(self.names)
-        names += [name for name in explicit if held.get(name) != _version(resources, name)]
-        return [name for name in names if refused.get(name) != _version(resources, name)] if refused else names
+    steps: tuple[Step, ...] = ()  # what is left to send of a transition from the table that is held
+    sent: tuple[Step, ...] = ()
+    target: Table | None = None  # where it leads
 
     def pending(self, resources: Resources, part: _Part) -> list[str]:
         """The names to send, in order of name, those to be sent alone first."""
         if self.settled is resources:
             return []
-        names = self.outdated(resources)
+        outdated = self._outdated(resources)
+        if self.wildcard and not self.names and isinstance(resources, Table):
+            self.held.rebase(resources, outdated)
+        refused = self.refused
+        names = [n for n in outdated if refused.get(n) != _version(resources, n)] if refused else outdated
         if not names:
             self.settled = resources
         if part is not _Part.BOTH:
             names = [name for name in names if (name not in resources) is (part is _Part.REMOVALS)]
         return sorted(names, key=lambda name: (name not in self.alone, name))
+
+    def _outdated(self, resources: Resources) -> list[str]:
+        """The names whose version, or absence, the client does not know yet."""
+        held, found = self.held, []
+        for name in self._candidates(resources):
+            has, wanted = held.get(name), _version(resources, name)
+            if has != wanted and (has is not None or wanted != ABSENT or name in self.names):
+                found.append(name)
+        return found
+
+    def _candidates(self, resources: Resources) -> Iterable[str]:
+        if not self.wildcard:
+            return self.names
+        base = self.held.base
+        differs = resources.differing_from(base) if isinstance(resources, Table) else differing(base, resources)
+        return differs.union(self.held.over, self.names)
+
+    def begin_shared(self, type_url: str, resources: Resources, part: _Part) -> bool:
+        """Whether the client is to be sent what leads from one table to another, like others are."""
+        if self.steps:
+            return True
+        plain = self.wildcard and not (self.names or self.held.over or self.refused or self.alone or self.nonce)
+        if not plain or part is not _Part.BOTH or not isinstance(resources, Table) or self.settled is resources:
+            return False
+        steps = resources.transition_from(self.held.base, type_url).steps
+        if not steps:
+            self.held.base = self.settled = resources
+            return False
+        self.steps, self.sent, self.target = steps, (), resources
+        return True
+
+    def next_shared(self) -> Step:
+        """The next response of the transition, which is counted as sent. At its end the client holds the target."""
+        step, *rest = self.steps
+        self.in_flight = _Flight(step.versions, self.held.base)
+        self.sent, self.steps = (*self.sent, step), tuple(rest)
+        if not self.steps and self.target is not None:
+            self.held.base = self.settled = self.target
+            self.target, self.sent = None, ()
+        return step
+
+    def leave_shared(self) -> None:
+        """The rest of a transition is not sent; what was sent of it is held."""
+        for step in self.sent:
+            for name, version in step.versions.items():
+                self.held.put(name, version or None)
+        self.steps, self.sent, self.target = (), (), None
 
 
 def _version(resources: Resources, name: str) -> str:
@@ -166,7 +261,10 @@ class DeltaSession:
     a slow client skips the states between. A refused response of several resources is sent again one by one, so that
     a bad resource never keeps a good one away; a resource refused by itself waits until it changes.
 
-    Cost: a response looks at each resource of a changed type once; unchanged types cost nothing.
+    Cost: unchanged types cost nothing. Of a changed ``Table`` a session looks at what differs from the one its client
+    has, which is looked for and encoded once for all sessions that go the same way; of what such a way consists is
+    sent to its end, though the snapshot may be another by then. Any other mapping is looked at resource by resource.
+    A client that has all of a table takes no memory for it here.
     """
 
     def __init__(self) -> None:
@@ -187,19 +285,23 @@ class DeltaSession:
         subscription = self._subscriptions.get(type_url)
         if subscription is None:
             subscription = self._subscriptions[type_url] = _Subscription(
-                wildcard=not request.resource_names_subscribe, held=dict(request.initial_resource_versions)
+                wildcard=not request.resource_names_subscribe, held=_Held(request.initial_resource_versions)
             )
         nack = self._acknowledge(subscription, request) if request.response_nonce else None
         self._subscribe(subscription, request)
         return nack
 
-    def next_response(self, snapshot: Snapshot) -> DeltaDiscoveryResponse | None:
+    def next_response(self, snapshot: Snapshot) -> Response | None:
         """The next thing to send towards ``snapshot``; None while there is nothing, or an ACK has to come first."""
         for type_url, part in _PHASES:
             subscription = self._subscriptions.get(type_url)
             if subscription is None:
                 continue
             resources = snapshot.of(type_url)
+            if subscription.begin_shared(type_url, resources, part):
+                if subscription.nonce:
+                    return None
+                return self._made(subscription, type_url, subscription.next_shared().content())
             names = subscription.pending(resources, part)
             unanswered = subscription.wildcard and not subscription.answered and part is not _Part.REMOVALS
             if not names and not unanswered:
@@ -209,32 +311,28 @@ class DeltaSession:
             return self._respond(type_url, subscription, resources, names)
         return None
 
-    def holds(self, type_url: str) -> Mapping[str, str]:
-        """What the client holds of a type, by name: versions it acknowledged or was sent and has not refused."""
-        subscription = self._subscriptions.get(type_url)
-        return {} if subscription is None else {n: v for n, v in subscription.held.items() if v not in (ABSENT, UNSURE)}
-
     def _acknowledge(self, subscription: _Subscription, request: DeltaDiscoveryRequest) -> Nack | None:
-        if request.response_nonce != subscription.nonce:
+        if request.response_nonce != subscription.nonce or subscription.in_flight is None:
             return None  # answers a response of an earlier stream
-        sent, subscription.in_flight, subscription.nonce = subscription.in_flight, {}, ""
+        flight, subscription.in_flight, subscription.nonce = subscription.in_flight, None, ""
         if not request.HasField("error_detail"):
-            subscription.alone.difference_update(sent)
+            subscription.alone.difference_update(flight.versions)
             return None
-        for name, was in sent.items():
-            if len(sent) == 1:
-                subscription.refused[name] = was.version
+        subscription.leave_shared()
+        for name, version in flight.versions.items():
+            if len(flight.versions) == 1:
+                subscription.refused[name] = version
                 subscription.alone.discard(name)
             else:
                 subscription.alone.add(name)
-            if was.before is None:
-                subscription.held.pop(name, None)
-            else:
-                subscription.held[name] = was.before
+            subscription.held.put(name, flight.was(name))
         subscription.settled = None
-        return Nack(request.type_url, tuple(sorted(sent)), request.error_detail.message[:MAX_NACK_TEXT])
+        return Nack(request.type_url, tuple(sorted(flight.versions)), request.error_detail.message[:MAX_NACK_TEXT])
 
     def _subscribe(self, subscription: _Subscription, request: DeltaDiscoveryRequest) -> None:
+        if not request.resource_names_subscribe and not request.resource_names_unsubscribe:
+            return
+        subscription.leave_shared()
         first = not subscription.answered and bool(request.initial_resource_versions)
         for name in request.resource_names_subscribe:
             if len(name) > MAX_NAME_LENGTH:
@@ -248,8 +346,10 @@ class DeltaSession:
         for name in request.resource_names_unsubscribe:
             if name == WILDCARD:
                 subscription.wildcard = False
-                for dropped in (subscription.held.keys() | subscription.in_flight) - subscription.names:
+                in_flight = subscription.in_flight.versions if subscription.in_flight is not None else {}
+                for dropped in subscription.held.names().union(in_flight) - subscription.names:
                     self._forget(subscription, dropped)
+                subscription.held.keep_only(subscription.names)
             elif name in subscription.names:
                 subscription.names.discard(name)
                 if subscription.wildcard:
@@ -258,49 +358,41 @@ class DeltaSession:
                     self._forget(subscription, name)
         if len(subscription.names) > MAX_NAMES:
             raise ProtocolError(f"more than {MAX_NAMES} resource names", where=f"{request.type_url} request")
-        if request.resource_names_subscribe or request.resource_names_unsubscribe:
-            subscription.settled = None
+        subscription.settled = None
 
     def _tell_again(self, subscription: _Subscription, name: str) -> None:
-        subscription.held[name] = UNSURE
+        subscription.held.put(name, UNSURE)
         subscription.refused.pop(name, None)
-        if name in subscription.in_flight:
-            subscription.in_flight[name] = _Sent(subscription.in_flight[name].version, UNSURE)
+        if subscription.in_flight is not None and name in subscription.in_flight.versions:
+            subscription.in_flight.before[name] = UNSURE
 
     def _forget(self, subscription: _Subscription, name: str) -> None:
         """The client drops what it no longer subscribes to."""
-        subscription.held.pop(name, None)
+        subscription.held.put(name, None)
         subscription.refused.pop(name, None)
-        if name in subscription.in_flight:
-            subscription.in_flight[name] = _Sent(subscription.in_flight[name].version, None)
+        if subscription.in_flight is not None and name in subscription.in_flight.versions:
+            subscription.in_flight.before[name] = None
 
-    def _respond(
-        self, type_url: str, subscription: _Subscription, resources: Resources, names: list[str]
-    ) -> DeltaDiscoveryResponse:
-        self._sent += 1
-        response = DeltaDiscoveryResponse(type_url=type_url, nonce=str(self._sent))
+    def _respond(self, type_url: str, subscription: _Subscription, resources: Resources, names: list[str]) -> Response:
+        versions: dict[str, str] = {}
+        flight = subscription.in_flight = _Flight(versions, NOTHING)
         size = 0
         for name in names:
             resource = resources.get(name)
-            size += RESOURCE_OVERHEAD_BYTES + len(type_url) + len(name) + (len(resource.body) if resource else 0)
+            size += size_of(type_url, name, resource)
             lonely = name in subscription.alone
-            if subscription.in_flight and (lonely or size > MAX_RESPONSE_BYTES):
+            if versions and (lonely or size > MAX_RESPONSE_BYTES):
                 break
-            version = resource.version if resource else ABSENT
-            subscription.in_flight[name] = _Sent(version, subscription.held.get(name))
+            versions[name] = resource.version if resource is not None else ABSENT
+            flight.before[name] = subscription.held.get(name)
             subscription.refused.pop(name, None)
-            if resource is not None:
-                response.resources.add(
-                    name=name, version=version, resource=AnyMessage(type_url=type_url, value=resource.body)
-                )
-                subscription.held[name] = resource.version
-            else:
-                response.removed_resources.append(name)
-                if name in subscription.names:
-                    subscription.held[name] = ABSENT
-                else:
-                    subscription.held.pop(name, None)
+            known_absent = resource is None and name in subscription.names
+            subscription.held.put(name, resource.version if resource is not None else ABSENT if known_absent else None)
             if lonely:
                 break
-        subscription.nonce, subscription.answered = response.nonce, True
-        return response
+        return self._made(subscription, type_url, encode(type_url, versions, resources))
+
+    def _made(self, subscription: _Subscription, type_url: str, content: bytes) -> Response:
+        self._sent += 1
+        subscription.nonce, subscription.answered = str(self._sent), True
+        return Response.of(type_url, content, subscription.nonce)
