@@ -18,6 +18,7 @@ from meshbridge.policy.mesh import (
     GATEWAY_LABEL,
     HTTP_ONLY,
     IDENTITY,
+    OUR_PROVIDER,
     Action,
     Attribute,
     AuthorizationPolicy,
@@ -31,6 +32,7 @@ from meshbridge.policy.model import Origin, Severity, Verdict
 
 Known = Callable[[Condition], Verdict]
 
+OUR_SERVER: Final = {"app.kubernetes.io/name": "meshbridge", "app.kubernetes.io/component": "authz"}
 _OURS: Final = "cluster.local"
 _WITHOUT_RULE: Final = {
     Action.ALLOW: "it allows nothing",
@@ -137,6 +139,7 @@ def providers(scene: Scene) -> Iterator[Finding]:
                 yield finding("MB0104", policy.origin, text)
     for pods in scene.pods:
         yield from _several_providers(pods)
+        yield from _asks_itself(pods)
 
 
 def _several_providers(pods: Pods) -> Iterator[Finding]:
@@ -146,6 +149,15 @@ def _several_providers(pods: Pods) -> Iterator[Finding]:
         if policy.provider != custom[0].provider:
             text = f"{pods} has CUSTOM policies of the providers {' and '.join(names)}: all their rules deny"
             yield finding("MB0105", policy.origin, text, related=[custom[0].origin])
+
+
+def _asks_itself(pods: Pods) -> Iterator[Finding]:
+    if pods.pod.proxy is not ProxyClass.SIDECAR or not OUR_SERVER.items() <= pods.pod.labels.items():
+        return
+    for policy in pods.selected.authorization:
+        if policy.action is Action.CUSTOM and policy.provider == OUR_PROVIDER:
+            text = f"selects {pods}, the server it asks, which has a sidecar: every check waits for itself"
+            yield finding("MB0118", policy.origin, text)
 
 
 def left_out_by_ztunnel(scene: Scene) -> Iterator[Finding]:

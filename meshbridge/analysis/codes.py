@@ -100,7 +100,8 @@ _CODES: Final = (
         "MB0105", "SeveralProviders", _ERROR,
         "A workload has CUSTOM policies of more than one provider.",
         "Istio turns every CUSTOM rule of such a workload into a plain DENY: what should be asked about is refused.",
-        "Use one provider for a workload.",
+        "Use one provider for a workload. Where one of them is MeshBridge, delete its CUSTOM policy and have it asked "
+        "by a filter of its own: `meshbridge ext-authz envoyfilter` ([ext-authz](../ext-authz.md)).",
     ),
     Code(
         "MB0106", "UnknownProvider", _ERROR,
@@ -172,6 +173,14 @@ _CODES: Final = (
         "ztunnel judges connections. Istio leaves out an ALLOW rule with HTTP fields, sends a DENY rule without "
         "them as one that never matches, and asks no CUSTOM provider: what the rule was to deny passes.",
         "Attach the policy to a waypoint with targetRefs, or write the rule without HTTP fields.",
+    ),
+    Code(
+        "MB0118", "AsksItself", _ERROR,
+        "MeshBridge's own ext_authz server has a sidecar that asks it before it is asked.",
+        "A CUSTOM policy of provider `meshbridge`, most often a mesh-wide one, selects the server's pod. Each check is "
+        "then a request that has to be checked first, until the timeout: what the policy covers is refused everywhere.",
+        "Give the server's pods no sidecar: label `sidecar.istio.io/inject: \"false\"`, as MeshBridge's own "
+        "manifests do.",
     ),
     Code(
         "MB0201", "SeveralOfOneScope", _WARNING,

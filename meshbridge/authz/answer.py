@@ -18,6 +18,7 @@ class Reason(StrEnum):
     POLICY = "policy"
     BAD_TOKEN = "bad-token"
     IDENTITY = "identity-differs"
+    CALLER = "caller-differs"
     BAD_REQUEST = "bad-check-request"
     UNKNOWN_WORKLOAD = "unknown-workload"
     NOT_READY = "not-ready"

@@ -14,6 +14,7 @@ import structlog
 from meshbridge.authz import metrics
 from meshbridge.authz.answer import UNAUTHORIZED, UNAVAILABLE, Answer, Reason, refuse
 from meshbridge.authz.binding import Binding, compare
+from meshbridge.authz.caller import LOCAL, Caller, why_not
 from meshbridge.authz.keysets import KeySets
 from meshbridge.authz.outputs import Headers, outputs_of
 from meshbridge.authz.request import Check, HttpRequest, UnusableCheckError, decode_check, forwarded_for
@@ -86,12 +87,12 @@ class Judge:
         self._tokens = TokenVerifier(key_sets)
         self._rereads = _Rereads()
 
-    def check(self, data: bytes) -> bytes:
-        """Answer one serialised CheckRequest; never raises."""
+    def check(self, data: bytes, caller: Caller = LOCAL) -> bytes:
+        """Answer one serialised CheckRequest of ``caller``; never raises."""
         started = time.perf_counter()
         trail = _Trail()
         try:
-            answer = self._answer(data, trail)
+            answer = self._answer(data, caller, trail)
         except UnusableCheckError as error:
             answer = refuse(Reason.BAD_REQUEST, str(error))
         except Exception:
@@ -104,7 +105,7 @@ class Judge:
         _log(answer, trail, took_s)
         return encode_answer(answer)
 
-    def _answer(self, data: bytes, trail: _Trail) -> Answer:
+    def _answer(self, data: bytes, caller: Caller, trail: _Trail) -> Answer:
         view = self._current.get()
         if view is None:
             return refuse(Reason.NOT_READY, "this node has no policies from the controller yet", status=UNAVAILABLE)
@@ -114,6 +115,8 @@ class Judge:
             text = f"{check.destination} is no pod of this node that the controller knows"
             return refuse(Reason.UNKNOWN_WORKLOAD, text, status=UNAVAILABLE)
         trail.workload = workload
+        if strange := why_not(caller, workload, view.policies.mesh):
+            return refuse(Reason.CALLER, f"{strange}: an Envoy is told about its own pod alone")
         view, trail.binding = self._bind(view, check)
         metrics.BINDINGS.labels(trail.binding).inc()
         if trail.binding is Binding.DIFFERS:

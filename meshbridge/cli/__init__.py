@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "Answer what policies make of flows, in bulk and with nothing running.",
     "export": "Write the compensation of bypassed ports as policies for Cilium, Calico or the CNI at hand.",
     "explain": "Explain one flow: who lets it pass or not, by which rule, and what came close.",
+    "ext-authz": "Write what makes Istio's Envoys ask the ext_authz server.",
     "health": "Ask a component on this machine whether it serves: for probes.",
     "install": "Install MeshBridge in a cluster, or bring an installed one to this version.",
     "monitor": "Follow the kernel's events: drops with the rule that caused them.",
@@ -41,7 +42,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        command = importlib.import_module(f"meshbridge.cli.{name}").command
+        command = importlib.import_module(f"meshbridge.cli.{name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 import click
 import structlog
 from google.protobuf.message import Message
-from prometheus_client import start_http_server
 
 from meshbridge import log as logs
 from meshbridge.authz import metrics
 from meshbridge.authz.assemble import ViewBuilder
+from meshbridge.authz.http import serve_http
 from meshbridge.authz.judge import Judge
 from meshbridge.authz.keysets import KeySets
-from meshbridge.authz.server import PROXY_UID, AuthzServer
+from meshbridge.authz.server import PROXY_UID, UNIX, AuthzServer
+from meshbridge.authz.tls import TlsFiles, server_credentials
 from meshbridge.authz.view import CurrentView
 from meshbridge.cli.connection import connection
 from meshbridge.errors import SettingsError
@@ -28,6 +31,10 @@ from meshbridge.xds.client import ControllerClient, Update
 from meshbridge.xds.messages import MessageError, document_of, holder_of, mesh_of, workload_of
 
 log = structlog.get_logger()
+
+CERTIFICATE_S = 60.0
+LINGER_S = 20.0
+"""Longer than an endpoint's removal takes to reach every Envoy, and with the drain under Kubernetes' 30 s of grace."""
 
 
 @click.command(name="authz", context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,15 +47,41 @@ log = structlog.get_logger()
 )
 @click.option("--controller-name", metavar="NAME", help="What its certificate is for. [HOST; in a pod, the Service]")
 @click.option("--token-file", type=click.Path(path_type=Path), help="File with the node's token.")
-@click.option("--listen", metavar="ADDR", help="Where Envoys ask, as unix:PATH. [/run/meshbridge/NODE/authz.sock]")
+@click.option(
+    "--listen", metavar="ADDR", help="Where Envoys ask, as unix:PATH or ADDRESS:PORT. [/run/meshbridge/NODE/authz.sock]"
+)
 @click.option(
     "--listen-owner",
     type=click.IntRange(0),
     default=PROXY_UID,
     show_default=True,
-    help="Envoy's user; only it may ask.",
+    help="Envoy's user; only it may ask over unix:PATH.",
 )
-@click.option("--metrics", "metrics_address", metavar="HOST:PORT", help="Serve /metrics there, on loopback only.")
+@click.option(
+    "--tls-cert",
+    type=click.Path(path_type=Path),
+    help="Certificate chain, PEM, for ADDRESS:PORT; followed as it changes.",
+)
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, PEM.")
+@click.option(
+    "--client-ca",
+    type=click.Path(path_type=Path),
+    help="Take only clients with a certificate of these authorities, and tell each about its own pod alone.",
+)
+@click.option(
+    "--plaintext",
+    is_flag=True,
+    help="Allow ADDRESS:PORT without TLS: where a sidecar stands before it, or the node's own veths are trusted.",
+)
+@click.option(
+    "--linger",
+    "linger_s",
+    type=click.FloatRange(0, 600),
+    help="Seconds to go on answering after SIGTERM, for Envoys that have not heard of it. [0; with ADDRESS:PORT 20]",
+)
+@click.option(
+    "--metrics", "metrics_address", metavar="HOST:PORT", help="Serve /metrics and /healthz there, on loopback only."
+)
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning"]))
 def command(
     node: str,
@@ -58,36 +91,84 @@ def command(
     token_file: Path | None,
     listen: str | None,
     listen_owner: int,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    client_ca: Path | None,
+    plaintext: bool,
+    linger_s: float | None,
     metrics_address: str | None,
     log_level: str,
 ) -> None:
     """Answer Envoy's ext_authz checks by the node's policies, until SIGTERM.
 
-    Before the first revision of the controller, and after any fault of its own, every answer refuses and says why.
+    Before the first revision of the controller, and after any fault of its own, every answer refuses and says why. Over
+    TCP an Envoy is told about connections to its own pod alone. docs/ext-authz.md has what Istio needs beside it.
 
     \b
-    Example:
+    Examples:
       meshbridge authz --node node-a --controller unix:/run/meshbridge/controller.sock \\
         --token-file /run/meshbridge/node-a/token --metrics 127.0.0.1:9402
+      meshbridge authz --node node-a --controller controller:9400 --controller-ca ca.crt --token-file token \\
+        --listen 0.0.0.0:9191 --tls-cert cert-chain.pem --tls-key key.pem --client-ca root-cert.pem
     """
     logs.configure(log_level)
     at = connection(controller, controller_ca, controller_name, token_file)
-    if metrics_address:
-        _serve_metrics(metrics_address)
+    address = listen or f"{UNIX}/run/meshbridge/{node}/authz.sock"
+    files = _tls_files(address, tls_cert, tls_key, client_ca, plaintext=plaintext)
     current = CurrentView()
     key_sets = KeySets(lambda: view.key_sources if (view := current.get()) is not None else ())
     judge = Judge(current, key_sets)
-    server = AuthzServer(listen or f"unix:/run/meshbridge/{node}/authz.sock", judge.check, listen_owner)
+    server = AuthzServer(
+        address, judge.check, listen_owner, server_credentials(files, wait_s=CERTIFICATE_S) if files else None
+    )
+    if metrics_address:
+        serve_http(metrics_address, lambda: server.ready)
     client = ControllerClient(at.target, node, lambda: at.token_file.read_text().strip(), at.ca, at.server_name)
+    if linger_s is None:
+        linger_s = 0 if address.startswith(UNIX) else LINGER_S
     key_sets.start()
     try:
-        asyncio.run(_serve(client, current, server, node, key_sets))
+        asyncio.run(_serve(client, current, server, node, key_sets, linger_s))
     finally:
         key_sets.stop()
 
 
+def _tls_files(
+    listen: str, certificate: Path | None, key: Path | None, client_ca: Path | None, *, plaintext: bool
+) -> TlsFiles | None:
+    """The files of a listener that has TLS; None where it has none, which on TCP has to be asked for."""
+    given = certificate or key or client_ca
+    if listen.startswith(UNIX):
+        if given or plaintext:
+            raise SettingsError("TLS settings for a Unix socket", where=f"--listen {listen}", fix="leave them out")
+        return None
+    host, _, port = listen.rpartition(":")
+    if not (_is_address(host) and port.isascii() and port.isdigit()):
+        fix = "write unix:PATH, 0.0.0.0:9191 or [::]:9191"
+        raise SettingsError(f"{listen!r} is no address to listen on", where="--listen", fix=fix)
+    if plaintext:
+        if given:
+            raise SettingsError("goes with no TLS files", where="--plaintext", fix="leave one of them out")
+        return None
+    if certificate is None or key is None:
+        fix = "give --tls-cert and --tls-key, or --plaintext where the mesh's own mTLS stands before it"
+        raise SettingsError("TCP without TLS", where=f"--listen {listen}", fix=fix)
+    return TlsFiles(certificate, key, client_ca)
+
+
+def _is_address(host: str) -> bool:
+    with suppress(ValueError):
+        return (":" in host) is host.startswith("[") and bool(ip_address(host.strip("[]")))
+    return False
+
+
 async def _serve(
-    client: ControllerClient, current: CurrentView, server: AuthzServer, node: str, key_sets: KeySets
+    client: ControllerClient,
+    current: CurrentView,
+    server: AuthzServer,
+    node: str,
+    key_sets: KeySets,
+    linger_s: float,
 ) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -98,12 +179,18 @@ async def _serve(
     stopped = asyncio.create_task(stop.wait(), name="wait-for-signal")
     done, _ = await asyncio.wait({follower, stopped}, return_when=asyncio.FIRST_COMPLETED)
     log.info("authz.draining")
+    if stopped in done:
+        # Envoys hear of it by way of the API server and istiod; until then they come here, and are answered by policies
+        # that go on being followed.
+        server.leave()
+        await asyncio.wait({follower}, timeout=linger_s)
     await asyncio.to_thread(server.drain)
     follower.cancel()
     stopped.cancel()
     await asyncio.gather(follower, stopped, return_exceptions=True)
     if follower in done:
         follower.result()
+    log.info("authz.stopped")
 
 
 async def _follow(
@@ -165,15 +252,3 @@ class _State:
                 self.builder.remove_document(name)
             case xds.ADDRESS:
                 self.builder.remove_holder(name)
-
-
-def _serve_metrics(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if host not in ("127.0.0.1", "[::1]") or not (port.isascii() and port.isdigit()):
-        raise SettingsError(f"cannot serve metrics on {address!r}", where="--metrics", fix="use 127.0.0.1:PORT")
-    try:
-        start_http_server(int(port), host.strip("[]"))
-    except (OSError, OverflowError) as error:
-        raise SettingsError(
-            f"cannot serve metrics on {address!r}: {error}", where="--metrics", fix="choose another port"
-        ) from error

@@ -140,6 +140,7 @@ def mesh_message(mesh: MeshSettings, *, all_policies: bool = False) -> agent_pb2
         cluster=mesh.cluster,
         providers=agent_pb2.ExtensionProviders(kinds=kinds) if providers is not None else None,
         registry_only=mesh.registry_only,
+        own_sidecars=mesh.own_sidecars,
     )
 
 

@@ -173,7 +173,7 @@ class RequestJudge:
                 case Action.DENY:
                     reason = f"denied by {indexed.rule.origin}, as Envoy cannot be told whom to ask"
                     return _Denial(reason, (indexed.rule.origin,))
-                case Action.CUSTOM if indexed.policy.provider not in self.guard.mesh.asked_providers:
+                case Action.CUSTOM if not self.guard.mesh.asks(indexed.policy.provider):
                     reason = f"CUSTOM provider {indexed.policy.provider!r} is asked by nobody here"
                     return _Denial(reason, (indexed.rule.origin,))
         if request.token_error and self.jwt_rules:

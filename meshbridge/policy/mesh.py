@@ -46,17 +46,16 @@ class PathNormalization(StrEnum):
 class MeshSettings:
     """What the mesh's own configuration says; the same for every workload.
 
-    ``asked_providers`` are the CUSTOM providers that Envoy itself asks; any other that is not us denies. ``providers``
-    are those the mesh defines, None where nobody has said: then any name may be one. ``trusted_proxies`` are those
-    before a gateway whose x-forwarded-for counts. ``interception`` is how sidecars capture where a pod does not say.
-    ``own_sidecars``: MeshBridge configures the sidecars, not istiod; they know addresses, and no registry.
+    ``providers`` are the CUSTOM providers the mesh defines, None where nobody has said: then any name may be one.
+    ``trusted_proxies`` are those before a gateway whose x-forwarded-for counts. ``interception`` is how sidecars
+    capture where a pod does not say. ``own_sidecars``: MeshBridge configures the sidecars, not istiod; they know
+    addresses, and no registry.
     """
 
     root_namespace: str = "istio-system"
     trust_domain: str = DEFAULT_TRUST_DOMAIN
     trust_domain_aliases: tuple[str, ...] = ()
     cluster: str = DEFAULT_CLUSTER
-    asked_providers: frozenset[str] = frozenset()
     providers: tuple[tuple[str, ProviderKind], ...] | None = None
     path_normalization: PathNormalization = PathNormalization.BASE
     registry_only: bool = False
@@ -70,6 +69,10 @@ class MeshSettings:
         if name == OUR_PROVIDER:
             return ProviderKind.GRPC
         return None if self.providers is None else dict(self.providers).get(name, ProviderKind.UNUSABLE)
+
+    def asks(self, name: str) -> bool:
+        """Whether sidecars ask this provider themselves: Istio's do, ours have no filter for anybody else's."""
+        return not self.own_sidecars and self.provider(name) in (ProviderKind.GRPC, ProviderKind.HTTP)
 
 
 DEFAULT_MESH: Final = MeshSettings()

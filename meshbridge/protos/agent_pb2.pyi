@@ -233,7 +233,7 @@ class ServiceBackends(_message.Message):
     def __init__(self, port: _Optional[int] = ..., addresses: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Mesh(_message.Message):
-    __slots__ = ("root_namespace", "trust_domain", "trust_domain_aliases", "cluster", "all_mesh_policies", "providers", "registry_only")
+    __slots__ = ("root_namespace", "trust_domain", "trust_domain_aliases", "cluster", "all_mesh_policies", "providers", "registry_only", "own_sidecars")
     ROOT_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TRUST_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     TRUST_DOMAIN_ALIASES_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +241,7 @@ class Mesh(_message.Message):
     ALL_MESH_POLICIES_FIELD_NUMBER: _ClassVar[int]
     PROVIDERS_FIELD_NUMBER: _ClassVar[int]
     REGISTRY_ONLY_FIELD_NUMBER: _ClassVar[int]
+    OWN_SIDECARS_FIELD_NUMBER: _ClassVar[int]
     root_namespace: str
     trust_domain: str
     trust_domain_aliases: _containers.RepeatedScalarFieldContainer[str]
@@ -248,7 +249,8 @@ class Mesh(_message.Message):
     all_mesh_policies: bool
     providers: ExtensionProviders
     registry_only: bool
-    def __init__(self, root_namespace: _Optional[str] = ..., trust_domain: _Optional[str] = ..., trust_domain_aliases: _Optional[_Iterable[str]] = ..., cluster: _Optional[str] = ..., all_mesh_policies: _Optional[bool] = ..., providers: _Optional[_Union[ExtensionProviders, _Mapping]] = ..., registry_only: _Optional[bool] = ...) -> None: ...
+    own_sidecars: bool
+    def __init__(self, root_namespace: _Optional[str] = ..., trust_domain: _Optional[str] = ..., trust_domain_aliases: _Optional[_Iterable[str]] = ..., cluster: _Optional[str] = ..., all_mesh_policies: _Optional[bool] = ..., providers: _Optional[_Union[ExtensionProviders, _Mapping]] = ..., registry_only: _Optional[bool] = ..., own_sidecars: _Optional[bool] = ...) -> None: ...
 
 class ExtensionProviders(_message.Message):
     __slots__ = ("kinds",)

@@ -18,10 +18,12 @@ from meshbridge.bypass.automatic import ANNOTATION, AUTO, Automatic, automatic_e
 from meshbridge.bypass.bypasspolicy import is_bypass_policy, parse_bypass_policy
 from meshbridge.errors import MeshBridgeError
 from meshbridge.observe.text import printable
+from meshbridge.policy.mesh import OUR_PROVIDER, Action, AuthorizationPolicy
 from meshbridge.policy.model import Direction, Document, Layer, Refusal
 from meshbridge.policy.parse import POLICY_KINDS, parse
 from meshbridge.policy.parse.reader import shown
 from meshbridge.policy.parse.workloads import TEMPLATE_KINDS
+from meshbridge.policy.providers import Meeting
 from meshbridge.webhook.surroundings import Surroundings
 
 API_VERSION: Final = "admission.k8s.io/v1"
@@ -117,7 +119,7 @@ def validate(request: Request, around: Surroundings, now: datetime, *, deny_refu
     if is_bypass_policy(document):
         return _bypass_policy(request, now)
     if (group, document.kind) in POLICY_KINDS:
-        return _policy(request, deny_refused=deny_refused)
+        return _policy(request, around, deny_refused=deny_refused)
     if document.kind == "Pod" and not group:
         return _pod(document, around, now)
     if document.kind in TEMPLATE_KINDS and not _unchanged(request):
@@ -198,14 +200,48 @@ def _bypass_policy(request: Request, now: datetime) -> Answer:
     return Answer()
 
 
-def _policy(request: Request, *, deny_refused: bool) -> Answer:
+def _policy(request: Request, around: Surroundings, *, deny_refused: bool) -> Answer:
     if _unchanged(request):
         return Answer()
     parsed = parse(request.document)
     if parsed.refusals and deny_refused:
         return _invalid(parsed.refusals)
-    refused = (f"not understood by MeshBridge: {refusal}; {_held(refusal)}" for refusal in parsed.refusals)
-    return Answer((*refused, *map(str, parsed.notices)))
+    refused = tuple(f"not understood by MeshBridge: {refusal}; {_held(refusal)}" for refusal in parsed.refusals)
+    warnings = (*refused, *map(str, parsed.notices))
+    for policy in parsed.authorization:
+        if policy.action is Action.CUSTOM and around.synced:
+            denied, told = _provider(policy, around.meetings(policy))
+            if denied:
+                return Answer(denied=denied)
+            warnings += told
+    return Answer(warnings)
+
+
+def _provider(policy: AuthorizationPolicy, found: Sequence[Meeting]) -> tuple[str, tuple[str, ...]]:
+    """Why a CUSTOM policy of our provider is refused; or what else there is to say of providers that meet.
+
+    A policy of somebody else's provider is not ours to refuse.
+    """
+    ours = policy.provider == OUR_PROVIDER
+    warnings = []
+    for meeting in sorted(found, key=lambda meeting: (not meeting.certain, meeting.other.origin)):
+        other = meeting.other
+        what = f"{other.origin.kind} {other.origin.policy} asks provider {other.provider!r} for the same pods"
+        instead = "ask MeshBridge by 'meshbridge ext-authz envoyfilter' in place of CUSTOM"
+        if OUR_PROVIDER not in (policy.provider, other.provider):
+            instead = "use one provider for a workload"
+        if ours and meeting.certain:
+            return (
+                f"provider {policy.provider!r} beside another: {what}, and Istio would deny everything; {instead}",
+                (),
+            )
+        sure = (
+            "Istio denies everything there"
+            if meeting.certain
+            else "where a pod has both labels Istio denies everything"
+        )
+        warnings.append(f"{what}: {sure}; {instead}")
+    return "", tuple(warnings)
 
 
 def _invalid(refusals: Sequence[Refusal]) -> Answer:

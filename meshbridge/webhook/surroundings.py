@@ -18,9 +18,10 @@ from meshbridge.bypass.annotations import MeshDefaults
 from meshbridge.bypass.inventory import Inventory, inventory_of
 from meshbridge.identity.model import IpFamily, IpNetwork, Workload
 from meshbridge.identity.networks import NetworkIndex
-from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
+from meshbridge.policy.mesh import DEFAULT_MESH, AuthorizationPolicy, MeshSettings
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse import Parsed, parse
+from meshbridge.policy.providers import Meeting, meetings
 
 Key = tuple[str, str, str, str]
 
@@ -98,6 +99,21 @@ class Surroundings:
             ]
             mesh, defaults = self._mesh, self._defaults
         return inventory_of([*around, parse(reviewed)], mesh=mesh, defaults=defaults, now=now)
+
+    def meetings(self, policy: AuthorizationPolicy) -> list[Meeting]:
+        """Where a CUSTOM policy meets those of other providers; its older self is not among them."""
+        with self._lock:
+            mesh = self._mesh
+            scopes = list(self._scopes) if policy.namespace == mesh.root_namespace else [policy.namespace]
+            others = [
+                other
+                for scope in dict.fromkeys((*scopes, mesh.root_namespace))
+                for parsed in self._scopes.get(scope, {}).values()
+                for other in parsed.authorization
+                if (other.namespace, other.name) != (policy.namespace, policy.name)
+            ]
+            pods = [pod.peer() for parsed in self._pods.values() if (pod := _workload(parsed)) and not pod.host_network]
+        return list(meetings(policy, others, pods, mesh))
 
     def with_others(self, workload: Workload, near: Inventory) -> Inventory:
         """``workload`` among one pod of every kind there is, under every policy; its older self is not among them."""

@@ -210,6 +210,7 @@ def mesh_of(message: agent_pb2.Mesh) -> MeshSettings:
         cluster=message.cluster,
         providers=_providers(message.providers) if message.HasField("providers") else None,
         registry_only=message.registry_only,
+        own_sidecars=message.own_sidecars,
     )
 
 

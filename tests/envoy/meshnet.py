@@ -314,7 +314,7 @@ def sidecar_envoy(
 
 
 @contextlib.contextmanager
-def envoy_process(pod: Pod, bootstrap_text: str, directory: Path) -> Iterator[Path]:
+def envoy_process(pod: Pod, bootstrap_text: str, directory: Path, *options: str) -> Iterator[Path]:
     """Run an Envoy as uid 1337 in the pod's namespace until it is ready; kill it afterwards. Yields its log."""
     bootstrap = directory / f"{pod.workload.name}.json"
     bootstrap.write_text(bootstrap_text)
@@ -327,6 +327,7 @@ def envoy_process(pod: Pod, bootstrap_text: str, directory: Path) -> Iterator[Pa
                 *("nsenter", f"--net=/run/netns/{pod.netns}"),
                 *("setpriv", f"--reuid={PROXY_UID}", f"--regid={PROXY_UID}", "--clear-groups"),
                 *(str(ENVOY), "-c", str(bootstrap), "--concurrency", "1", "-l", "info", "--use-dynamic-base-id"),
+                *options,
             ],
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -17,6 +17,7 @@ from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
 from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationStub
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from meshbridge.authz.caller import Caller
 from meshbridge.authz.judge import Judge
 from meshbridge.authz.server import SERVICE, AuthzServer
 from meshbridge.authz.view import CurrentView
@@ -82,8 +83,12 @@ def test_half_a_grpc_frame_leaves_the_server_answering(listen: str, server: Auth
     assert health(listen) == NOT_SERVING
 
 
-def slow_check(started: threading.Event) -> Callable[[bytes], bytes]:
-    def check(_: bytes) -> bytes:
+def echo(data: bytes, _: Caller) -> bytes:
+    return data
+
+
+def slow_check(started: threading.Event) -> Callable[[bytes, Caller], bytes]:
+    def check(_: bytes, __: Caller) -> bytes:
         started.set()
         time.sleep(0.5)
         encoded: bytes = CheckResponse().SerializeToString()
@@ -107,22 +112,29 @@ def test_drain_finishes_what_is_in_flight_and_takes_nothing_new(listen: str) -> 
             stub.Check(CheckRequest(), timeout=1)
 
 
+def test_who_leaves_goes_on_answering_and_does_not_come_back(listen: str, server: AuthzServer) -> None:
+    server.set_ready()
+    server.leave()
+    server.set_ready()  # a revision that comes late
+    assert (health(listen), server.ready) == (NOT_SERVING, False)
+    with grpc.insecure_channel(listen) as channel:
+        assert AuthorizationStub(channel).Check(CheckRequest(), timeout=5).denied_response.status.code == 503
+
+
 def test_a_socket_is_replaced_when_nobody_answers(listen: str) -> None:
     path = Path(listen.removeprefix("unix:"))
     dead = socket.socket(socket.AF_UNIX)
     dead.bind(str(path))
     dead.close()
-    server = AuthzServer(listen, lambda data: data)
+    server = AuthzServer(listen, echo)
     server.start()
     with pytest.raises(SettingsError, match="another server answers"):
-        AuthzServer(listen, lambda data: data)
+        AuthzServer(listen, echo)
     server.drain()
 
 
-def test_nothing_but_a_unix_socket_is_listened_on(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="use unix:PATH"):
-        AuthzServer("0.0.0.0:9000", lambda data: data)
+def test_a_file_in_the_sockets_place_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SettingsError, match="is no socket"):
-        AuthzServer(f"unix:{tmp_path}/file", lambda data: data)
+        AuthzServer(f"unix:{tmp_path}/file", echo)
     assert (tmp_path / "file").read_text() == "mine"

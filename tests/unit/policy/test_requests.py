@@ -10,7 +10,7 @@ from policycast import API, LEDGER, WEB, policies
 
 from meshbridge.identity.model import Entity, Peer
 from meshbridge.policy.l7 import Request, RequestJudge, decide_request
-from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
+from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings, ProviderKind
 from meshbridge.policy.model import Verdict
 from meshbridge.policy.strings import matches_path
 
@@ -170,8 +170,10 @@ def test_a_custom_provider_nobody_asks_denies_and_ours_does_not() -> None:
 
     assert not decide_request(API, policies(of("opa")), BASE).allowed
     assert decide_request(API, policies(of("meshbridge")), BASE).allowed
-    asked = MeshSettings(asked_providers=frozenset({"opa"}))
+    asked = MeshSettings(providers=(("opa", ProviderKind.GRPC),))
     assert decide_request(API, policies(of("opa"), asked), BASE).allowed
+    assert not decide_request(API, policies(of("opa"), replace(asked, own_sidecars=True)), BASE).allowed
+    assert not decide_request(API, policies(of("opa") + of("meshbridge"), asked), BASE).allowed
 
 
 @pytest.mark.parametrize("action", ["DENY", "AUDIT", "CUSTOM", "NONSENSE"])

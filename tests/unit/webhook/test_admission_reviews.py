@@ -346,3 +346,39 @@ def test_any_content_of_an_object_is_answered(kind: str, version: str, metadata:
         return
     for answer in (validated(asked, found, NOW), mutate(asked, found, NOW)):
         json.dumps(answered(asked, answer))
+
+
+def custom(provider: str, selector: str = "", name: str = "mine", namespace: str = "shop") -> str:
+    metadata = f"{{name: {name}, namespace: {namespace}}}"
+    selected = f"selector: {{matchLabels: {{{selector}}}}}, " if selector else ""
+    spec = f"{{{selected}action: CUSTOM, provider: {{name: {provider}}}, rules: [{{}}]}}"
+    return f"{{apiVersion: security.istio.io/v1, kind: AuthorizationPolicy, metadata: {metadata}, spec: {spec}}}\n"
+
+
+MEETINGS = {
+    "the same pods": (custom("meshbridge", "app: api"), custom("opa", "app: api", "theirs"), "denied"),
+    "ours selects more": (custom("meshbridge"), custom("opa", "app: api", "theirs"), "denied"),
+    "theirs selects more": (custom("meshbridge", "app: api"), custom("opa", "", "theirs"), "denied"),
+    "theirs for the mesh": (custom("meshbridge", "app: api"), custom("opa", "", "t", "istio-system"), "denied"),
+    "ours for the mesh": (custom("meshbridge", namespace="istio-system"), custom("opa", "app: api", "t"), "denied"),
+    "a pod has both labels": (custom("meshbridge", "app: api"), custom("opa", "tier: a", "theirs"), "denied"),
+    "no pod has both labels": (custom("meshbridge", "app: api"), custom("opa", "tier: b", "theirs"), "warned"),
+    "pods that cannot be the same": (custom("meshbridge", "app: api"), custom("opa", "app: db", "theirs"), ""),
+    "another namespace": (custom("meshbridge"), custom("opa", "", "theirs", "other"), ""),
+    "the same provider": (custom("meshbridge"), custom("meshbridge", "", "theirs"), ""),
+    "its older self": (custom("meshbridge"), custom("opa"), ""),
+    "their provider comes to ours": (custom("opa", "app: api"), custom("meshbridge", "", "theirs"), "warned"),
+    "two of others": (custom("opa", "app: api"), custom("oauth", "", "theirs"), "warned"),
+}
+
+
+@pytest.mark.parametrize(("applied", "present", "expected"), MEETINGS.values(), ids=MEETINGS.keys())
+def test_our_provider_is_refused_where_it_would_make_istio_deny_everything(
+    applied: str, present: str, expected: str
+) -> None:
+    both = pod().replace("labels: {app: api}", "labels: {app: api, tier: a}")
+    answer = validate(applied, around(both, present))
+    assert ("denied" if answer.denied else "warned" if answer.warnings else "") == expected, answer
+    if answer.denied:
+        assert answer.code == 403
+        assert "by 'meshbridge ext-authz envoyfilter'" in answer.denied
