@@ -70,7 +70,7 @@ class AuthzServer:
             SettingsError: one that cannot be listened on, or where another server answers.
         """
         path = _free_socket(listen) if listen.startswith(UNIX) else None
-        self.ready = self._leaving = False
+        self.ready = self._decides = self._leaving = False
         self._health = health.HealthServicer()
         self._set_health(_NOT_SERVING)
         self._server = grpc.server(
@@ -80,6 +80,9 @@ class AuthzServer:
         )
 
         def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+            if not path and not self._decides:
+                # No decision, so that it is failOpen's to say what follows; a refusal would be one.
+                context.abort(grpc.StatusCode.UNAVAILABLE, "this node has no policies from the controller yet")
             return check(request, LOCAL if path else caller_of(context.peer(), context.auth_context()))
 
         handler = grpc.unary_unary_rpc_method_handler(answer)
@@ -101,11 +104,12 @@ class AuthzServer:
             ) from error
 
     def start(self) -> None:
-        """Answer from now on; before the first revision every answer is a refusal."""
+        """Answer from now on; before ``set_ready`` every answer is a refusal, over TCP an error."""
         self._server.start()
 
     def set_ready(self) -> None:
         """Let health say that decisions are made by policy; without effect once it leaves."""
+        self._decides = True
         if not self._leaving:
             self._set_health(_SERVING)
 

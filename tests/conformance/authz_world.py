@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from test_mesh_live import ISSUER, JWT_KEY, killed_afterwards, manifest, process
 from test_sidecar_live import echo_app, http_app
 
 from meshbridge.demo import istio_init
-from meshbridge.xds.auth import load_or_create_key, mint_token, node_caller
+from meshbridge.xds.auth import AUDIENCE
 from meshbridge.xds.istio import NAMESPACE, PORT, SERVICE, Authz, provider
 
 __all__ = ["HTTP", "PROCESS", "TCP", "World", "token", "until", "world"]
@@ -150,8 +149,9 @@ class World:
             listening = tuple(f"--{option}={path}" for option, path in self.certificates.items())
         code = "from meshbridge.cli import main; main()"
         inside = ["nsenter", f"--net=/run/netns/{pod.netns}"]
+        token_file = self.directory / f"{pod.workload.name}.token"
         arguments = ["authz", "--node", pod.workload.node, "--controller", f"unix:{self.directory}/xds.sock",
-                     "--token-file", f"{self.directory}/node.token", "--listen", where, *listening]  # fmt: skip
+                     "--token-file", str(token_file), "--listen", where, *listening]  # fmt: skip
         with (self.directory / f"{pod.workload.name}.log").open("ab") as log:
             running = subprocess.Popen([*inside, sys.executable, "-c", code, *arguments], stdout=log, stderr=log)
         self.started.append(running)
@@ -230,6 +230,8 @@ def world(istio: Path, tmp: Callable[[str], Path], plaintext: tuple[str, ...] = 
         base = [
             *({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
               for name in ("finance", NAMESPACE, ROOT_NAMESPACE)),
+            {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-a"}},
+            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": AUTHZ_ACCOUNT, "namespace": NAMESPACE}},
             config_map(mesh_config()), *pods,
             *(authz_object(pod, mtls=pod.workload.name not in plaintext) for pod in authz_pods),
             service("transactions", "finance", {"http": HTTP, "tcp": TCP}, SERVER, clusterIP=CLUSTER_IP),
@@ -248,15 +250,15 @@ def world(istio: Path, tmp: Callable[[str], Path], plaintext: tuple[str, ...] = 
         stack.enter_context(relayed(directory / "istiod.sock", port))
         state = directory / "state"
         state.mkdir(mode=0o700)
-        key = load_or_create_key(state / "token.key")
-        (directory / "node.token").write_text(mint_token(key, node_caller("node-a"), now=datetime.now(UTC)))
+        for pod in authz_pods:
+            (directory / f"{pod.workload.name}.token").write_text(projected_token(api, pod))
         authority = Authority()
         found = World(api, server, client, authz_pods, directory, certificates(authority, directory))
         stack.enter_context(killed_afterwards(found.started))
-        found.started.append(  # with a cluster's own API server in place of directories
+        found.started.append(
             process(
                 directory, "controller", "controller", "--kubernetes", "--kubeconfig", str(api.kubeconfig(ADMIN)),
-                "--listen", f"unix:{directory}/xds.sock", "--state-dir", str(state),
+                "--listen", f"unix:{directory}/xds.sock", "--state-dir", str(state), "--read-only",
             )
         )  # fmt: skip
         until((directory / "xds.sock").exists, "controller listens", 40)
@@ -272,6 +274,17 @@ def world(istio: Path, tmp: Callable[[str], Path], plaintext: tuple[str, ...] = 
         stack.enter_context(tcp_server(server, str(server.v4), HTTP, http_app))
         stack.enter_context(tcp_server(server, str(server.v4), TCP, echo_app))
         yield found
+
+
+def projected_token(api: ApiServer, pod: Pod) -> str:
+    """What the kubelet would put into the pod; the controller has the API server review it."""
+    _, found = api.call("GET", f"/api/v1/namespaces/{NAMESPACE}/pods/{pod.workload.name}")
+    bound = {"apiVersion": "v1", "kind": "Pod", "name": pod.workload.name, "uid": found["metadata"]["uid"]}
+    spec = {"audiences": [AUDIENCE], "expirationSeconds": 3600, "boundObjectRef": bound}
+    request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
+    code, answer = api.call("POST", f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/{AUTHZ_ACCOUNT}/token", request)
+    assert code == 201, answer
+    return str(answer["status"]["token"])
 
 
 def certificates(authority: Authority, directory: Path) -> dict[str, Path]:

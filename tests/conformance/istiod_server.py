@@ -45,13 +45,14 @@ def istiod(program: Path, kubeconfig: Path, directory: Path) -> Iterator[grpc.Ch
 
 
 @contextlib.contextmanager
-def istiod_at(program: Path, kubeconfig: Path, directory: Path, **settings: str) -> Iterator[int]:
+def istiod_at(program: Path, kubeconfig: Path, directory: Path, *options: str, **settings: str) -> Iterator[int]:
     """The same, for who connects to its port; ``settings`` are further ones of its environment."""
     grpc_port, http_port = free_port(), free_port()
     command = [
         str(program), "discovery", f"--kubeconfig={kubeconfig}", f"--grpcAddr=127.0.0.1:{grpc_port}",
         f"--httpAddr=127.0.0.1:{http_port}", "--monitoringAddr=127.0.0.1:0", "--secureGRPCAddr=", "--httpsAddr=",
         "--ctrlz_port=0", "--meshConfig=/nonexistent", "--log_target=stdout", "--shutdownDuration=1s",
+        *options,
     ]  # fmt: skip
     environment = {
         "PATH": os.environ["PATH"], "HOME": str(directory), "POD_NAMESPACE": ROOT_NAMESPACE, "POD_NAME": "istiod",

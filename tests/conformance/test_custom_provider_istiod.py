@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +15,7 @@ import pytest
 from api_server import missing
 from authz_world import OTHER_PORT, TCP, Endpoint, World, endpoint_slice, service, token, until, world
 from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
-from envoy.service.auth.v3.external_auth_pb2_grpc import (
-    AuthorizationServicer,
-    AuthorizationStub,
-    add_AuthorizationServicer_to_server,
-)
+from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationServicer, add_AuthorizationServicer_to_server
 from meshnet import Pod, in_netns, run
 
 from meshbridge.xds.istio import NAMESPACE, PORT, Authz, custom_policy, envoy_filter
@@ -137,6 +134,14 @@ def _endpoints(dumped: str, cluster: str) -> str:
     raise AssertionError(f"no endpoints of {cluster}")
 
 
+ASK = """
+import sys, grpc
+with grpc.insecure_channel(sys.argv[1]) as channel:
+    call = channel.unary_unary("/envoy.service.auth.v3.Authorization/Check")
+    print(call(bytes.fromhex(sys.argv[2]), timeout=5).hex())
+"""
+
+
 def asked_from(pod: Pod, authz: Pod, about: Pod) -> str:
     """The reason that somebody in ``pod`` is told who asks about requests to ``about``."""
     request = CheckRequest()
@@ -145,16 +150,13 @@ def asked_from(pod: Pod, authz: Pod, about: Pod) -> str:
         end.address.socket_address.port_value = 8080
     request.attributes.request.http.method = "GET"
 
-    def ask() -> CheckResponse:
-        with grpc.insecure_channel(f"{authz.v4}:{PORT}") as channel:
-            return AuthorizationStub(channel).Check(request, timeout=5)
-
-    # As an Envoy does, past the pod's own redirection.
+    # As an Envoy does: past the pod's own redirection. gRPC's threads follow nobody into a namespace, a process does.
     rule = ["OUTPUT", "-p", "tcp", "-d", str(authz.v4), "-j", "ACCEPT"]
-    nat = ["nsenter", f"--net=/run/netns/{pod.netns}", "iptables", "-w", "-t", "nat"]
-    run(*nat, "-I", *rule)
-    answer = in_netns(pod.netns, ask)
-    run(*nat, "-D", *rule)
+    inside = ["nsenter", f"--net=/run/netns/{pod.netns}"]
+    run(*inside, "iptables", "-w", "-t", "nat", "-I", *rule)
+    told = run(*inside, sys.executable, "-c", ASK, f"{authz.v4}:{PORT}", request.SerializeToString().hex())
+    run(*inside, "iptables", "-w", "-t", "nat", "-D", *rule)
+    answer = CheckResponse.FromString(bytes.fromhex(told))
     headers = answer.denied_response.headers or answer.ok_response.response_headers_to_add
     return str(next(each.header.value for each in headers if each.header.key == "x-meshbridge-reason"))
 

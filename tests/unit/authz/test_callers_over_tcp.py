@@ -124,11 +124,13 @@ def write(files: TlsFiles, authority: Authority, principal: str) -> None:
 
 
 @contextmanager
-def serving(check: Callable[[bytes, Caller], bytes], files: TlsFiles | None) -> Iterator[str]:
+def serving(check: Callable[[bytes, Caller], bytes], files: TlsFiles | None, *, ready: bool = True) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         listen = f"127.0.0.1:{probe.getsockname()[1]}"
     server = AuthzServer(listen, check, credentials=server_credentials(files) if files else None)
     server.start()
+    if ready:
+        server.set_ready()
     try:
         yield listen
     finally:
@@ -198,6 +200,15 @@ def test_a_stranger_is_refused_before_any_policy_is_named() -> None:
     assert answer.status.code != 0
     headers = {each.header.key: each.header.value for each in answer.denied_response.headers}
     assert headers == {"x-meshbridge-reason": "caller-differs"}
+
+
+def test_before_the_first_policies_there_is_no_answer_so_that_fail_open_decides() -> None:
+    with (
+        serving(Judge(CurrentView()).check, None, ready=False) as listen,
+        grpc.insecure_channel(listen) as channel,
+        pytest.raises(grpc.RpcError, match="no policies from the controller yet"),
+    ):
+        AuthorizationStub(channel).Check(CheckRequest(), timeout=5)
 
 
 LISTENING = {
