@@ -82,9 +82,12 @@ class Proofs:
         return events
 
     def take(self, uid: str, wanted: Wanted, outcome: Outcome, time_ns: int) -> tuple[bool, list[Flow]]:
-        """A proof came to this: whether that changes what is said of the pod, and what is to be told of it."""
+        """A proof came to this: whether that changes what is said of the pod, and what is to be told of it.
+
+        Which sources had their turn changes nothing: whoever is told would be told every time.
+        """
         known = self._known.get(uid)
-        if known is None or known.wanted != wanted or known.outcome == outcome:
+        if known is None or known.wanted != wanted or known.outcome.says == outcome.says:
             return False, []
         return True, self._set(known, outcome, time_ns)
 

@@ -121,6 +121,7 @@ class BypassPolicy:
     reason: str = ""
     otherwise: Otherwise = Otherwise.WARN
     proof: bool = False
+    readiness_gate: bool = False
     refusal: Refusal | None = field(default=None, compare=False)
     uid: str = ""
     generation: int = 0
@@ -261,7 +262,7 @@ def generation_of(document: Document) -> int:
 
 def _policy(document: Document) -> BypassPolicy:
     clusterwide = document.kind == CLUSTERWIDE
-    known = ("selector", "mode", "routes", "accept", "until", "reason", "otherwise", "proof")
+    known = ("selector", "mode", "routes", "accept", "until", "reason", "otherwise", "proof", "readinessGate")
     spec = Reader(spec_of(document), "spec").fields(*known, *(("namespaceSelector",) if clusterwide else ()))
     until = _until(spec["until"]) if "until" in spec else None
     accept = frozenset(Loss(item.text(list(Loss))) for item in spec["accept"].items()) if "accept" in spec else None
@@ -270,6 +271,10 @@ def _policy(document: Document) -> BypassPolicy:
         Reader(None, "spec.reason").refuse("a loss is accepted without a reason", "write why, for whoever reads it")
     if until is not None and not accept:
         spec["until"].refuse("ends the acceptance of losses, and none is accepted", "write accept, or delete until")
+    proof = spec["proof"].boolean() if "proof" in spec else False
+    gate = spec["readinessGate"].boolean() if "readinessGate" in spec else False
+    if gate and not proof:
+        spec["readinessGate"].refuse("waits for a proof, and none is asked for", "write proof: true")
     return BypassPolicy(
         origin_of(document, ""),
         Selector.of(_subject(spec, document)),
@@ -279,7 +284,8 @@ def _policy(document: Document) -> BypassPolicy:
         until,
         reason,
         _otherwise(spec["otherwise"]) if "otherwise" in spec else Otherwise.WARN,
-        spec["proof"].boolean() if "proof" in spec else False,
+        proof,
+        readiness_gate=gate,
     )
 
 

@@ -22,6 +22,8 @@ from meshbridge.policy.model import Direction
 from meshbridge.policy.precedence import DropReason
 
 CONDITION: Final = "Enforced"
+GATE: Final = "meshbridge.io/compensated"
+"""A readiness gate of pods: they are not ready before what stands in for Envoy on their bypassed ports is proved."""
 PENDING, AUDITED = "Pending", "Audited"
 MAX_PORTS: Final = 8
 """Of one family in one proof; where there are more, the next proof takes the next."""
@@ -242,6 +244,10 @@ class Outcome:
     reason: str
     message: str
     findings: tuple[Finding, ...] = ()
+
+    @property
+    def says(self) -> tuple[Status, str]:
+        return self.status, self.reason
 
     @property
     def refutes(self) -> bool:

@@ -21,6 +21,7 @@ from meshbridge.controller.controller import Controller
 from meshbridge.controller.events import Events
 from meshbridge.controller.http import serve_http
 from meshbridge.controller.leading import lead
+from meshbridge.controller.podgates import PodGates
 from meshbridge.controller.policystatus import PolicyStatus
 from meshbridge.controller.tokenreviews import TokenReviews
 from meshbridge.controller.writer import ClusterWriter
@@ -251,7 +252,7 @@ def _writer(controller: Controller, election: Election) -> ClusterWriter:
     return ClusterWriter(
         controller.picture,
         controller.picture_stale,
-        lambda: [PolicyStatus(api), Events(api, election.identity)],
+        lambda: [PolicyStatus(api), PodGates(api), Events(api, election.identity)],
         lambda: election.held_for_s,
         partial(controller.report_write_problems, "objects"),
     )

@@ -28,7 +28,7 @@ from meshbridge.kube.objects import MESH_CONFIG, POLICY_KINDS
 from meshbridge.kube.ownobjects import trust_webhook
 from meshbridge.policy.mesh import DEFAULT_MESH
 from meshbridge.policy.parse.registry import REGISTRY_KINDS
-from meshbridge.webhook.admission import mutate, validate
+from meshbridge.webhook.admission import gate, mutate, validate
 from meshbridge.webhook.certificates import OWNER, OwnCertificates
 from meshbridge.webhook.injector import CONFIG_MAP, mesh_defaults
 from meshbridge.webhook.server import WebhookServer
@@ -124,7 +124,8 @@ def command(
     """Answer admission reviews of pods, templates and policies over HTTPS, until SIGTERM.
 
     /validate warns of what a pod's bypasses lose, denies what BypassPolicies deny, and refuses BypassPolicies that are
-    not understood. /mutate gives pods annotated 'meshbridge.io/bypass: auto' their exclusions. deploy/webhook has the
+    not understood. /mutate gives pods annotated 'meshbridge.io/bypass: auto' their exclusions, /gate the readiness gate
+    that a BypassPolicy asks for. deploy/webhook has the
     configurations that make an API server ask.
 
     \b
@@ -149,6 +150,7 @@ def command(
     judges = {
         "/validate": lambda request: validate(request, around, datetime.now(UTC), deny_refused=deny_refused),
         "/mutate": lambda request: mutate(request, around, datetime.now(UTC)),
+        "/gate": lambda request: gate(request, around, datetime.now(UTC)),
     }
     server = WebhookServer(*_address(listen), judges, lambda: {"synced": around.synced})
     renew = partial(_renew_own, server, OwnCertificates(state, names or NAMES), ca_bundle_file)

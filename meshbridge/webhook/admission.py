@@ -16,6 +16,7 @@ from meshbridge.bypass.admission import Admission, review
 from meshbridge.bypass.annotations import STATUS
 from meshbridge.bypass.automatic import ANNOTATION, AUTO, Automatic, automatic_exclusions, is_automatic
 from meshbridge.bypass.bypasspolicy import is_bypass_policy, parse_bypass_policy
+from meshbridge.bypass.proof import GATE
 from meshbridge.errors import MeshBridgeError
 from meshbridge.observe.text import printable
 from meshbridge.policy.mesh import OUR_PROVIDER, Action, AuthorizationPolicy
@@ -151,6 +152,27 @@ def mutate(request: Request, around: Surroundings, now: datetime) -> Answer:
     audit = {"excluded": "; ".join(f"{name}={value}" for name, value in found.annotations)}
     audit["refused"] = "; ".join(refused)
     return Answer(refused, patch=tuple(patch), audit={name: text for name, text in audit.items() if text})
+
+
+def gate(request: Request, around: Surroundings, now: datetime) -> Answer:
+    """The readiness gate of a pod that a BypassPolicy with ``readinessGate`` selects; twice is as once."""
+    document = request.document
+    inventory = around.near(document, now) if document.kind == "Pod" else None
+    workload = next(iter(inventory.workloads), None) if inventory is not None else None
+    if inventory is None or workload is None or workload.host_network:  # nobody hooks that one, so nobody proves it
+        return Answer()
+    if not around.synced:
+        return Answer(audit={"gate": _NOT_SYNCED})
+    asking = [p.origin for p in inventory.bypass_policies.selecting(workload.peer()) if p.readiness_gate]
+    gates = document.data.get("spec", {}).get("readinessGates") or []
+    if not asking or {"conditionType": GATE} in gates:
+        return Answer()
+    own = {"conditionType": GATE}
+    path, value = ("/spec/readinessGates/-", own) if gates else ("/spec/readinessGates", [own])
+    return Answer(
+        patch=({"op": "add", "path": path, "value": value},),
+        audit={"gate": f"{GATE}, for {', '.join(map(str, asking))}"},
+    )
 
 
 def _pod(document: Document, around: Surroundings, now: datetime) -> Answer:

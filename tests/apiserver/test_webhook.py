@@ -202,6 +202,21 @@ def test_auto_becomes_the_injectors_annotations_where_nothing_unaccepted_is_lost
         assert answer["metadata"]["annotations"] == {**AUTO, IN: "8080"}
 
 
+def test_a_pod_gets_the_readiness_gate_that_a_policy_asks_for(webhook: Webhook) -> None:
+    def gates(each: dict[str, Any]) -> list[str]:
+        _, answer, _ = apply(webhook, each, dry_run=True)
+        return [gate["conditionType"] for gate in answer["spec"].get("readinessGates", [])]
+
+    wanted = policy("gate", {"selector": {"matchLabels": {"app": "waits"}}, "proof": True, "readinessGate": True})
+    assert gates(pod("waits")) == []
+    with existing(webhook, wanted):
+        wait_for(lambda: gates(pod("waits")) == ["meshbridge.io/compensated"], "the policy is known")
+        own = pod("waits")
+        own["spec"]["readinessGates"] = [{"conditionType": "meshbridge.io/compensated"}]
+        assert gates(own) == ["meshbridge.io/compensated"]
+        assert gates(pod("another")) == []
+
+
 def test_a_policy_of_ours_that_is_not_understood_is_refused_by_its_path(webhook: Webhook) -> None:
     bad = policy("bad", {"routes": [{"direction": "inbound", "ports": ["9-8"]}]})
     code, answer, _ = apply(webhook, bad)

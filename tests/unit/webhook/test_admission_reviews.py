@@ -17,7 +17,16 @@ from meshbridge.bypass.automatic import automatic_exclusions
 from meshbridge.bypass.inventory import inventory
 from meshbridge.kube.objects import read_objects
 from meshbridge.policy.mesh import DEFAULT_MESH
-from meshbridge.webhook.admission import MAX_WARNING, MAX_WARNINGS, Answer, ReviewError, answered, mutate, read_request
+from meshbridge.webhook.admission import (
+    MAX_WARNING,
+    MAX_WARNINGS,
+    Answer,
+    ReviewError,
+    answered,
+    gate,
+    mutate,
+    read_request,
+)
 from meshbridge.webhook.admission import validate as validated
 from meshbridge.webhook.surroundings import Surroundings
 
@@ -382,3 +391,33 @@ def test_our_provider_is_refused_where_it_would_make_istio_deny_everything(
     if answer.denied:
         assert answer.code == 403
         assert "by 'meshbridge ext-authz envoyfilter'" in answer.denied
+
+
+GATED = "{selector: {matchLabels: {app: api}}, proof: true, readinessGate: true}"
+OWN_GATE = {"conditionType": "meshbridge.io/compensated"}
+GATES = {
+    "one that asks for it": (GATED, "", [{"op": "add", "path": "/spec/readinessGates", "value": [OWN_GATE]}]),
+    "with gates of its own": (
+        GATED, ", readinessGates: [{conditionType: a}]",
+        [{"op": "add", "path": "/spec/readinessGates/-", "value": OWN_GATE}],
+    ),
+    "with this gate already": (GATED, ", readinessGates: [{conditionType: meshbridge.io/compensated}]", []),
+    "one that asks for a proof only": ("{proof: true}", "", []),
+    "one that selects another pod": (GATED.replace("api", "web"), "", []),
+    "one that is not understood": ("{readinessGate: true}", "", []),
+    "a pod that nobody hooks": (GATED, ", hostNetwork: true", []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "extra", "patch"), GATES.values(), ids=GATES.keys())
+def test_a_pod_gets_the_gate_that_a_policy_asks_for(spec: str, extra: str, patch: list[dict[str, Any]]) -> None:
+    found = around(bypass_policy(spec))
+    written = yaml.safe_load(pod())
+    written["spec"] |= yaml.safe_load("{" + extra.removeprefix(", ") + "}") or {}
+    assert list(gate(read_request(sent(yaml.dump(written))), found, NOW).patch) == patch
+
+
+def test_before_the_cluster_is_read_no_gate_is_given_and_the_audit_log_says_so() -> None:
+    answer = gate(read_request(sent(pod())), Surroundings(), NOW)
+    assert answer.patch == ()
+    assert "not read the whole cluster" in answer.audit["gate"]
