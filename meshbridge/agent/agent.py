@@ -338,7 +338,9 @@ class Agent:
         )
 
     async def bypasses(self) -> pb.Bypasses:
-        make = await self._in_worker(partial(self._node.bypasses, self._audits.records(self._settings.node)))
+        make = await self._in_worker(
+            partial(self._node.bypasses, self._audits.records(self._settings.node), self._ring.past(0))
+        )
         found = await asyncio.get_running_loop().run_in_executor(self._onlooker, make)
         return pb.Bypasses(node=self._settings.node, json=found)
 

@@ -177,7 +177,9 @@ class Node:
             }
             self.step()
 
-    def bypasses(self, audited: Sequence[Mapping[str, Any]] = ()) -> Callable[[], bytes]:
+    def bypasses(
+        self, audited: Sequence[Mapping[str, Any]] = (), observed: Sequence[bytes] = ()
+    ) -> Callable[[], bytes]:
         """What makes the report on bypasses, from the state as it is now; it takes long, and may run elsewhere."""
         from meshbridge.agent.bypasses import bypasses_json  # 0.3 MB that an agent nobody asks need not hold
 
@@ -197,6 +199,7 @@ class Node:
             others,
             audited,
             self._proofs.records(),
+            observed,
         )
 
     def question(self, uid: str, wanted: Wanted) -> Question | None:

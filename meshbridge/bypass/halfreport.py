@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
+from meshbridge.bypass.ghosts import proxy_uids
 from meshbridge.bypass.halves import AUTOMATIC, ClientTls, Delivered, Delivery, Sending, Side, delivery
-from meshbridge.bypass.inventory import Inventory
+from meshbridge.bypass.inventory import Inventory, target_port
 from meshbridge.bypass.sets import union
 from meshbridge.bypass.state import CaptureState
 from meshbridge.identity.model import IpAddress, IpFamily, ProxyClass, Workload
@@ -27,22 +29,39 @@ _TCP = 6
 
 @dataclass(frozen=True, slots=True)
 class HalfBypass:
-    """Clients that will meet the same outcome at a server's port; ``via`` is the Service they use, or empty."""
+    """Clients that will meet the same outcome at a server's port; ``via`` is the Service they use, or empty.
+
+    ``known_from`` says what tells that they go this way, ``observed_ns`` when one of them was last seen to; 0: never.
+    """
 
     server: str
     port: int
     via: str
     clients: tuple[str, ...]
     delivery: Delivery
+    known_from: tuple[Source, ...] = ()
+    observed_ns: int = 0
+
+
+class Source(StrEnum):
+    """What says that a client uses a port."""
+
+    SERVICE = "service"
+    POLICIES = "policies"
+    EXCLUSION = "exclusion"
+    SCRAPE = "scrape"
+    OBSERVED = "observed"
+    POSSIBLE = "possible"
 
 
 def half_bypasses(inventory: Inventory, *, possible: bool = False, of: str = "") -> list[HalfBypass]:
     """Every server port where a client's side and the server's do not agree, with the clients that will meet it.
 
     Clients are those of which something says that they use the port: a Service in front of it, a policy that lets them
-    in where others are kept out, or an exclusion of their own that names it. Where both sides go through Envoy and what
-    they say to each other still does not fit, it has to be a Service in front of the port that the client knows; or the
-    port's own address, where the server asks to be scraped or a policy names the port and no Service leads to it.
+    in where others are kept out, an exclusion of their own that names it, or a connection that was seen. Where both
+    sides go through Envoy and what they say to each other still does not fit, it has to be a Service in front of the
+    port that the client knows; or the port's own address, where that was seen, the server asks to be scraped, or a
+    policy names the port and no Service leads to it.
 
     Args:
         possible: Take every client of half a bypass that no policy keeps away.
@@ -50,7 +69,7 @@ def half_bypasses(inventory: Inventory, *, possible: bool = False, of: str = "")
             then that of one pass over the others.
     """
     found = []
-    admits = _Admission(inventory, of)
+    admits, seen = _Admission(inventory, of), _Seen(inventory)
     only = tuple(workload for workload in inventory.workloads if workload.key == of)
     bypassing: dict[str, bool] = {}
     alone = bool(only) and not _bypasses(inventory, only[0])
@@ -59,13 +78,13 @@ def half_bypasses(inventory: Inventory, *, possible: bool = False, of: str = "")
             continue
         guard = guard_of(server, inventory.policies.selecting(server))
         classes = inventory.states[server.key].inbound(intended=inventory.predicted)
-        for port in inventory.declared_ports(server):
+        for port in sorted({*inventory.declared_ports(server), *seen.ports(server)}):
             if port in ISTIO_PORTS:
                 continue  # captured by no sidecar, and called as plaintext by whoever knows them
             captured = any(classes[f].at(port) is PortClass.CAPTURED for f in _families(server))
             mode, _ = guard.mtls.at(port)
             for way in _ways(server, port, inventory):
-                meets: dict[Delivery, list[str]] = {}
+                meets: dict[Delivery, list[tuple[str, Sequence[Source], int]]] = {}
                 for client in inventory.workloads if of in ("", server.key) else only:
                     if client.key == server.key or client.proxy is not ProxyClass.SIDECAR:
                         continue
@@ -80,14 +99,67 @@ def half_bypasses(inventory: Inventory, *, possible: bool = False, of: str = "")
                     outcome = delivery(Side(True, sends), Side(True, captured), mode, sending)
                     if outcome is None or not (outcome.half or outcome.outcome is Delivered.BROKEN):
                         continue
-                    if not way.is_used(client, outcome, guard, admits, possible=possible):
-                        continue
-                    if admits.may_connect(client, server, guard, port):
-                        meets.setdefault(outcome, []).append(client.key)
-                found += [
-                    HalfBypass(server.key, port, way.via, tuple(clients), outcome) for outcome, clients in meets.items()
-                ]
+                    sources = way.sources(client, outcome, guard, admits, possible=possible)
+                    last_ns = seen.last_ns(client, way)
+                    if last_ns:
+                        sources = (*sources, Source.OBSERVED)
+                    if sources and admits.may_connect(client, server, guard, port):
+                        meets.setdefault(outcome, []).append((client.key, sources, last_ns))
+                found += [_half(way, outcome, clients) for outcome, clients in meets.items()]
     return sorted(found, key=lambda h: (h.delivery.outcome is not Delivered.BROKEN, h.server, h.port, h.via, h.clients))
+
+
+def _half(way: _Way, outcome: Delivery, clients: Sequence[tuple[str, Sequence[Source], int]]) -> HalfBypass:
+    sources = dict.fromkeys(source for _, known_from, _ in clients for source in known_from)
+    return HalfBypass(
+        way.server.key, way.server_port, way.via, tuple(client for client, *_ in clients), outcome,
+        tuple(source for source in Source if source in sources), max(last_ns for *_, last_ns in clients),
+    )  # fmt: skip
+
+
+class _Seen:
+    """The connections that were seen, by client, server and the server's port.
+
+    Who dialled a Service or an address is seen only of an application that sends past its own Envoy. What an Envoy
+    sends goes to pods, whatever it was asked for: it counts for the Services in front of a port, and for the port's own
+    address where there is none.
+    """
+
+    def __init__(self, inventory: Inventory) -> None:
+        self._inventory = inventory
+        self._times: dict[tuple[str, str, int], dict[str | None, int]] = {}
+        if not inventory.observed:
+            return
+        pods = {workload.key: workload for workload in inventory.workloads}
+        by_address = {address: workload for workload in inventory.workloads for address in workload.addresses}
+        services = {address: service for service in inventory.services for address in service.addresses}
+        for flow in inventory.observed:
+            client, server = pods.get(flow.client), pods.get(flow.server) or by_address.get(flow.address)
+            if client is None:
+                continue
+            if server is not None:
+                itself = flow.uid is not None and flow.uid not in proxy_uids(client)
+                self._add(client, server, flow.port, "" if itself else None, flow.time_ns)
+            elif (service := services.get(flow.address)) is not None:
+                for behind in inventory.selected_by(service):
+                    for port in (p for p in service.ports if (p.port, p.protocol) == (flow.port, "TCP")):
+                        target = target_port(behind, port.target)
+                        if target is not None:
+                            self._add(client, behind, target, via_service(service, flow.port), flow.time_ns)
+
+    def ports(self, server: Workload) -> Iterable[int]:
+        """The ports of a server that somebody was seen to use, whether or not it declares them."""
+        return (port for _, key, port in self._times if key == server.key)
+
+    def last_ns(self, client: Workload, way: _Way) -> int:
+        """When a client was last seen to go this way; 0: never."""
+        times = self._times.get((client.key, way.server.key, way.server_port), {})
+        unknown = times.get(None, 0) if way.service is not None or not way.beside_service else 0
+        return max(times.get(way.via, 0), unknown)
+
+    def _add(self, client: Workload, server: Workload, port: int, via: str | None, time_ns: int) -> None:
+        times = self._times.setdefault((client.key, server.key, port), {})
+        times[via] = max(times.get(via, 0), time_ns)
 
 
 class _Admission:
@@ -184,16 +256,22 @@ class _Way:
             )
         return self._sent[alike]
 
-    def is_used(self, client: Workload, outcome: Delivery, guard: Guard, admits: _Admission, *, possible: bool) -> bool:
-        """Whether something says that the client goes this way."""
-        if self.service is not None or (possible and outcome.half):
-            return True
-        only_some = admits.lets_in_only_some(self.server, guard)
+    def sources(
+        self, client: Workload, outcome: Delivery, guard: Guard, admits: _Admission, *, possible: bool
+    ) -> Sequence[Source]:
+        """What says, before anything is seen, that the client goes this way."""
+        if self.service is not None:
+            return (Source.SERVICE,)
+        if possible and outcome.half:
+            return (Source.POSSIBLE,)
+        policies = (Source.POLICIES,) if admits.lets_in_only_some(self.server, guard) else ()
         if outcome.half:
-            return only_some or _names_port(self.inventory, client, self.server_port)
+            named = _names_port(self.inventory, client, self.server_port)
+            return (*policies, *((Source.EXCLUSION,) if named else ()))
         if _is_scraped(self.server, self.server_port):
-            return only_some or _scrapes(client)
-        return only_some and not self.beside_service and self.server_port in set(ports_of_rules(guard))
+            return (*policies, *((Source.SCRAPE,) if _scrapes(client) else ()))
+        named = not self.beside_service and self.server_port in set(ports_of_rules(guard))
+        return policies if named else ()
 
 
 def _ways(server: Workload, port: int, inventory: Inventory) -> list[_Way]:

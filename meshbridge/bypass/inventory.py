@@ -11,6 +11,7 @@ from meshbridge.bypass.annotations import TRAFFIC, MeshDefaults
 from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.clients import Registry
+from meshbridge.bypass.observed import ObservedFlow
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.bypass.state import CaptureState, Truth
 from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, ProxyClass, Workload
@@ -32,6 +33,7 @@ class Inventory:
     ``others`` are further sources by name: pods of which only labels are known. ``defaults`` None: not known.
     ``registry`` None: nobody knows what clients' Envoys know, as on a node; then every destination is a Service's to
     them, without a DestinationRule. ``registry_only`` is the mesh's outboundTrafficPolicy, None: not known.
+    ``observed`` are connections that were seen, which tell who uses what.
     """
 
     workloads: tuple[Workload, ...]
@@ -44,6 +46,7 @@ class Inventory:
     defaults: MeshDefaults | None = None
     registry: Registry | None = field(default=None, hash=False)
     registry_only: bool | None = None
+    observed: tuple[ObservedFlow, ...] = ()
 
     def peer(self, workload: Workload) -> Peer:
         """The workload as policies see it, with the CIDRs that contain its addresses."""

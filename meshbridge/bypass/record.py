@@ -149,6 +149,8 @@ def _half(half: HalfBypass) -> dict[str, Any]:
         "why": half.delivery.why,
         "fix": half.delivery.fix,
         "origin": origin_record(half.delivery.origin) if half.delivery.origin else None,
+        "known_from": [source.value for source in half.known_from],
+        "observed_unix_ns": half.observed_ns or None,
     }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -20,6 +21,7 @@ from meshbridge.cli.agents import answering
 from meshbridge.cli.documents import mesh_settings
 from meshbridge.cli.files import ManifestError, read_manifests
 from meshbridge.cli.observe import print_lines
+from meshbridge.cli.observedflows import observed_option, read_observed
 from meshbridge.observe.client import find_agents
 from meshbridge.observe.tables import aligned
 from meshbridge.observe.text import printable
@@ -57,23 +59,34 @@ def command() -> None:
 @_namespace
 @click.option("-a", "--all", "everything", is_flag=True, help="Also what no mesh policy ever guards, and tunnels.")
 @_files
+@observed_option
 @_output
 @_node
 @_socket
 def list_bypasses(
-    namespace: str | None, everything: bool, files: tuple[Path, ...], output: str, node: str | None, socket: Path | None
+    namespace: str | None,
+    everything: bool,
+    files: tuple[Path, ...],
+    observed: BinaryIO | None,
+    output: str,
+    node: str | None,
+    socket: Path | None,
 ) -> None:
     """List bypassed ports: pod, ports, direction, route, what is lost or weakened, and what stands in.
+
+    Half bypasses are told of clients of which something says that they use the port: Services, policies, exclusions,
+    and connections that were seen: by the agents themselves, with -f those of --observed.
 
     \b
     Examples:
       meshbridge bypass list
       meshbridge bypass list -n finance -o json | jq '.bypasses[] | select(.compensation.enforced | not)'
       meshbridge bypass list -f manifests/
+      meshbridge observe -o json > flows.jsonl; meshbridge bypass list -f manifests/ --observed flows.jsonl
     \b
     Exit codes: 0 shown, 1 no agent answers or a manifest cannot be read.
     """
-    record = _record(files, node, socket)
+    record = _record(files, node, socket, observed=observed)
     record = _selected(record, lambda pod: namespace is None or pod.partition("/")[0] == namespace)
     rows = [row for row in record["bypasses"] if everything or row["class"] == "excluded"]
     if output == "json":
@@ -85,10 +98,18 @@ def list_bypasses(
 @command.command(name="show")
 @click.argument("pod", metavar="NAMESPACE/POD")
 @_files
+@observed_option
 @_output
 @_node
 @_socket
-def show(pod: str, files: tuple[Path, ...], output: str, node: str | None, socket: Path | None) -> None:
+def show(
+    pod: str,
+    files: tuple[Path, ...],
+    observed: BinaryIO | None,
+    output: str,
+    node: str | None,
+    socket: Path | None,
+) -> None:
     """Show one pod: every port that Envoy does not see, each guarantee with its fate, and whom the kernel lets in.
 
     \b
@@ -98,7 +119,7 @@ def show(pod: str, files: tuple[Path, ...], output: str, node: str | None, socke
     \b
     Exit codes: 0 shown, 1 there is no such pod, no agent answers or a manifest cannot be read.
     """
-    record = _record(files, node, socket)
+    record = _record(files, node, socket, observed=observed)
     known = {item["pod"] for key in ("bypasses", "findings", "isolations") for item in record[key]}
     if pod not in known | set(record["not_starting"]) | {half["server"] for half in record["half_bypasses"]}:
         raise ManifestError(
@@ -123,11 +144,17 @@ def show(pod: str, files: tuple[Path, ...], output: str, node: str | None, socke
     metavar="FILE|DIR",
     help="Manifests of what is in force already: judged together, told of only where it meets the pods of -f.",
 )
+@observed_option
 @_output
 @_node
 @_socket
 def plan(
-    files: tuple[Path, ...], context: tuple[Path, ...], output: str, node: str | None, socket: Path | None
+    files: tuple[Path, ...],
+    context: tuple[Path, ...],
+    observed: BinaryIO | None,
+    output: str,
+    node: str | None,
+    socket: Path | None,
 ) -> None:
     """Say what will happen before it does: what bypasses lose, what of it nobody accepted, what breaks.
 
@@ -144,7 +171,7 @@ def plan(
     working, a pod that never starts), 4 something is lost that nobody accepted, 1 no agent answers or a manifest
     cannot be read.
     """
-    record = _record(files, node, socket, context)
+    record = _record(files, node, socket, context, observed)
     rows = [row for row in record["bypasses"] if row["class"] == "excluded"]
     if output == "json":
         print_lines([json.dumps(record, indent=2)])
@@ -197,14 +224,21 @@ def _automatic_lines(record: dict[str, Any]) -> list[str]:
 
 
 def _record(
-    files: Sequence[Path], node: str | None, socket: Path | None, context: Sequence[Path] = ()
+    files: Sequence[Path],
+    node: str | None,
+    socket: Path | None,
+    context: Sequence[Path] = (),
+    observed: BinaryIO | None = None,
 ) -> dict[str, Any]:
+    if observed is not None and not files:
+        raise click.UsageError("--observed goes with --filename: agents count the connections that they saw themselves")
     if not files:
         return merged_records(json.loads(agent.bypasses()) for agent in answering(find_agents(socket, node)))
     given = read_manifests(files)
     keys = {document.key for document in given}
     objects = [*given, *(d for d in read_manifests(context) if d.key not in keys)]
     found = inventory(objects, mesh=mesh_settings(objects), now=datetime.now(UTC))
+    found = replace(found, observed=read_observed(observed))
     automatic = [
         automatic_record(workload.key, automatic_exclusions(workload, found))
         for workload in found.workloads
@@ -287,11 +321,22 @@ def _warnings(record: dict[str, Any]) -> list[str]:
         via = f" through {half['via']}" if half["via"] else ""
         fix = f"; fix: {half['fix']}" if half["fix"] else ""
         clients = _names(half["clients"])
-        text = f"{clients} → {half['server']}:{half['port']}{via}: {half['delivery']}: {half['why']}{fix}"
+        known = f" (known from: {', '.join(_known_from(half))})" if half.get("known_from") else ""
+        text = f"{clients} → {half['server']}:{half['port']}{via}: {half['delivery']}: {half['why']}{fix}{known}"
         lines.append(f"! {'half bypass' if half['half'] else 'both sides through Envoy'}: {printable(text)}")
     for isolation in record["isolations"]:
         lines.append(f"! default deny: {printable(_isolation(isolation))}")
     return [*([""] if lines else []), *lines]
+
+
+def _known_from(half: dict[str, Any]) -> Iterable[str]:
+    """What says that the clients use the port; of a connection that was seen also when, in the local time."""
+    for source in half["known_from"]:
+        if source == "observed" and half.get("observed_unix_ns"):
+            seen = datetime.fromtimestamp(half["observed_unix_ns"] / 1e9, UTC).astimezone()
+            yield f"observed {seen:%b %d %H:%M:%S}"
+        else:
+            yield source
 
 
 def _isolation(isolation: dict[str, Any]) -> str:

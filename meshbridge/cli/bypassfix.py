@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 import yaml
@@ -15,6 +16,7 @@ from meshbridge.bypass.fixes import Advice, Fix, advice, fixes
 from meshbridge.bypass.inventory import inventory
 from meshbridge.cli.documents import DocumentSource, document_options, mesh_settings
 from meshbridge.cli.observe import print_lines
+from meshbridge.cli.observedflows import observed_option, read_observed
 from meshbridge.kube.api import CONFLICT, Api, ClusterError, RefusedError
 from meshbridge.kube.cluster import connect
 from meshbridge.observe.text import printable
@@ -32,8 +34,11 @@ LEFT_TO_DO = 3
     "--dry-run", type=click.Choice(["server"]),
     help="With --apply: have the API server check the objects and keep none of them.",
 )  # fmt: skip
+@observed_option
 @document_options
-def command(output: str, applying: bool, dry_run: str | None, documents: DocumentSource) -> None:
+def command(
+    output: str, applying: bool, dry_run: str | None, observed: BinaryIO | None, documents: DocumentSource
+) -> None:
     """Print what mends connections that break because one side bypasses its sidecar and the other does not.
 
     The objects are DestinationRules and PeerAuthentications that let clients send plaintext to a port the server's
@@ -43,6 +48,7 @@ def command(output: str, applying: bool, dry_run: str | None, documents: Documen
     Examples:
       meshbridge bypass fix
       meshbridge bypass fix -f manifests/ | kubectl apply -f -
+      meshbridge observe -o json | meshbridge bypass fix --observed -
       meshbridge bypass fix --apply --dry-run=server
       meshbridge bypass fix --apply
     \b
@@ -55,6 +61,7 @@ def command(output: str, applying: bool, dry_run: str | None, documents: Documen
         raise click.UsageError("--dry-run goes with --apply; without it nothing is applied")
     given = documents.read()
     found = inventory(given, mesh=mesh_settings(given), now=datetime.now(UTC))
+    found = replace(found, observed=read_observed(observed))
     unnecessary, ways = advice(found), fixes(found, given)
     applied = _apply(documents, [fix.apply for fix in ways if fix.apply], dry_run=bool(dry_run)) if applying else []
     if output == "json":
