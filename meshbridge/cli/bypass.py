@@ -356,7 +356,7 @@ def _names(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _show_lines(pod: str, record: dict[str, Any]) -> list[str]:
-    lines = [f"Pod {printable(pod)}"]
+    lines = [f"Pod {printable(pod)}", *map(_proof_line, record["proofs"])]
     for row in record["bypasses"]:
         where = f" to {', '.join(row['destinations'])}" if row["destinations"] else ""
         families = "+".join(row["families"])
@@ -376,7 +376,7 @@ def _show_lines(pod: str, record: dict[str, Any]) -> list[str]:
                 if g["fate"] == fate
             ]
             lines += aligned(table)
-    return [*lines, *map(_proof_line, record["proofs"]), *_warnings(record)]
+    return [*lines, *_warnings(record)]
 
 
 def _proof_line(proof: dict[str, Any]) -> str:

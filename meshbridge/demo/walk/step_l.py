@@ -22,8 +22,9 @@ LETTER = "l"
 TITLE = "A bypass that was decided on, and one that was not"
 ABOUT = (
     "finance/reports is to leave port 8080 out of its sidecar. A BypassPolicy accepts no loss: the plan says so, and\n"
-    "the pod is refused. Then the loss is accepted, with an end and a reason, and the kernel stands in. Last,\n"
-    "somebody's rule takes port 9000 past Envoy, which no annotation says: a ghost bypass."
+    "the pod is refused. Then the loss is accepted, with an end and a reason, the kernel stands in, and the node's\n"
+    "agent proves it by probes. Last, somebody's rule takes port 9000 past Envoy, which no annotation says: a ghost\n"
+    "bypass."
 )
 REPORTS = "finance/reports"
 POLICIES = SAMPLE_MANIFESTS / "bypass"
@@ -33,6 +34,8 @@ STRANGER = Source("marketing/client", "no policy lets it in")
 COLLEAGUE = Source("finance/client", "in finance, which the policy lets in on 9000")
 NOT_ACCEPTED = 4
 GHOST_FOUND_S = 10.0
+PROVED_S = 10.0
+_PROVED = f"compensation-proved: pod {REPORTS}"
 _TIMEOUT_S = 1.5
 _MONITOR = ("monitor", "--type", "agent", "--no-follow")
 
@@ -96,7 +99,21 @@ def _accepted(walk: Walk) -> None:
         f"{into.envoy_connections(REPORTS)} connections at Envoy",
         f"{SCRAPER.name}'s request over both families, counters of the application and of Envoy",
     )
+    _proved(walk)
     walk.command("bypass", "show", REPORTS, "--node", walk.pod(REPORTS).node)
+
+
+def _proved(walk: Walk) -> None:
+    poll(lambda: _condition(walk, "Enforced").get("status"), PROVED_S)
+    condition = _condition(walk, "Enforced")
+    told = [line for line in walk.output(*_MONITOR, "--node", walk.pod(REPORTS).node).lines if _PROVED in line]
+    walk.quote(_MONITOR, told[-1:])
+    walk.report.check(
+        "proved by the agent's probes: who is let in arrives in the pod, who is not does not",
+        condition.get("status") is True and condition.get("reason") == "Proved" and bool(told),
+        f"Enforced {condition.get('status')}: {condition.get('message', 'no condition')}",
+        "packet socket in the pod's namespace, the datapath's events and counters; endpoint list -o json",
+    )
 
 
 def _ghost(walk: Walk) -> None:
@@ -114,7 +131,7 @@ def _ghost(walk: Walk) -> None:
             f"after {took:.1f} s" if found else "not found",
             "bypass show, asked until it names 9000",
         )
-        told, condition = poll(lambda: _told(walk, "ghost-bypass-found"), GHOST_FOUND_S), _condition(walk)
+        told, condition = poll(lambda: _told(walk, "ghost-bypass-found"), GHOST_FOUND_S), _condition(walk, "Captured")
         walk.quote(_MONITOR, told)
         walk.report.check(
             "told: an event of the agent, and a condition of the endpoint",
@@ -141,8 +158,8 @@ def _ghost(walk: Walk) -> None:
     walk.quote(_MONITOR, gone)
     walk.report.check(
         "and that it is gone is told as well",
-        bool(gone) and not _condition(walk),
-        f"{len(gone)} events; {_condition(walk).get('message', 'no condition')}",
+        bool(gone) and not _condition(walk, "Captured"),
+        f"{len(gone)} events; {_condition(walk, 'Captured').get('message', 'no condition')}",
         "the command above, endpoint list -o json",
     )
 
@@ -164,12 +181,12 @@ def _told(walk: Walk, name: str) -> list[str]:
     return [line for line in lines if f"{name}: pod {REPORTS}" in line and f"ports {API_PORT}" in line]
 
 
-def _condition(walk: Walk) -> dict[str, Any]:
-    """What the pod's endpoint says of its capture; empty where there is nothing to say."""
+def _condition(walk: Walk, kind: str) -> dict[str, Any]:
+    """A condition of the pod's endpoint; empty where there is nothing to say."""
     said = walk.output("endpoint", "list", "-o", "json", "--node", walk.pod(REPORTS).node)
     endpoints = json.loads("\n".join(said.lines)) if said.code == 0 else []
     found = (c for e in endpoints if f"{e['namespace']}/{e['pod']}" == REPORTS for c in e["conditions"])
-    return next((condition for condition in found if condition["type"] == "Captured"), {})
+    return next((condition for condition in found if condition["type"] == kind), {})
 
 
 def _named(walk: Walk) -> list[str]:
