@@ -29,6 +29,7 @@ VERBS = {
     "install": "Install MeshBridge in a cluster, or bring an installed one to this version.",
     "monitor": "Follow the kernel's events: drops with the rule that caused them.",
     "observe": "Show flows and verdicts, like hubble observe.",
+    "relay": "Join standard input and output with this node's agent (kubectl meshbridge runs it in pods).",
     "status": "Show what the node's agent has programmed and what is wrong.",
     "uninstall": "Remove MeshBridge from a cluster, down to what it left on the nodes.",
     "webhook": "Answer the API server's admission reviews of pods and policies.",
@@ -76,9 +77,14 @@ def cli(ctx: click.Context, debug: bool) -> None:
 
 def main(argv: list[str] | None = None) -> Any:
     """Run the command line; a MeshBridgeError becomes one sentence on stderr and exit code 1."""
-    debug = "--debug" in (argv if argv is not None else sys.argv[1:])
+    return run(sys.argv[1:] if argv is None else argv, "meshbridge")
+
+
+def run(arguments: list[str], name: str) -> Any:
+    """Run the command line under a name of its own."""
+    debug = "--debug" in arguments
     try:
-        return cli.main(args=argv, prog_name="meshbridge", standalone_mode=True)
+        return cli.main(args=arguments, prog_name=name, standalone_mode=True)
     except MeshBridgeError as error:
         if debug:
             raise

@@ -20,12 +20,13 @@ def command() -> None:
 
 
 @command.command(name="list")
+@click.option("-n", "--namespace", "namespaces", multiple=True, metavar="NS", help="Only pods of this namespace.")
 @click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("--node", metavar="NAME", help="Only this node's agent.")
 @click.option(
     "--socket", type=click.Path(path_type=Path), help="Socket of one agent, in place of all under /run/meshbridge."
 )
-def list_endpoints(output: str, node: str | None, socket: Path | None) -> None:
+def list_endpoints(namespaces: tuple[str, ...], output: str, node: str | None, socket: Path | None) -> None:
     """List endpoints: number, enforcement, identity, labels, addresses, state; below, what those not ready wait for.
 
     \b
@@ -35,7 +36,10 @@ def list_endpoints(output: str, node: str | None, socket: Path | None) -> None:
     \b
     Exit codes: 0 shown, 1 no agent answers.
     """
-    found = [(agent.name, agent.endpoints()) for agent in answering(find_agents(socket, node))]
+    found = [
+        (agent.name, [each for each in agent.endpoints() if not namespaces or each.namespace in namespaces])
+        for agent in answering(find_agents(socket, node))
+    ]
     if output == "json":
         records = [endpoint_record(name, endpoint) for name, endpoints in found for endpoint in endpoints]
         print_lines([json.dumps(records, indent=2)])

@@ -25,6 +25,7 @@ _KINDS = {"drop": FlowKind.DROP, "policy-verdict": FlowKind.VERDICT, "trace": Fl
 @click.option(
     "-v", "--verbose", is_flag=True, help="Below each event: reason, object, rule, file and line, what to do."
 )
+@click.option("-n", "--namespace", "namespaces", multiple=True, metavar="NS", help="Either end is in this namespace.")
 @click.option(
     "--related-to",
     "related",
@@ -44,6 +45,7 @@ _KINDS = {"drop": FlowKind.DROP, "policy-verdict": FlowKind.VERDICT, "trace": Fl
 def command(
     kinds: tuple[str, ...],
     verbose: bool,
+    namespaces: tuple[str, ...],
     related: tuple[str, ...],
     last: int,
     no_follow: bool,
@@ -65,7 +67,12 @@ def command(
     pods = tuple(PodFilter.parse(text) for text in related if not text.isdecimal())
     if numbers and pods:
         raise FilterError("--related-to mixes endpoint numbers and pods", fix="use one of the two spellings")
-    wanted = FlowFilter(kinds=frozenset(_KINDS[kind] for kind in kinds), endpoint_ids=numbers, pods=pods)
+    wanted = FlowFilter(
+        kinds=frozenset(_KINDS[kind] for kind in kinds),
+        namespaces=frozenset(namespaces),
+        endpoint_ids=numbers,
+        pods=pods,
+    )
     agents = find_agents(socket, node)
 
     def show(flows: Iterable[Flow]) -> None:

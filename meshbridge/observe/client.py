@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 import queue
 import threading
 import time
@@ -20,6 +21,7 @@ from meshbridge.protos import observer_pb2 as pb
 from meshbridge.protos.observer_pb2_grpc import ObserverStub
 
 RUN_DIRECTORY = Path("/run/meshbridge")
+RUN_DIRECTORY_VARIABLE = "MESHBRIDGE_RUN_DIRECTORY"
 SOCKET_NAME = "agent.sock"
 CALL_TIMEOUT_S = 5.0
 RECONNECT_S = 0.5
@@ -93,11 +95,12 @@ class Agent:
         )
 
 
-def find_agents(socket: Path | None, node: str | None, run_directory: Path = RUN_DIRECTORY) -> list[Agent]:
+def find_agents(socket: Path | None, node: str | None, run_directory: Path | None = None) -> list[Agent]:
     """The agents meant: the one at ``socket``, the one of ``node``, else every agent of this machine.
 
     Raises: AgentUnreachable: there is none.
     """
+    run_directory = run_directory or Path(os.environ.get(RUN_DIRECTORY_VARIABLE) or RUN_DIRECTORY)
     if socket is not None:
         found = [socket] if socket.exists() else []
         looked = str(socket)

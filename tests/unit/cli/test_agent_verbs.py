@@ -83,7 +83,6 @@ class Served:
 @pytest.fixture
 def run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(client, "RUN_DIRECTORY", tmp_path)
-    monkeypatch.setattr(find_agents, "__defaults__", (tmp_path,))
     return tmp_path
 
 
@@ -158,6 +157,8 @@ def test_monitor_names_rule_file_and_line(agent: Served) -> None:
 def test_endpoint_list(agent: Served) -> None:
     assert meshbridge("endpoint", "list").output.splitlines()[2].startswith("512        Disabled")
     assert json.loads(meshbridge("endpoint", "list", "-o", "json").output)[0]["pod"] == "api"
+    of_others = [json.loads(meshbridge("endpoint", "list", "-n", ns, "-o", "json").output) for ns in ("shop", "x")]
+    assert list(map(len, of_others)) == [1, 0]
 
 
 def test_status_exits_with_3_when_degraded(agent: Served) -> None:
