@@ -57,7 +57,7 @@ demo-test: ## the whole walk of `make demo`, checked (root)
 	$(PYTEST) tests/demo
 
 apiserver: setup-dev ## verbs that read a cluster, against a real API server (root; builds it once)
-	@scripts/third-party kubernetes
+	@scripts/third-party kubernetes helm
 	$(PYTEST) tests/apiserver
 
 conformance: setup-dev ## our verdicts against a real Envoy, istiod, Cilium's engine and others (root; builds them once)
