@@ -43,6 +43,14 @@ class Distinctions:
     port_names: frozenset[str] = frozenset()
     exclusions: bool = False
 
+    def difference(self, other: Distinctions) -> int:
+        """How many things only one of the two can tell apart."""
+        one, two = self.labels, other.labels
+        parts = ((one.pod, two.pod), (one.namespace, two.namespace), (one.node, two.node))
+        return sum(len(mine ^ theirs) for mine, theirs in (*parts, (self.port_names, other.port_names))) + (
+            self.exclusions is not other.exclusions
+        )
+
     def __or__(self, other: Distinctions) -> Distinctions:
         return Distinctions(
             self.labels | other.labels, self.port_names | other.port_names, self.exclusions or other.exclusions
@@ -55,7 +63,7 @@ class AddressBook:
     An address that several claim is contested until one is left: it then has nobody's labels.
 
     Cost: a claim touches one entry of each view; a view is copied once per change, and a view for other distinctions
-    is made from an existing one by making anew those entries whose labels differ under the two.
+    is made from the most similar one by making anew those entries whose labels differ under the two.
     """
 
     def __init__(self) -> None:
@@ -122,17 +130,13 @@ class AddressBook:
             if any(view.get(name) != resource for name, resource in renewed.items()):
                 self._views[distinctions] = view.changed(renewed)
 
-    def view(self, distinctions: Distinctions, like: Distinctions | None = None) -> Table:
-        """Every address with what ``distinctions`` leave of its holder; the same mapping until something changes.
-
-        Args:
-            like: distinctions of a view that probably differs little.
-        """
+    def view(self, distinctions: Distinctions) -> Table:
+        """Every address with what ``distinctions`` leave of its holder; the same mapping until something changes."""
         view = self._views.get(distinctions)
         if view is None:
-            base = self._views.get(like) if like is not None else None
-            if like is not None and base is not None:
-                view = base.changed(self._derived(distinctions, like))
+            like = min(self._views, key=distinctions.difference, default=None)
+            if like is not None:
+                view = self._views[like].changed(self._derived(distinctions, like))
             else:
                 seen = ((str(address), self._seen(address, distinctions)) for address in self._claims)
                 view = Table((name, resource) for name, resource in seen if resource is not None)

@@ -12,7 +12,7 @@ import structlog
 
 from meshbridge.bypass.bypasspolicy import KINDS as BYPASS_KINDS
 from meshbridge.bypass.capture import bypasses_outbound
-from meshbridge.controller.addresses import CONTESTED, AddressBook, Holder
+from meshbridge.controller.addresses import CONTESTED, AddressBook, Distinctions, Holder
 from meshbridge.controller.objectaddresses import gateway_addresses, readable_addresses, readable_workload
 from meshbridge.controller.policies import PolicyItem, problem_of, problems_of, read_policy
 from meshbridge.controller.services import ServiceBook
@@ -90,6 +90,7 @@ class Cluster:
         self.policies: dict[str, PolicyItem] = {}
         self.services: dict[Key, Service] = {}
         self.service_book = ServiceBook(headless=mesh.registry_only)
+        self._distinctions: Distinctions | None = None
         self._names: dict[Key, tuple[str, ...]] = {}
         self._policies_at: dict[Anchor, set[str]] = {}
         self._for_all: set[str] = set()
@@ -145,6 +146,16 @@ class Cluster:
     def pod(self, namespace: str, name: str) -> Workload | None:
         return self._pods.get(("", "Pod", namespace, name))
 
+    @property
+    def distinctions(self) -> Distinctions:
+        """What any of its policies can tell apart."""
+        if self._distinctions is None:
+            found = Distinctions()
+            for one in {id(item.distinctions): item.distinctions for item in self.policies.values()}.values():
+                found |= one
+            self._distinctions = found
+        return self._distinctions
+
     def peer_authentications(self) -> PolicySet:
         """Every PeerAuthentication of the cluster."""
         found = (item.parsed for item in self.policies.values() if item.parsed.peer_authentication)
@@ -176,11 +187,11 @@ class Cluster:
             names |= pods.policies
         names |= self._for_all
         found = [self.policies[name] for name in sorted(names)]
-        return found + self._services_meant(found)
+        return found + self._services_meant(names & self._naming_services)
 
-    def _services_meant(self, items: Iterable[PolicyItem]) -> list[PolicyItem]:
-        """The Services that rules of ``items`` name, and what is known of the endpoints of those without a selector."""
-        references = frozenset[ServiceReference]().union(*(item.service_references for item in items))
+    def _services_meant(self, names: Iterable[str]) -> list[PolicyItem]:
+        """The Services that rules of policies name, and what is known of the endpoints of those without a selector."""
+        references = frozenset[ServiceReference]().union(*(self.policies[name].service_references for name in names))
         if not references:
             return []
         resolver = Resolver(DEFAULT_SETTINGS, services=tuple(self.services.values()))
@@ -292,6 +303,7 @@ class Cluster:
         touched.addresses |= before != part
 
     def _put_policies(self, key: Key, documents: tuple[Document, ...], touched: Touched) -> None:
+        self._distinctions = None
         touched.sidecars |= (key[0], key[1]) not in BYPASS_KINDS
         touched.destinations |= key[1] == "PeerAuthentication"
         items = [read_policy(document, self.mesh, number) for number, document in enumerate(documents, 1)]

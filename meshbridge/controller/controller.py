@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Final
 
 import structlog
 from prometheus_client import Gauge
 
 from meshbridge.controller.addresses import Distinctions
-from meshbridge.controller.cluster import Cluster, Touched, extra_addresses
+from meshbridge.controller.cluster import Cluster, LocalEndpoint, Touched, extra_addresses
 from meshbridge.controller.meshconfig import NAMESPACE, MeshConfigError, read_mesh_config
 from meshbridge.controller.messages import endpoint_message, mesh_message, problem_message, problem_name, resource
 from meshbridge.controller.picture import Picture
+from meshbridge.controller.policies import shared
 from meshbridge.identity.model import Workload
 from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import Problem, ProblemReason
@@ -31,6 +33,7 @@ from meshbridge.xds.nodereport import NO_REPORT, NodeReport
 from meshbridge.xds.resources import sidecar_resources
 from meshbridge.xds.secrets import SecretStore, SpiffeId
 from meshbridge.xds.select import build_sidecar, mtls_destinations
+from meshbridge.xds.server import Refusals
 from meshbridge.xds.sidecar import MtlsDestination, Sidecar
 from meshbridge.xds.snapshot import Snapshot
 from meshbridge.xds.tables import Resource, Resources, Table
@@ -44,6 +47,11 @@ REVISION = Gauge("meshbridge_controller_revision", "The newest revision given to
 MESH_CONFIG: Final[Key] = ("", "ConfigMap", NAMESPACE, "istio")
 MAX_PROBLEMS_SENT: Final = 1_000
 CERTIFICATE_CHECK_S: Final = 30.0
+MAX_NACKS: Final = 20
+"""Of one stream; whoever refuses more is in need of the same cure."""
+MAX_NACK_TEXT: Final = 300
+MAX_VIEWS: Final = 64
+"""How many different sights of the addresses nodes may have before all are sent the same."""
 
 
 @dataclass(slots=True)
@@ -54,7 +62,10 @@ class _Client:
     snapshot: Snapshot | None = None
     refusal: str = ""
     wakes: list[Callable[[], None]] = field(default_factory=list)
+    own: Distinctions = Distinctions()  # noqa: RUF009 - frozen
+    """What its policies can tell apart; it may be sent more."""
     distinctions: Distinctions = Distinctions()  # noqa: RUF009 - frozen
+    endpoints: dict[str, tuple[LocalEndpoint, Resource]] = field(default_factory=dict)
     sidecar: Sidecar | None = None
 
     def wake(self) -> None:
@@ -77,7 +88,11 @@ class _Feed:
     def refusal(self) -> str:
         return self._client.refusal
 
+    def refuses(self, refusals: Refusals) -> None:
+        self._controller.report_nacks(self, self._client.caller, refusals)
+
     def close(self) -> None:
+        self.refuses({})
         self._client.wakes.remove(self._wake)
         self._controller.forget_if_unused(self._client)
 
@@ -102,6 +117,8 @@ class Controller:
         self._mesh_problems: tuple[Problem, ...] = ()
         self._read_problems: frozenset[Problem] = frozenset()
         self._problems: frozenset[Problem] = frozenset()
+        self._nacked: dict[object, frozenset[Problem]] = {}
+        self._nack_problems: frozenset[Problem] = frozenset()
         self._problem_resources = Table()
         self._mesh_resources = _mesh_resources(self.cluster.mesh)
         self._clients: dict[Caller, _Client] = {}
@@ -109,6 +126,7 @@ class Controller:
         self._destinations_stale = True
         self._revision = 0
         self._synced = False
+        self._alike = False
 
     @property
     def synced(self) -> bool:
@@ -118,7 +136,13 @@ class Controller:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Everything a person has to mend, in order of file and line."""
-        return tuple(sorted(self._problems, key=lambda problem: (problem.file, problem.line, problem.text)))
+        found = self._problems | self._nack_problems
+        return tuple(sorted(found, key=lambda problem: (problem.file, problem.line, problem.text)))
+
+    def _count_problems(self) -> None:
+        problems = self.problems
+        for reason in ProblemReason:
+            PROBLEMS.labels(reason.value).set(sum(problem.reason is reason for problem in problems))
 
     def open(self, caller: Caller, wake: Callable[[], None]) -> _Feed:
         """A feed for ``caller``, with its snapshot when there can be one already."""
@@ -145,16 +169,20 @@ class Controller:
         self._read_problems = read_problems
         self._report_problems()
         OBJECTS.set(len(self._documents))
-        everybody = first or touched is None
-        for client in self._refreshed_nodes():
-            if everybody or (touched is not None and client.caller.node in touched.nodes):
-                self._update_node(client)
-            else:
-                self._assemble(client, {})
+        self._tell_nodes(None if first or touched is None else touched.nodes)
         self._destinations_stale |= touched is None or touched.destinations
         if touched is None or touched.sidecars or first:
             self.sidecars_stale.set()
         self.picture_stale.set()
+
+    def _tell_nodes(self, touched: Set[str] | None) -> None:
+        """Every node has what holds now. First those touched (None: all), of which policies or endpoints may differ."""
+        nodes = [client for client in self._clients.values() if client.caller.kind is CallerKind.NODE]
+        parts = {id(c): self._look_at(c) for c in nodes if touched is None or c.caller.node in touched}
+        if parts:
+            self._compare_nodes()
+        for client in sorted(self._refreshed_nodes(), key=lambda client: id(client) not in parts):
+            self._assemble(client, parts.get(id(client), {}))
 
     def report(self, node: str, report: NodeReport) -> None:
         """All that a node says of its own pods from now on; nodes that compensate towards them are told."""
@@ -167,6 +195,16 @@ class Controller:
         if self._synced and report.exclusions != before.exclusions:
             for client in self._refreshed_nodes():
                 self._assemble(client, {})
+
+    def report_nacks(self, stream: object, caller: Caller, refusals: Refusals) -> None:
+        """All that the client of one stream does not take, from now on: problems, of which other nodes are not told."""
+        problems = frozenset(_nacked(caller, *about, why) for about, why in islice(refusals.items(), MAX_NACKS))
+        known = self._nacked.pop(stream, frozenset())
+        if problems:
+            self._nacked[stream] = problems
+        if problems != known:
+            self._nack_problems = frozenset[Problem]().union(*self._nacked.values())
+            self._count_problems()
 
     def picture(self) -> Picture | None:
         """All there is to say about the cluster's objects, for another thread to look at; None: not known yet."""
@@ -196,8 +234,19 @@ class Controller:
     def _refreshed_nodes(self) -> list[_Client]:
         """The clients that are nodes, after the addresses as they see them are up to date."""
         nodes = [client for client in self._clients.values() if client.caller.kind is CallerKind.NODE]
+        for client in nodes:
+            client.distinctions = self._sent(client.own)
         self.cluster.addresses.refresh(frozenset(client.distinctions for client in nodes))
         return nodes
+
+    def _sent(self, own: Distinctions) -> Distinctions:
+        """What a node is told of addresses: what its policies tell apart; where nodes differ much, what any does."""
+        return own | self.cluster.distinctions if self._alike else own
+
+    def _compare_nodes(self) -> None:
+        """Views of the addresses stay few, however much the policies of nodes differ."""
+        own = {id(client.own) for client in self._clients.values() if client.caller.kind is CallerKind.NODE}
+        self._alike = len(own) > (MAX_VIEWS // 2 if self._alike else MAX_VIEWS)
 
     async def maintain_sidecars(self) -> None:
         """Refresh sidecars whenever something they depend on changed or a certificate is due."""
@@ -263,9 +312,8 @@ class Controller:
         for problem in sorted(self._problems - problems):
             log.info("problem.mended", reason=problem.reason, text=problem.text)
         self._problems = problems
-        for reason in ProblemReason:
-            PROBLEMS.labels(reason.value).set(sum(problem.reason is reason for problem in problems))
-        sent = self.problems[:MAX_PROBLEMS_SENT]
+        self._count_problems()
+        sent = sorted(problems, key=lambda problem: (problem.file, problem.line, problem.text))[:MAX_PROBLEMS_SENT]
         self._problem_resources = Table((problem_name(problem), resource(problem_message(problem))) for problem in sent)
 
     def _update(self, client: _Client) -> None:
@@ -277,19 +325,28 @@ class Controller:
             self._update_pod(client)
 
     def _update_node(self, client: _Client) -> None:
+        parts = self._look_at(client)
+        self._compare_nodes()
+        client.distinctions = self._sent(client.own)
+        self._assemble(client, parts)
+
+    def _look_at(self, client: _Client) -> dict[str, Resources]:
+        """A node's policies, which say what it can tell apart, and its endpoints."""
         node = client.caller.node
         items = self.cluster.policies_on(node)
-        distinctions = Distinctions(exclusions=self.cluster.needs_all_mesh_policies(node))
+        own = Distinctions(exclusions=self.cluster.needs_all_mesh_policies(node))
         for one in {id(item.distinctions): item.distinctions for item in items}.values():
-            distinctions |= one
-        before, client.distinctions = client.distinctions, distinctions
-        self.cluster.addresses.view(distinctions, like=before)
-        endpoints: dict[str, Resource] = {}
+            own |= one
+        client.own = shared(own)
+        known, client.endpoints = client.endpoints, {}
         found = self.cluster.endpoints(node)
         for local in sorted(found, key=lambda local: bool(local.fault)):  # of one name, a fault has the last word
-            pod = replace(local.workload, uid=local.uid)
-            endpoints[local.uid] = resource(endpoint_message(pod, extra_addresses(pod), fault=local.fault))
-        self._assemble(client, {xds.POLICY: {item.name: item.resource for item in items}, xds.ENDPOINT: endpoints})
+            before = known.get(local.uid)
+            client.endpoints[local.uid] = before if before and before[0] == local else (local, _endpoint(local))
+        return {
+            xds.POLICY: Table((item.name, item.resource) for item in items),
+            xds.ENDPOINT: Table((uid, made) for uid, (_, made) in client.endpoints.items()),
+        }
 
     def _assemble(self, client: _Client, parts: Mapping[str, Resources]) -> None:
         """A new revision for a node when anything differs from its last one; parts not given stay as they were."""
@@ -353,6 +410,23 @@ class Controller:
 
     def _spiffe_id(self, pod: Workload) -> SpiffeId:
         return SpiffeId(self.cluster.mesh.trust_domain, pod.namespace, pod.service_account)
+
+
+def _nacked(caller: Caller, type_url: str, name: str, why: str) -> Problem:
+    what = f"{type_url.rpartition('.')[2]} {_printable(name)}"
+    follows = "it acts on nothing newer until it takes it" if caller.kind is CallerKind.NODE else "it keeps what it had"
+    fix = "bring that client and this controller to one version, or change the object"
+    return Problem(ProblemReason.NACKED, f"{caller} does not take {what}: {_printable(why)}; {follows}; {fix}")
+
+
+def _printable(text: str) -> str:
+    """A client's own words, on one line."""
+    return "".join(character if character.isprintable() else " " for character in text[:MAX_NACK_TEXT])
+
+
+def _endpoint(local: LocalEndpoint) -> Resource:
+    pod = replace(local.workload, uid=local.uid)
+    return resource(endpoint_message(pod, extra_addresses(pod), fault=local.fault))
 
 
 def _mesh_resources(mesh: MeshSettings) -> dict[bool, Resources]:

@@ -82,7 +82,7 @@ def read_policy(document: Document, mesh: MeshSettings, number: int = 1) -> Poli
         name=f"{group}/{kind}/{namespace}/{name}{suffix}",
         parsed=parsed,
         alone=alone,
-        distinctions=_shared(Distinctions(alone.referenced_labels() | backends, alone.referenced_port_names())),
+        distinctions=shared(Distinctions(alone.referenced_labels() | backends, alone.referenced_port_names())),
         anchors=alone.anchors() if bypass is None else frozenset(anchors_of(bypass.subject, None)),
         resource=resource(policy_message(document)),
         bypass=bypass,
@@ -90,7 +90,7 @@ def read_policy(document: Document, mesh: MeshSettings, number: int = 1) -> Poli
 
 
 @lru_cache(maxsize=4096)
-def _shared(distinctions: Distinctions) -> Distinctions:
+def shared(distinctions: Distinctions) -> Distinctions:
     """One object for equal ones: thousands of policies look at the same few labels, and a change unites a node's."""
     return distinctions
 

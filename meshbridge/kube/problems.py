@@ -19,6 +19,8 @@ class ProblemReason(StrEnum):
     """Valid and in force as written, but hardly meant."""
     CONFLICT = "conflict"
     """Two objects that cannot both be right, such as two live pods with one address."""
+    NACKED = "nacked"
+    """What a node or a sidecar cannot use of what it was sent; it goes on with what it had."""
     UNWRITABLE = "unwritable"
     """What the controller may not write into the cluster, so that it is not to be seen there; policy is in force."""
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,6 +46,10 @@ MAX_MESSAGE_BYTES = 16 << 20  # a client with 100,000 addresses names them all w
 SOCKET_MODE = 0o666  # every call carries a token; Envoys run as other users
 
 
+Refusals = Mapping[tuple[str, str], str]
+"""By type URL and name: why a client does not take it."""
+
+
 class Feed(Protocol):
     """One stream's view of its client."""
 
@@ -56,6 +60,9 @@ class Feed(Protocol):
     @property
     def refusal(self) -> str:
         """Not empty: the client is gone or may have nothing, and the stream has to end."""
+
+    def refuses(self, refusals: Refusals) -> None:
+        """All of its snapshot that the client cannot use, from now on."""
 
     def close(self) -> None: ...
 
@@ -140,6 +147,7 @@ class _Stream:
         self._known = asyncio.Event()
         self._end: _End | None = None
         self._identified = False
+        self._refusals: Refusals = {}
 
     def wake(self) -> None:
         self._awake.set()
@@ -184,9 +192,16 @@ class _Stream:
             if self._identified and self.feed.snapshot is not None:
                 response = self._session.next_response(self.feed.snapshot)
             if response is None:
+                self._tell_refusals()
                 await self._awake.wait()
             else:
                 await self._write(response)
+
+    def _tell_refusals(self) -> None:
+        refusals = self._session.refusals(self.feed.snapshot) if self.feed.snapshot is not None else {}
+        if refusals != self._refusals:
+            self._refusals = refusals
+            self.feed.refuses(refusals)
 
     async def _write(self, response: Response) -> None:
         RESPONSES.labels(_short(response.type_url)).inc()

@@ -177,6 +177,7 @@ class _Subscription:
     wildcard: bool = False
     names: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)  # refused by itself: not sent again in this version
+    reasons: dict[str, str] = field(default_factory=dict)  # why, for each that is in `refused`
     alone: set[str] = field(default_factory=set)  # refused in company: sent again, each in its own response
     nonce: str = ""  # of the response in flight
     in_flight: _Flight | None = None
@@ -241,6 +242,11 @@ class _Subscription:
             self.target, self.sent = None, ()
         return step
 
+    def forgive(self, name: str) -> None:
+        """It may be sent again, whatever its version."""
+        self.refused.pop(name, None)
+        self.reasons.pop(name, None)
+
     def leave_shared(self) -> None:
         """The rest of a transition is not sent; what was sent of it is held."""
         for step in self.sent:
@@ -291,6 +297,15 @@ class DeltaSession:
         self._subscribe(subscription, request)
         return nack
 
+    def refusals(self, snapshot: Snapshot) -> Mapping[tuple[str, str], str]:
+        """By type and name what of ``snapshot`` the client has refused and does not hold, and why."""
+        return {
+            (type_url, name): subscription.reasons.get(name, "")
+            for type_url, subscription in self._subscriptions.items()
+            for name, version in subscription.refused.items()
+            if version == _version(snapshot.of(type_url), name) != subscription.held.get(name)
+        }
+
     def next_response(self, snapshot: Snapshot) -> Response | None:
         """The next thing to send towards ``snapshot``; None while there is nothing, or an ACK has to come first."""
         for type_url, part in _PHASES:
@@ -319,15 +334,16 @@ class DeltaSession:
             subscription.alone.difference_update(flight.versions)
             return None
         subscription.leave_shared()
+        reason = request.error_detail.message[:MAX_NACK_TEXT]
         for name, version in flight.versions.items():
             if len(flight.versions) == 1:
-                subscription.refused[name] = version
+                subscription.refused[name], subscription.reasons[name] = version, reason
                 subscription.alone.discard(name)
             else:
                 subscription.alone.add(name)
             subscription.held.put(name, flight.was(name))
         subscription.settled = None
-        return Nack(request.type_url, tuple(sorted(flight.versions)), request.error_detail.message[:MAX_NACK_TEXT])
+        return Nack(request.type_url, tuple(sorted(flight.versions)), reason)
 
     def _subscribe(self, subscription: _Subscription, request: DeltaDiscoveryRequest) -> None:
         if not request.resource_names_subscribe and not request.resource_names_unsubscribe:
@@ -362,14 +378,14 @@ class DeltaSession:
 
     def _tell_again(self, subscription: _Subscription, name: str) -> None:
         subscription.held.put(name, UNSURE)
-        subscription.refused.pop(name, None)
+        subscription.forgive(name)
         if subscription.in_flight is not None and name in subscription.in_flight.versions:
             subscription.in_flight.before[name] = UNSURE
 
     def _forget(self, subscription: _Subscription, name: str) -> None:
         """The client drops what it no longer subscribes to."""
         subscription.held.put(name, None)
-        subscription.refused.pop(name, None)
+        subscription.forgive(name)
         if subscription.in_flight is not None and name in subscription.in_flight.versions:
             subscription.in_flight.before[name] = None
 
@@ -385,7 +401,7 @@ class DeltaSession:
                 break
             versions[name] = resource.version if resource is not None else ABSENT
             flight.before[name] = subscription.held.get(name)
-            subscription.refused.pop(name, None)
+            subscription.forgive(name)
             known_absent = resource is None and name in subscription.names
             subscription.held.put(name, resource.version if resource is not None else ABSENT if known_absent else None)
             if lonely:

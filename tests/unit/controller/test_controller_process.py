@@ -14,11 +14,16 @@ from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import grpc
 import pytest
+from envoy.config.core.v3.base_pb2 import Node
+from envoy.service.discovery.v3 import ads_pb2_grpc
+from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest
 
 from meshbridge.protos.agent_pb2 import Policy
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.auth import load_key, mint_token, node_caller
+from meshbridge.xds.bearer import bearer
 from meshbridge.xds.client import ControllerClient, Update
 
 INPUTS = Path(__file__).parents[3] / "manifests" / "inputs"
@@ -157,3 +162,41 @@ def test_metrics_are_served_on_loopback_only(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert b"not on loopback" in done.stderr
+
+
+async def subscribe(call: grpc.aio.StreamStreamCall, type_url: str) -> None:
+    await call.write(DeltaDiscoveryRequest(node=Node(id="node-a"), type_url=type_url))
+
+
+def test_what_a_node_does_not_take_is_a_problem_until_its_stream_ends(process: Process) -> None:
+    async def until(wanted: int) -> list[dict[str, object]]:
+        async with asyncio.timeout(30):
+            while len(found := json.loads(process.get("/problems"))) != wanted:  # noqa: ASYNC110 - of a process
+                await asyncio.sleep(0.05)
+        return list(found)
+
+    async def body() -> None:
+        process.start()
+        await next_with(process.client().updates(), xds.POLICY)
+        async with grpc.aio.insecure_channel(f"unix:{process.socket}") as channel:
+            stub = ads_pb2_grpc.AggregatedDiscoveryServiceStub(channel)
+            call = stub.DeltaAggregatedResources(metadata=bearer(process.token()))
+            await subscribe(call, xds.POLICY)
+            response = await call.read()
+            answer = DeltaDiscoveryRequest(type_url=response.type_url, response_nonce=response.nonce)
+            answer.error_detail.message = "field 99 is of a later\nversion"
+            await call.write(answer)
+            (problem,) = await until(1)
+            assert problem["reason"] == "nacked"
+            assert str(problem["text"]).startswith(
+                f"node node-a does not take Policy {POLICY}: field 99 is of a later version; "
+            )
+            metrics = process.get("/metrics")
+            assert 'meshbridge_controller_problems{reason="nacked"} 1.0' in metrics
+            assert 'meshbridge_xds_nacks_total{type="Policy"} 1.0' in metrics
+            call.cancel()
+            await until(0)
+        _, log = process.end(signal.SIGTERM)
+        assert "resources.refused" in log
+
+    asyncio.run(body())

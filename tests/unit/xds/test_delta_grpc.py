@@ -21,7 +21,7 @@ from meshbridge.protos.agent_pb2 import Address, Policy, Revision
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.auth import Caller, TokenKey, bearer, mint_token, node_caller, pod_caller
 from meshbridge.xds.client import ControllerClient, Update
-from meshbridge.xds.server import DeltaServer, start_server
+from meshbridge.xds.server import DeltaServer, Refusals, start_server
 from meshbridge.xds.snapshot import Resource, Snapshot
 
 KEY = b"k" * 32
@@ -41,6 +41,9 @@ class Source:
         self.callers.append(caller)
         self.wakes.add(wake)
         return self
+
+    def refuses(self, _refusals: Refusals) -> None:
+        pass
 
     def close(self) -> None:
         pass

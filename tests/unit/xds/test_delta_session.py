@@ -194,6 +194,21 @@ def test_a_refusal_that_comes_after_the_server_was_done_is_heeded() -> None:
     assert set(client.held[xds.LISTENER]) == {"outbound"}
 
 
+def test_what_a_client_refuses_is_known_until_it_changes_or_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client()
+    session = connect(client, xds.LISTENER)
+    bad = snapshot({xds.LISTENER: {"inbound": BAD, "outbound": b"1"}})
+    settle(session, client, bad)
+    assert session.refusals(bad) == {(xds.LISTENER, "inbound"): "cannot use it"}
+    changed = snapshot({xds.LISTENER: {"inbound": b"2", "outbound": b"1"}})
+    assert not session.refusals(changed), "it may be taken as it is now"
+    settle(session, client, changed)
+    assert not session.refusals(changed)
+    monkeypatch.setattr(f"{__name__}.BAD", b"nothing is bad any more")
+    settle(session, client, bad)
+    assert not session.refusals(bad)
+
+
 def test_clusters_come_before_and_go_after_the_listeners_that_name_them() -> None:
     client = Client()
     session = connect(client, xds.CLUSTER, xds.LISTENER)

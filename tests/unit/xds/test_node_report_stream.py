@@ -35,7 +35,7 @@ from meshbridge.xds.nodereport import (
     report_of,
 )
 from meshbridge.xds.reports import ReportServer
-from meshbridge.xds.server import DeltaServer, start_server
+from meshbridge.xds.server import DeltaServer, Refusals, start_server
 
 KEY = b"k" * 32
 NODE, POD = node_caller("node-a"), pod_caller("node-a", "shop", "web", "sa", "uid")
@@ -57,6 +57,9 @@ class Sink:
 
     def open(self, _caller: Caller, _wake: Callable[[], None]) -> Sink:
         return self
+
+    def refuses(self, _refusals: Refusals) -> None:
+        pass
 
     def close(self) -> None:
         pass
