@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +78,34 @@ def test_whoever_may_not_read_the_cluster_is_told_so(server: ApiServer) -> None:
     assert "forbidden" in str(result.exception)
 
 
+def test_where_cilium_enforces_there_are_no_agents_and_status_says_so(server: ApiServer) -> None:
+    assert run(server, "install", "--enforcer", "cilium").exit_code == 0
+    try:
+        said = run(server, "status", "--cluster").output
+        assert ("enforcer: cilium" in said, "DaemonSet  meshbridge-agent" in said) == (True, False)
+        assert json.loads(run(server, "status", "--cluster", "-o", "json").output)["enforcer"] == "cilium"
+    finally:
+        server.delete(*(dict(each) for each in reversed(render(packaged(), Options()))))
+
+
+def test_kubectl_finds_the_plugin_and_its_verbs_read_the_cluster_of_a_context(server: ApiServer) -> None:
+    programs = Path(sys.executable).parent
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "KUBECONFIG": str(server.kubeconfig(ADMIN))}
+    for arguments in (["--version"], ["evaluate", "--help"], ["analyze", "--context", "c", "-A", "-o", "json"]):
+        done = subprocess.run(
+            ["kubectl", "meshbridge", *arguments], capture_output=True, text=True, env=environment, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+    nowhere = subprocess.run(
+        ["kubectl", "meshbridge", "observe", "--context", "c"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
+    assert (nowhere.returncode, "no agent runs in the cluster" in nowhere.stderr) == (1, True), nowhere.stderr
+
+
 def test_status_says_what_is_installed_and_what_keeps_it_from_working(server: ApiServer) -> None:
     nothing = run(server, "status", "--cluster")
     assert (nothing.exit_code, "is not installed" in str(nothing.exception)) == (1, True)
@@ -88,6 +120,7 @@ def test_status_says_what_is_installed_and_what_keeps_it_from_working(server: Ap
         assert any("no controller leads" in text for text in found["problems"])
         text = run(server, "status", "--cluster")
         assert "localhost/meshbridge:0.1.0" in text.output
+        assert found["enforcer"] == "ebpf"
         late = run(server, "status", "--wait", "--timeout", "2")
         assert late.exit_code == 3
     finally:
