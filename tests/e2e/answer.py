@@ -14,15 +14,20 @@ class Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self) -> None:
+        if self.path == "/metrics":
+            self.respond(b"# TYPE e2e_up gauge\ne2e_up 1\n", "text/plain; version=0.0.4")
+            return
         length = int(self.headers.get("content-length") or 0)
         seen = {
             "pod": socket.gethostname(), "port": self.server.server_address[1], "from": self.client_address[0],
             "method": self.command, "path": self.path, "length": len(self.rfile.read(length)),
             "headers": {name.lower(): value for name, value in self.headers.items()},
         }  # fmt: skip
-        body = json.dumps(seen).encode()
+        self.respond(json.dumps(seen).encode(), "application/json")
+
+    def respond(self, body: bytes, kind: str) -> None:
         self.send_response(200)
-        self.send_header("content-type", "application/json")
+        self.send_header("content-type", kind)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

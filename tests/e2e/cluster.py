@@ -21,7 +21,7 @@ import istio
 import topology
 import trees
 from host import Host, remove_cgroups, remove_directory
-from kubectl import Kubectl, is_ready, starts, wait_until
+from kubectl import Kubectl, Object, is_ready, starts, wait_until
 from node import boot_node, import_images, start_containerd, start_node
 from pki import Authority
 
@@ -72,8 +72,9 @@ class Cluster:
     def reboot(self, name: str) -> None:
         """A node loses power and comes back: processes, mounts, BPF objects and network are gone, its disk stays.
 
-        When this returns, all its pods run anew.
+        When this returns, those of its pods that were ready are so again.
         """
+        mine = {each["metadata"]["uid"] for each in self._pods_on(name) if is_ready(each)}
         began = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
         self.nodes[name].shut_down()
         self.nodes[name] = _boot(self, name)
@@ -82,11 +83,14 @@ class Cluster:
 
         def runs_anew() -> bool:
             # Until the kubelet has looked, the API server believes what was so before.
-            pods = [each for each in self.kubectl.items("pods") if each["spec"].get("nodeName") == name]
+            pods = [each for each in self._pods_on(name) if each["metadata"]["uid"] in mine]
             return all(map(is_ready, pods)) and all(started >= began for each in pods for started in starts(each))
 
         wait_until(runs_anew, f"{name} runs its pods anew", READY_S, self.troubles)
         self.wait_ready()
+
+    def _pods_on(self, node: str) -> list[Object]:
+        return [each for each in self.kubectl.items("pods") if each["spec"].get("nodeName") == node]
 
     def wait_ready(self) -> None:
         """Return when the API server calls both nodes ready."""

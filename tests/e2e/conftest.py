@@ -11,6 +11,8 @@ import cluster as clusters
 import control_plane
 import pytest
 from cluster import Cluster
+from installed import Installed
+from installed import image as meshbridge_image
 from kubectl import Kubectl
 from workloads import namespace
 
@@ -39,6 +41,16 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def kubectl(cluster: Cluster) -> Kubectl:
     return cluster.kubectl
+
+
+@pytest.fixture(scope="session")
+def installed(cluster: Cluster) -> Installed:
+    """MeshBridge of this source, installed in the cluster by its own command and serving."""
+    name, archive = meshbridge_image()
+    cluster.import_images(archive)
+    found = Installed(cluster)
+    found.install(name)
+    return found
 
 
 @pytest.fixture

@@ -15,11 +15,14 @@ import trees
 from control_plane import built
 from node import PAUSE, boot_node, import_images, start_containerd
 
-ANSWER = "/opt/e2e/answer.py"
+HERE = Path(__file__).parent
+ANSWER, LOAD, PROBE = (f"/opt/e2e/{each}.py" for each in ("answer", "load", "probe"))
+PROMETHEUS = "registry.local/prometheus:1"
 ISTIO_HUB, ISTIO_TAG = "registry.local/istio", "e2e"
 BASE, COREDNS = "registry.local/base:1", "registry.local/coredns:1"
 IMAGES = trees.CACHE / "images"
 ENVOY_BOOTSTRAP = "var/lib/istio/envoy/envoy_bootstrap_tmpl.json"
+_DEBIANS_PROMETHEUS = Path("/var/cache/meshbridge/prometheus/current/usr/bin/prometheus")
 _PROXY_USER = 1337
 _PACKED_BY = 1
 """To be counted up when the same images come to be packed differently."""
@@ -40,7 +43,8 @@ def images() -> tuple[Image, ...]:
     istio = built("istio")
     return (
         Image(PAUSE, ("sleep", "infinity")),
-        Image(BASE, files={ANSWER.lstrip("/"): Path(__file__).with_name("answer.py")}),
+        Image(BASE, files={each.lstrip("/"): HERE / Path(each).name for each in (ANSWER, LOAD, PROBE)}),
+        Image(PROMETHEUS, ("/usr/bin/prometheus",), {"usr/bin/prometheus": _DEBIANS_PROMETHEUS}),
         Image(COREDNS, ("/coredns",), {"coredns": built("coredns") / "bin/coredns"}),
         Image(
             f"{ISTIO_HUB}/pilot:{ISTIO_TAG}", ("/usr/local/bin/pilot-discovery",),

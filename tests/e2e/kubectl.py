@@ -30,10 +30,14 @@ class Kubectl:
         """What a command prints."""
         return self.done(*arguments, stdin=stdin, check=check, timeout_s=timeout_s).stdout
 
+    def command(self, *arguments: str) -> list[str]:
+        """The command as it is run on the machine."""
+        return self.host.in_network(PROGRAM, "--kubeconfig", self.kubeconfig, *arguments)
+
     def done(
         self, *arguments: str, stdin: str = "", check: bool = True, timeout_s: float = 60
     ) -> subprocess.CompletedProcess[str]:
-        command = self.host.in_network(PROGRAM, "--kubeconfig", self.kubeconfig, *arguments)
+        command = self.command(*arguments)
         cache = {"HOME": str(self.kubeconfig.parent), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         return run(command, stdin=stdin, check=check, timeout_s=timeout_s, where="kubectl", env=cache)
 

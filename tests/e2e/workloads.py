@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from images import ANSWER, BASE
+from images import ANSWER, BASE, LOAD
 from kubectl import Kubectl, Object, wait_until
 
 NO_ANSWER = "000"
@@ -46,7 +48,7 @@ def pod(
         container["command"] = ["python3", ANSWER, *(str(port) for port in ports)]
         container["ports"] = [{"containerPort": port} for port in ports]
         container["readinessProbe"] = {"httpGet": {"path": "/", "port": ports[0]}, "periodSeconds": 1}
-    spec: Object = {"terminationGracePeriodSeconds": 0, "containers": [container]}
+    spec: Object = {"terminationGracePeriodSeconds": 1, "containers": [container]}
     if node:
         spec["nodeSelector"] = {"kubernetes.io/hostname": node}
     if service_account:
@@ -64,6 +66,13 @@ def service(name: str, namespace: str, ports: Mapping[str, int], **settings: Any
     return {
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": namespace},
         "spec": {"selector": {"app": name}, "ports": listed, **settings},
+    }  # fmt: skip
+
+
+def network_policy(name: str, namespace: str, spec: Object) -> Object:
+    return {
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+        "metadata": {"name": name, "namespace": namespace}, "spec": spec,
     }  # fmt: skip
 
 
@@ -102,3 +111,55 @@ def wait_for_code(
         return seen[-1] == code
 
     wait_until(answered, f"{url} answers {code} to {ns}/{client}", timeout_s, lambda: f"seen: {seen}")
+
+
+class Load:
+    """Requests without a pause from a pod, in the background, from its making until ``finish``."""
+
+    def __init__(self, kubectl: Kubectl, pod: str, namespace: str, host: str, port: int, seconds: float) -> None:
+        command = kubectl.command(
+            "exec", "-n", namespace, pod, "-c", "app", "--", "python3", LOAD, host, str(port), str(seconds)
+        )
+        self._ends = time.monotonic() + seconds
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    @property
+    def left_s(self) -> float:
+        return self._ends - time.monotonic()
+
+    def finish(self) -> Outcome:
+        out, error = self._process.communicate(timeout=max(self.left_s, 0) + 30)
+        assert self._process.returncode == 0, f"the load ended early: {error}{out}"
+        found = json.loads(out)
+        return Outcome(**{
+            f"{way}_{what}": sum(
+                each for name, each in found[way].items() if isinstance(each, int) and is_counted(name, what)
+            )
+            for way in ("new", "kept") for what in ("answered", "failed")
+        }, reconnected=found["kept"]["opened"] - 1, told=out)  # fmt: skip
+
+
+def is_counted(name: str, what: str) -> bool:
+    return name == "failed" if what == "failed" else name == "200"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of requests on connections of their own, and of those on one that is kept."""
+
+    new_answered: int
+    new_failed: int
+    kept_answered: int
+    kept_failed: int
+    reconnected: int
+    told: str
+
+    @property
+    def answered(self) -> int:
+        return self.new_answered + self.kept_answered
+
+    @property
+    def failed(self) -> int:
+        return self.new_failed + self.kept_failed
