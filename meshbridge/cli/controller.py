@@ -23,6 +23,7 @@ from meshbridge.controller.http import serve_http
 from meshbridge.controller.leading import lead
 from meshbridge.controller.podgates import PodGates
 from meshbridge.controller.policystatus import PolicyStatus
+from meshbridge.controller.replicas import OwnService
 from meshbridge.controller.tokenreviews import TokenReviews
 from meshbridge.controller.writer import ClusterWriter
 from meshbridge.errors import SettingsError
@@ -156,7 +157,8 @@ def command(
         pair = partial(controller_pair, api, namespace, tls_secret)
     authenticator = _authenticator(authentication, api, namespace, token_key, state)
     authority = load_or_create_authority(state, DEFAULT_MESH.trust_domain, datetime.now(UTC))
-    controller = Controller(SecretStore(authority))
+    own = _own_service(listen, namespace or own_namespace()) if api is not None else None
+    controller = Controller(SecretStore(authority), own_service=own)
     server, reports = DeltaServer(authenticator, controller), ReportServer(authenticator, controller)
     http = serve_http(http_address, lambda: controller.problems, lambda: controller.synced) if http_address else None
     source: Manifests | Follower
@@ -256,6 +258,12 @@ def _writer(controller: Controller, election: Election) -> ClusterWriter:
         lambda: election.held_for_s,
         partial(controller.report_write_problems, "objects"),
     )
+
+
+def _own_service(listen: str, namespace: str) -> OwnService | None:
+    """Where the controllers are, as far as nodes can reach others than the one they are connected to."""
+    _, _, port = listen.rpartition(":")
+    return OwnService(namespace, LEASE, int(port)) if port.isdigit() and not listen.startswith("unix:") else None
 
 
 def _identity() -> str:

@@ -19,6 +19,7 @@ from meshbridge.controller.meshconfig import NAMESPACE, MeshConfigError, read_me
 from meshbridge.controller.messages import endpoint_message, mesh_message, problem_message, problem_name, resource
 from meshbridge.controller.picture import Picture
 from meshbridge.controller.policies import shared
+from meshbridge.controller.replicas import OwnService
 from meshbridge.identity.model import Workload
 from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import Problem, ProblemReason
@@ -67,6 +68,7 @@ class _Client:
     distinctions: Distinctions = Distinctions()  # noqa: RUF009 - frozen
     endpoints: dict[str, tuple[LocalEndpoint, Resource]] = field(default_factory=dict)
     sidecar: Sidecar | None = None
+    replicas: tuple[str, ...] = ()
 
     def wake(self) -> None:
         for wake in self.wakes:
@@ -106,10 +108,17 @@ class Controller:
     costs a look at every pod, in a thread, any other a look at every connected sidecar.
     """
 
-    def __init__(self, secrets: SecretStore, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    def __init__(
+        self,
+        secrets: SecretStore,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        own_service: OwnService | None = None,
+    ) -> None:
         self.cluster = Cluster()
         self.sidecars_stale = asyncio.Event()
         self.node_reports: dict[str, NodeReport] = {}
+        self._own_service = own_service
+        self._replicas: tuple[str, ...] = ()
         self._write_problems: dict[str, frozenset[Problem]] = {}
         self.picture_stale = asyncio.Event()
         self._secrets, self._now = secrets, now
@@ -165,6 +174,9 @@ class Controller:
         self._documents.update(changes)
         for key in [key for key, documents in changes.items() if not documents]:
             self._documents.pop(key, None)
+        if self._own_service is not None and self._own_service.may_change(changes):
+            replicas = self._own_service.replicas(self._documents)
+            self._replicas = self._replicas if replicas == self._replicas else replicas
         touched = self._apply(changes)
         self._read_problems = read_problems
         self._report_problems()
@@ -362,10 +374,11 @@ class Controller:
         }
         for type_url in (xds.POLICY, xds.ENDPOINT):
             types[type_url] = _same(last.get(type_url), types[type_url])
-        if last and all(resources is last.get(type_url) for type_url, resources in types.items()):
+        same = all(resources is last.get(type_url) for type_url, resources in types.items())
+        if last and same and client.replicas is self._replicas:
             return
-        number = self._next_revision()
-        types[xds.REVISION] = {"revision": resource(Revision(number=number))}
+        number, client.replicas = self._next_revision(), self._replicas
+        types[xds.REVISION] = {"revision": resource(Revision(number=number, controllers=self._replicas))}
         client.snapshot = Snapshot(types)
         log.debug("revision.made", node=client.caller.node, revision=number)
         client.wake()

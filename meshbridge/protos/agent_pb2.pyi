@@ -278,7 +278,9 @@ class Problem(_message.Message):
     def __init__(self, text: _Optional[str] = ..., file: _Optional[str] = ..., line: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Revision(_message.Message):
-    __slots__ = ("number",)
+    __slots__ = ("number", "controllers")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    CONTROLLERS_FIELD_NUMBER: _ClassVar[int]
     number: int
-    def __init__(self, number: _Optional[int] = ...) -> None: ...
+    controllers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, number: _Optional[int] = ..., controllers: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -44,6 +44,7 @@ MESSAGES: Final[Mapping[str, type[Message]]] = {
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 2.0
 REPORT_RETRY_S = 2.0
+MAX_REPLICAS: Final = 16
 MAX_CA_BYTES: Final = 1 << 20
 CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", 8 << 20),
@@ -140,7 +141,8 @@ class ControllerClient:
         self._partial, self._whole = _Changes(), _Changes()
         self._ready = asyncio.Event()
         self._report: ReportMessage | None = None
-        self._report_changed = asyncio.Event()
+        self._replicas: tuple[str, ...] = ()
+        self._changed = asyncio.Event()
         self.connected = False
         self.revision_received = 0
 
@@ -149,7 +151,11 @@ class ControllerClient:
         message = report_message(report)
         if message != self._report:
             self._report = message
-            self._report_changed.set()
+            self._tell_reporters()
+
+    def _tell_reporters(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def updates(self) -> AsyncIterator[Update]:
         """Yield every state to act on, newest first in time: what was skipped is contained in what follows."""
@@ -177,6 +183,7 @@ class ControllerClient:
     async def _follow(self) -> None:
         backoff_s = BACKOFF_FIRST_S
         quiet = False
+        reporter = asyncio.create_task(self._report_to_replicas(), name="report-to-replicas")
         try:
             while True:
                 try:
@@ -195,6 +202,8 @@ class ControllerClient:
                 await asyncio.sleep(backoff_s * random.uniform(0.5, 1))
                 backoff_s = min(backoff_s * 2, BACKOFF_MAX_S)
         finally:
+            reporter.cancel()
+            await asyncio.gather(reporter, return_exceptions=True)
             await self._drop_channel()
 
     async def _current_channel(self) -> grpc.aio.Channel:
@@ -203,15 +212,15 @@ class ControllerClient:
         if self._channel is not None and trusted != self._trusted:
             await self._drop_channel()
         if self._channel is None:
-            self._channel, self._trusted = self._new_channel(trusted), trusted
+            self._channel, self._trusted = self._new_channel(self._target, trusted), trusted
         return self._channel
 
-    def _new_channel(self, trusted: bytes) -> grpc.aio.Channel:
+    def _new_channel(self, target: str, trusted: bytes) -> grpc.aio.Channel:
         if not trusted:
-            return grpc.aio.insecure_channel(self._target, options=CHANNEL_OPTIONS)
+            return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         named = (("grpc.ssl_target_name_override", self._server_name),) if self._server_name else ()
         credentials = grpc.ssl_channel_credentials(trusted)
-        return grpc.aio.secure_channel(self._target, credentials, options=(*CHANNEL_OPTIONS, *named))
+        return grpc.aio.secure_channel(target, credentials, options=(*CHANNEL_OPTIONS, *named))
 
     async def _drop_channel(self) -> None:
         if self._channel is not None:
@@ -223,7 +232,7 @@ class ControllerClient:
         stub = ads_pb2_grpc.AggregatedDiscoveryServiceStub(channel)
         call = stub.DeltaAggregatedResources(metadata=bearer(self._token()))
         self._undecodable.clear()  # what still exists is sent again, as it is not among the versions
-        reporter = asyncio.create_task(self._keep_reporting(channel), name="report")
+        reporter = asyncio.create_task(self._report_here(channel), name="report")
         try:
             for type_url, versions in self._versions.items():
                 await call.write(
@@ -247,28 +256,75 @@ class ControllerClient:
             reporter.cancel()
             await asyncio.gather(reporter, return_exceptions=True)
 
-    async def _keep_reporting(self, channel: grpc.aio.Channel) -> None:
-        """Have the controller know the newest report for as long as the task runs."""
-        stub = reports_pb2_grpc.NodeReportsStub(channel)  # type: ignore[no-untyped-call]  # generated
+    async def _report_here(self, channel: grpc.aio.Channel) -> None:
+        """Have the controller of the stream know the newest report, as long as it names no controllers."""
+        while True:
+            while self._replicas:
+                await self._changed.wait()
+            reporting = asyncio.create_task(self._keep_reporting(self._target, channel), name="report")
+            try:
+                while not self._replicas:
+                    await self._changed.wait()
+            finally:
+                reporting.cancel()
+                await asyncio.gather(reporting, return_exceptions=True)
+
+    async def _report_to_replicas(self) -> None:
+        """Have every controller that is named know the newest report: any of them may lead."""
+        reporting: dict[str, asyncio.Task[None]] = {}
+        try:
+            while True:
+                wanted = self._replicas if self._report is not None else ()
+                for target in reporting.keys() - set(wanted):
+                    reporting.pop(target).cancel()
+                for target in set(wanted) - reporting.keys():
+                    reporting[target] = asyncio.create_task(self._keep_reporting(target), name=f"report to {target}")
+                await self._changed.wait()
+        finally:
+            for task in reporting.values():
+                task.cancel()
+            await asyncio.gather(*reporting.values(), return_exceptions=True)
+
+    async def _keep_reporting(self, target: str, channel: grpc.aio.Channel | None = None) -> None:
+        """Have a controller know the newest report for as long as the task runs.
+
+        Args:
+            channel: to it; None: one of its own, made anew after every failure.
+        """
         told = ""
         while True:
-            if self._report is None:
-                await self._report_changed.wait()  # who has nothing to report must not take the place of who has
+            while self._report is None:
+                await self._changed.wait()  # who has nothing to report must not take the place of who has
+            reason = ""
             try:
-                await stub.Report(self._reports(), metadata=bearer(self._token()))
-            except (grpc.aio.AioRpcError, OSError, MeshBridgeError) as error:
-                reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
-                if reason != told:
-                    log.warning("report.ended", target=self._target, reason=reason)
-                told = reason
+                if channel is not None:
+                    await self._report_once(channel)
+                else:
+                    trusted = read_ca(self._ca) if self._ca is not None else b""
+                    async with self._new_channel(target, trusted) as own:
+                        await self._report_once(own)
+            except grpc.aio.AioRpcError as error:
+                reason = str(error.details())
+            except (OSError, MeshBridgeError) as error:
+                reason = str(error)
+            if reason and reason != told:
+                log.warning("report.ended", target=target, reason=reason)
+            told = reason
             await asyncio.sleep(REPORT_RETRY_S)
 
+    async def _report_once(self, channel: grpc.aio.Channel) -> None:
+        stub = reports_pb2_grpc.NodeReportsStub(channel)  # type: ignore[no-untyped-call]  # generated
+        await stub.Report(self._reports(), metadata=bearer(self._token()))
+
     async def _reports(self) -> AsyncIterator[ReportMessage]:
+        told: ReportMessage | None = None
         while True:
-            self._report_changed.clear()
-            if self._report is not None:
-                yield self._report
-            await self._report_changed.wait()
+            changed = self._changed
+            if self._report is not None and self._report is not told:
+                told = self._report
+                yield told
+            else:
+                await changed.wait()
 
     def _take(self, response: DeltaDiscoveryResponse) -> str:
         """Take in all of a response, or nothing; returns why nothing, else ""."""
@@ -305,6 +361,11 @@ class ControllerClient:
             log.error("revision.withheld", revision=max(numbers, default=0), resources=len(self._undecodable))
             return
         self.revision_received = max(numbers, default=self.revision_received)
+        revisions = self._partial.changed[xds.REVISION].values()
+        named = tuple(name for m in revisions if isinstance(m, Revision) for name in m.controllers)
+        if named != self._replicas:
+            self._replicas = named[:MAX_REPLICAS]
+            self._tell_reporters()
         self._whole.merge(self._partial)
         self._partial = _Changes()
         self._ready.set()

@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshbridge.identity.model import IpFamily, TcpPorts
+from meshbridge.protos.agent_pb2 import Revision
 from meshbridge.protos.agent_pb2 import TcpPorts as Ports
 from meshbridge.protos.reports_pb2 import NodeReport as ReportMessage
 from meshbridge.protos.reports_pb2 import PodCondition as ConditionMessage
 from meshbridge.protos.reports_pb2 import PodExclusions, PodReport, ProgrammedPolicy
 from meshbridge.protos.reports_pb2_grpc import NodeReportsStub
 from meshbridge.xds.auth import CLOCK_SKEW, Caller, TokenKey, bearer, mint_token, node_caller, pod_caller
-from meshbridge.xds.client import ControllerClient
+from meshbridge.xds.client import MESSAGES, ControllerClient
 from meshbridge.xds.exclusions import MAX_GROUPS, MAX_PODS, Exclusions
 from meshbridge.xds.messages import MAX_RANGES, MessageError
 from meshbridge.xds.nodereport import (
@@ -36,6 +37,7 @@ from meshbridge.xds.nodereport import (
 )
 from meshbridge.xds.reports import ReportServer
 from meshbridge.xds.server import DeltaServer, Refusals, start_server
+from meshbridge.xds.snapshot import REVISION, Resource, Resources, Snapshot
 
 KEY = b"k" * 32
 NODE, POD = node_caller("node-a"), pod_caller("node-a", "shop", "web", "sa", "uid")
@@ -44,18 +46,27 @@ KEPT_S = 1.0
 
 
 class Sink:
-    """Who takes reports, and a controller that has nothing to say."""
+    """Who takes reports, and a controller that has nothing to say but where the controllers are."""
 
-    snapshot = None
     refusal = ""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, Exclusions]] = []
+        self.snapshot: Snapshot | None = None
+        self.wakes: list[Callable[[], None]] = []
+
+    def name(self, number: int, *controllers: str) -> None:
+        revision = Revision(number=number, controllers=controllers)
+        empty: dict[str, Resources] = {type_url: {} for type_url in MESSAGES}
+        self.snapshot = Snapshot({**empty, REVISION: {"revision": Resource.of(revision.SerializeToString())}})
+        for wake in self.wakes:
+            wake()
 
     def report(self, node: str, report: NodeReport) -> None:
         self.told.append((node, report.exclusions))
 
-    def open(self, _caller: Caller, _wake: Callable[[], None]) -> Sink:
+    def open(self, _caller: Caller, wake: Callable[[], None]) -> Sink:
+        self.wakes.append(wake)
         return self
 
     def refuses(self, _refusals: Refusals) -> None:
@@ -284,5 +295,44 @@ def test_streams_of_a_node_end_with_its_token_and_come_back_with_the_new_one(tmp
             await until(lambda: len(sink.told) >= 2 and len(presented) >= 4)
             await asyncio.sleep(1.5 * KEPT_S)
             assert sink.told[-1] == ("node-a", {"a": PORTS})
+
+    run(body)
+
+
+def test_a_client_reports_to_every_controller_that_is_named_and_to_none_twice(tmp_path: Path) -> None:
+    """The first names itself under another address, as a Service stands before it."""
+    ones, others = tmp_path / "one", tmp_path / "other"
+    ones.mkdir()
+    others.mkdir()
+    report = ("node-a", {"a": PORTS})
+
+    async def body() -> None:
+        async with serving(ones) as (one, target), following(target, token) as client:
+            client.report(seen({"a": PORTS}))
+            await until(lambda: one.told == [report])
+            async with serving(others) as (other, another):
+                one.name(1, target, another)
+                await until(lambda: other.told == [report] and len(one.told) == 2)
+                client.report(seen({"b": PORTS}))
+                await until(lambda: all(sink.told[-1] == ("node-a", {"b": PORTS}) for sink in (one, other)))
+                await asyncio.sleep(1.5 * KEPT_S)
+                assert [len(sink.told) for sink in (one, other)] == [3, 2], "no stream has ended another"
+            one.name(2, target)
+            client.report(seen({"c": PORTS}))
+            await until(lambda: one.told[-1] == ("node-a", {"c": PORTS}))
+            async with serving(others) as (other, _):  # it comes back under its address, and is named again
+                one.name(3, target, another)
+                await until(lambda: other.told == [("node-a", {"c": PORTS})])
+
+    run(body)
+
+
+def test_a_client_without_a_report_reports_to_nobody_that_is_named(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with serving(tmp_path) as (sink, target), following(target, token) as client:
+            sink.name(1, target)
+            await until(lambda: client.revision_received == 1)
+            await asyncio.sleep(0.2)
+            assert not sink.told
 
     run(body)
