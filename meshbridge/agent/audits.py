@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from meshbridge.bypass.record import origin_record
 from meshbridge.observe.flow import Flow, FlowPeer
 from meshbridge.policy.model import Direction, Origin
 
@@ -57,7 +56,7 @@ class AuditCounts:
                 "peer": peer,
                 "flows": count.flows,
                 "last_unix_ns": count.last_ns,
-                "origins": [origin_record(origin) for origin in count.origins],
+                "origins": [origin.record() for origin in count.origins],
             }
             for (pod, direction, port, peer), count in rows
         ]

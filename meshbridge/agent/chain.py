@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +151,8 @@ def _read(path: Path) -> bytes:
 
 def _write(path: Path, content: bytes, mode: int) -> None:
     """Whole or not at all; a reader finds the old or the new."""
+    import tempfile  # 0.6 MB, and agents seldom write
+
     descriptor, temporary = tempfile.mkstemp(prefix=".meshbridge-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -13,7 +13,6 @@ from meshbridge.bypass.halfreport import HalfBypass
 from meshbridge.bypass.report import Report, Row
 from meshbridge.bypass.sets import IntSet
 from meshbridge.identity.model import IpFamily
-from meshbridge.policy.model import Origin
 
 MAX_NAMES = 200
 _FAMILIES = {IpFamily.IPV4: "ipv4", IpFamily.IPV6: "ipv6"}
@@ -38,7 +37,7 @@ def report_record(report: Report) -> dict[str, Any]:
         "isolations": [
             {
                 "policy": isolation.policy,
-                "origin": origin_record(isolation.origin),
+                "origin": isolation.origin.record(),
                 "pod": isolation.pod,
                 "ports": [
                     {
@@ -101,7 +100,7 @@ def _ruling(ruling: Ruling | None) -> dict[str, Any] | None:
         "allowed": ruling.allowed,
         "unaccepted": [_guarantee(guarantee) for guarantee in ruling.unaccepted],
         "otherwise": ruling.otherwise.name.lower() if ruling.otherwise is not None else None,
-        "policies": [origin_record(origin) for origin in ruling.policies],
+        "policies": [origin.record() for origin in ruling.policies],
         "notes": list(ruling.notes),
         "proof": ruling.proof,
     }
@@ -118,7 +117,7 @@ def _guarantee(guarantee: Guarantee) -> dict[str, Any]:
         "what": guarantee.what,
         "fate": guarantee.fate.value,
         "stands_in": guarantee.stands_in,
-        "origin": origin_record(guarantee.origin) if guarantee.origin else None,
+        "origin": guarantee.origin.record() if guarantee.origin else None,
     }
 
 
@@ -133,7 +132,7 @@ def _compensation(compensation: Compensation | None) -> dict[str, Any] | None:
         "refused": list(compensation.refused[:MAX_NAMES]),
         "refused_count": len(compensation.refused),
         "weakened": list(compensation.weakened),
-        "origins": [origin_record(origin) for origin in compensation.origins],
+        "origins": [origin.record() for origin in compensation.origins],
         "summary": compensation.summary,
     }
 
@@ -148,19 +147,7 @@ def _half(half: HalfBypass) -> dict[str, Any]:
         "delivery": half.delivery.outcome.value,
         "why": half.delivery.why,
         "fix": half.delivery.fix,
-        "origin": origin_record(half.delivery.origin) if half.delivery.origin else None,
+        "origin": half.delivery.origin.record() if half.delivery.origin else None,
         "known_from": [source.value for source in half.known_from],
         "observed_unix_ns": half.observed_ns or None,
-    }
-
-
-def origin_record(origin: Origin) -> dict[str, Any]:
-    """A rule: its object, and where it was written."""
-    return {
-        "kind": origin.kind,
-        "namespace": origin.namespace,
-        "name": origin.name,
-        "rule": origin.rule,
-        "file": origin.file,
-        "line": origin.line,
     }

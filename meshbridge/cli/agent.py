@@ -156,9 +156,10 @@ def command(
 def _leave_out_what_is_not_needed() -> None:
     """Keep optional imports of libraries out of a process that lives for months and should stay small.
 
-    asyncio would load TLS, hashlib OpenSSL, structlog rich: 20 MB that an agent speaking over Unix sockets never uses.
+    asyncio would load TLS, hashlib OpenSSL, structlog rich, shutil compression: 20 MB that an agent never uses, whose
+    gRPC brings a TLS of its own.
     """
-    unused = ["ssl", "_hashlib", *([] if sys.stderr.isatty() else ["rich"])]
+    unused = ["ssl", "_hashlib", "bz2", "lzma", *([] if sys.stderr.isatty() else ["rich"])]
     for name in unused:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None makes the import fail, as if not installed
 

@@ -181,15 +181,7 @@ def _json_peer(peer: FlowPeer) -> dict[str, Any]:
 
 
 def _json_rule(origin: Origin) -> dict[str, Any]:
-    return {
-        "kind": origin.kind,
-        "namespace": origin.namespace,
-        "name": origin.name,
-        "rule": origin.rule,
-        "file": origin.file,
-        "line": origin.line,
-        "tier": origin.tier,
-    }
+    return {**origin.record(), "tier": origin.tier}
 
 
 def _rules_key(flow: Flow) -> str:

@@ -117,6 +117,17 @@ class Origin:
         place = f" ({self.file}:{self.line})" if self.file else ""
         return f"{self.kind} {self.policy}{rule}{tier}{place}"
 
+    def record(self) -> dict[str, Any]:
+        """It as plain data for JSON, without the tier; the keys are stable."""
+        return {
+            "kind": self.kind,
+            "namespace": self.namespace,
+            "name": self.name,
+            "rule": self.rule,
+            "file": self.file,
+            "line": self.line,
+        }
+
 
 class Anything:
     """The whole universe of a dimension."""

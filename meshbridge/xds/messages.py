@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from sys import intern
+from typing import Any, Final
 
 from meshbridge.errors import MeshBridgeError
 from meshbridge.identity.model import (
@@ -27,6 +28,8 @@ from meshbridge.policy.parse.ports import LAST_PORT, PROTOCOLS
 from meshbridge.protos import agent_pb2
 
 MAX_RANGES: Final = 256
+_NONE: Final[frozenset[Any]] = frozenset()
+"""An empty set is 216 bytes, and most of a peer's are empty: an agent keeps thousands of peers."""
 
 
 class MessageError(MeshBridgeError):
@@ -88,9 +91,9 @@ def document_of(message: agent_pb2.Policy) -> Document:
     if not isinstance(data, dict):
         raise MessageError(f"its JSON is a {type(data).__name__}, not an object", where=where)
     return Document(
-        kind=message.kind,
-        api_version=message.api_version,
-        namespace=message.namespace,
+        kind=intern(message.kind),
+        api_version=intern(message.api_version),
+        namespace=intern(message.namespace),
         name=message.name,
         data=data,
         source=Source(message.file, dict(message.lines)),
@@ -136,19 +139,19 @@ class HolderReader:
 
 def _peer_of(message: agent_pb2.Address, address: IpAddress) -> Peer:
     try:
-        entities = frozenset(Entity(name) for name in message.entities)
+        entities = frozenset(Entity(name) for name in message.entities) or _NONE
     except ValueError as error:
         raise MessageError(str(error), where=f"Address {address}", fix="update this node's MeshBridge") from error
     return Peer(
-        namespace=message.namespace or None,
-        labels=dict(message.labels),
-        namespace_labels=dict(message.namespace_labels),
-        service_account=message.service_account,
-        cluster=message.cluster,
-        trust_domain=message.trust_domain,
+        namespace=intern(message.namespace) or None,
+        labels=_labels(message.labels),
+        namespace_labels=_labels(message.namespace_labels),
+        service_account=intern(message.service_account),
+        cluster=intern(message.cluster),
+        trust_domain=intern(message.trust_domain),
         proxy=_proxy_class(message.proxy, f"Address {address}"),
         entities=entities,
-        ports=frozenset(_ports(message.ports)),
+        ports=frozenset(_ports(message.ports)) or _NONE,
         excluded=excluded_of(message.excluded, f"Address {address}"),
     )
 
@@ -248,6 +251,11 @@ def excluded_of(messages: Sequence[agent_pb2.TcpPorts], where: str) -> tuple[Tcp
         if not ports.first <= ports.last <= LAST_PORT or (ports.family, ports.first) <= (before.family, before.last):
             raise MessageError(f"ports {ports.first}-{ports.last} are none, or not in order", where=where)
     return found
+
+
+def _labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """The same few strings stand in most of them, and are kept once."""
+    return {intern(key): intern(value) for key, value in labels.items()}
 
 
 def _ports(messages: Iterable[agent_pb2.ContainerPort]) -> tuple[ContainerPort, ...]:
