@@ -56,7 +56,7 @@ envoy: ## real Envoys with our configuration and our ext_authz (root)
 demo-test: ## the whole walk of `make demo`, checked (root)
 	$(PYTEST) tests/demo
 
-apiserver: setup-dev ## verbs that read a cluster, against a real API server (root; builds it once)
+apiserver: setup-dev ## verbs that read or change a cluster, against a real API server (root; builds it once)
 	@scripts/third-party kubernetes helm
 	$(PYTEST) tests/apiserver
 

@@ -24,6 +24,11 @@ REFUSED = {
     "no network": ("{routes: [{direction: outbound, destinations: [x]}]}", "'x' is no CIDR"),
     "unknown kind": ("{routes: [{direction: inbound, kinds: [magic]}]}", "unknown value 'magic'"),
     "a gate without a proof": ("{readinessGate: true}", "spec.readinessGate: waits for a proof"),
+    "a condition of nothing": (
+        "{requireNodeEncryption: true, accept: [l7], reason: r}",
+        "spec.requireNodeEncryption: is a condition of accepting lost encryption",
+    ),
+    "requireNodeEncryption is no text": ("{requireNodeEncryption: 'yes'}", "spec.requireNodeEncryption"),
     "namespaceSelector": ("{namespaceSelector: {}}", "spec.namespaceSelector: unknown field"),
     "no mapping": ("[]", "spec: expected a mapping"),
 }
@@ -37,7 +42,8 @@ TAKEN = {
         "{selector: {matchLabels: {app: api}, matchExpressions: [{key: tier, operator: In, values: [a, b]}]}, "
         'mode: audit, routes: [{direction: outbound, kinds: [excludeOutboundPorts], ports: [443, "8000-8999"], '
         'destinations: [10.0.0.0/8, "fd00::/8"]}, {direction: inbound}], accept: [encryption, l7], '
-        'until: "2027-06-30T00:00:00Z", reason: r, otherwise: deny, proof: true, readinessGate: true}'
+        'until: "2027-06-30T00:00:00Z", reason: r, otherwise: deny, proof: true, readinessGate: true, '
+        "requireNodeEncryption: true}"
     ),
     "no route": "{routes: []}",
     "no acceptance": "{accept: []}",

@@ -252,7 +252,7 @@ class Agent:
         while True:
             changed = self._changed
             schedule.update(self.published.proofs, time.monotonic())
-            due = schedule.first()
+            due = schedule.first(time.monotonic())
             wait_s = due.at_s - time.monotonic() if due is not None else None
             if due is None or (wait_s is not None and wait_s > 0):
                 with suppress(TimeoutError):

@@ -9,6 +9,7 @@ from typing import Any
 from meshbridge.agent.redirects import Seen
 from meshbridge.bypass.bypasspolicy import BypassPolicies
 from meshbridge.bypass.capture import capture_state
+from meshbridge.bypass.encryption import NodeEncryption
 from meshbridge.bypass.inventory import Inventory
 from meshbridge.bypass.observed import ObservedFlow, latest
 from meshbridge.bypass.owners import NO_IMPOSTORS, with_impostors
@@ -31,6 +32,7 @@ def bypasses_json(
     audited: Sequence[Mapping[str, Any]] = (),
     proofs: Sequence[Mapping[str, Any]] = (),
     observed: Sequence[bytes] = (),
+    encryption: NodeEncryption | None = None,
 ) -> bytes:
     """The report on these pods.
 
@@ -40,6 +42,7 @@ def bypasses_json(
         audited: What audits alone let through, as of ``AuditCounts.records``.
         observed: Records of the ring, among them the connections that were seen.
         proofs: What came of the proofs that policies ask for, as of ``Proofs.records``.
+        encryption: What this node's links say of encryption between nodes.
     """
     pods = tuple(sorted(workloads, key=lambda workload: workload.key))
     states = {
@@ -59,6 +62,7 @@ def bypasses_json(
         bypass_policies=bypass_policies,
         registry_only=policies.mesh.registry_only,
         observed=latest(flow for record in observed if (flow := _connection(record)) is not None),
+        encryption=encryption,
     )
     return json.dumps({**report_record(report(inventory)), "audited": audited, "proofs": proofs}).encode()
 

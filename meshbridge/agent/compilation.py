@@ -88,6 +88,9 @@ class Compilation:
     _seen: dict[str, SeenRules | None] = field(default_factory=dict)
     _captures: CaptureCache = field(default_factory=lambda: CaptureCache())
     _captured: dict[str, tuple[Workload, SeenRules | None, Captured]] = field(default_factory=dict)
+    _demands: dict[str, tuple[Workload, Captured, Demand | None]] = field(default_factory=dict)
+    _demanded_by: tuple[object, ...] = ()
+    """The policies by which ``_demands`` were made, and when they next mean something else."""
     _used: dict[str, Capture] = field(default_factory=dict)
     _selected: dict[str, PolicySet] = field(default_factory=dict)
     _anywhere: bool = False
@@ -149,9 +152,18 @@ class Compilation:
 
     def demand(self, uid: str, workload: Workload, seen: SeenRules | None) -> Demand | None:
         """What is to be proved of a pod; None: no BypassPolicy asks for it."""
-        if not self.bypass_policies.asks_for_proof:
+        policies = self.bypass_policies
+        if not policies.asks_for_proof:
             return None
-        return demand_of(self._of(uid, workload, seen).state, workload.peer(), self.bypass_policies)
+        of = (policies.policies, policies.next_change)
+        if self._demanded_by != of:
+            self._demanded_by, self._demands = of, {}
+        captured = self._of(uid, workload, seen)
+        known = self._demands.get(uid)
+        if known is None or known[0] is not workload or known[1] is not captured:
+            demand = demand_of(captured.state, workload.peer(), policies)
+            known = self._demands[uid] = (workload, captured, demand)
+        return known[2]
 
     def _of(self, uid: str, workload: Workload, seen: SeenRules | None) -> Captured:
         held = self._captured.get(uid)
@@ -196,7 +208,7 @@ class Compilation:
         """
         for uid in self.compiled.keys() - pods.keys():
             del self.compiled[uid], self._pods[uid], self._seen[uid]
-            for held in (self._captured, self._used, self._selected):
+            for held in (self._captured, self._demands, self._used, self._selected):
                 held.pop(uid, None)
         rules = seen or {}
         added = self._take_identities(identities)

@@ -182,6 +182,7 @@ class Node:
     ) -> Callable[[], bytes]:
         """What makes the report on bypasses, from the state as it is now; it takes long, and may run elsewhere."""
         from meshbridge.agent.bypasses import bypasses_json  # 0.3 MB that an agent nobody asks need not hold
+        from meshbridge.bypass.encryption import encryption_of_links
 
         pods = [pod.workload for pod in self._view.pods.values() if pod.is_hooked and not pod.fault]
         others = {
@@ -200,6 +201,7 @@ class Node:
             audited,
             self._proofs.records(),
             observed,
+            encryption_of_links(self.name, ((link.name, link.kind) for link in self._network.links.values())),
         )
 
     def question(self, uid: str, wanted: Wanted) -> Question | None:

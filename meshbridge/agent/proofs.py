@@ -163,6 +163,11 @@ class Due:
     at_s: float
     failures: int = 0
     turn: int = 0
+    proved: bool = False
+
+    def rank(self, now_s: float) -> tuple[bool, bool, float]:
+        later = self.at_s > now_s
+        return later, self.proved and not later, self.at_s
 
 
 @dataclass(slots=True)
@@ -182,15 +187,15 @@ class Schedule:
             elif known is None or known.wanted != asked:
                 self._due[uid] = Due(uid, asked, now_s, turn=known.turn if known else 0)
 
-    def first(self) -> Due | None:
-        """The proof that is due first; None: there is none."""
-        return min(self._due.values(), key=lambda due: due.at_s, default=None)
+    def first(self, now_s: float) -> Due | None:
+        """The proof to be tried next, now or later; of those that are due a first one goes before a repeated one."""
+        return min(self._due.values(), key=lambda due: due.rank(now_s), default=None)
 
     def done(self, uid: str, wanted: Wanted, *, proved: bool, now_s: float) -> None:
         """A proof was tried: it is repeated after a while, sooner where it failed."""
         due = self._due.get(uid)
         if due is None or due.wanted != wanted:
             return
-        due.turn += 1
+        due.turn, due.proved = due.turn + 1, proved
         due.failures = 0 if proved else due.failures + 1
         due.at_s = now_s + (REPEAT_S if proved else RETRY_S[min(due.failures, len(RETRY_S)) - 1])

@@ -10,6 +10,7 @@ from typing import Final
 from meshbridge.analysis.finding import Finding, finding, listed
 from meshbridge.analysis.scene import Scene
 from meshbridge.bypass.capture import capture_state
+from meshbridge.bypass.encryption import node_encryption
 from meshbridge.bypass.findings import FindingCode
 from meshbridge.bypass.guarantees import Fate, GuaranteeKind
 from meshbridge.bypass.halfreport import half_bypasses
@@ -105,7 +106,7 @@ def _report(scene: Scene) -> Report:
     states = {pod.key: capture_state(pod) for pod in kinds}
     everybody = Inventory(
         kinds, scene.services, scene.policies, states, bypass_policies=scene.bypass_policies,
-        registry=scene.cluster.registry,
+        registry=scene.cluster.registry, encryption=node_encryption(scene.documents),
     )  # fmt: skip
     bypassing = tuple(pod for pod in kinds if _bypasses(states[pod.key], scene.families_of(pod)))
     if not bypassing:

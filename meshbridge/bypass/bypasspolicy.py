@@ -109,7 +109,8 @@ EVERY_ROUTE: Final = tuple(AllowedRoute(direction) for direction in Direction)
 
 @dataclass(frozen=True, slots=True)
 class BypassPolicy:
-    """One policy. ``until`` ends what it accepts, and an audit, but not what it allows; ``proof``: the agent is to
+    """One policy. ``require_node_encryption``: lost encryption is accepted only where something is said to encrypt
+    between nodes. ``until`` ends what it accepts, and an audit, but not what it allows; ``proof``: the agent is to
     probe. ``uid`` and ``generation`` are the API server's; what a file says has none."""
 
     origin: Origin
@@ -122,12 +123,16 @@ class BypassPolicy:
     otherwise: Otherwise = Otherwise.WARN
     proof: bool = False
     readiness_gate: bool = False
+    require_node_encryption: bool = False
     refusal: Refusal | None = field(default=None, compare=False)
     uid: str = ""
     generation: int = 0
 
-    def accepted(self, now: datetime) -> frozenset[Loss]:
-        return frozenset() if self.is_expired(now) else self.accept
+    def accepted(self, now: datetime, *, encrypted: bool = True) -> frozenset[Loss]:
+        """``encrypted``: something is said to encrypt what the pod exchanges with other nodes."""
+        if self.is_expired(now):
+            return frozenset()
+        return self.accept - {Loss.ENCRYPTION} if self.require_node_encryption and not encrypted else self.accept
 
     def mode_at(self, now: datetime) -> Mode:
         """``ENFORCE`` once it has expired: what nobody accepts any more is not left open either."""
@@ -184,8 +189,12 @@ class BypassPolicies:
         """Those that select a pod, or were refused and may select it."""
         return tuple(policy for policy in self.policies if policy.subject.matches(peer))
 
-    def ruling(self, peer: Peer, span: Span, ports: IntSet, lost: Iterable[Guarantee]) -> Ruling:
+    def ruling(
+        self, peer: Peer, span: Span, ports: IntSet, lost: Iterable[Guarantee], *, encrypted: bool = False
+    ) -> Ruling:
         """What they make of these ports of a bypass of one pod; ``lost`` is what it loses there.
+
+        ``encrypted``: something is said to encrypt between the pod's node and all others.
 
         Of policies that allow the same route the stricter holds in every respect: what all of them accept is accepted,
         what one of them enforces is enforced.
@@ -196,7 +205,8 @@ class BypassPolicies:
             return Ruling(unaccepted=missing, otherwise=Otherwise.WARN if missing else None)
         allowing = tuple(policy for policy in selecting if any(r.allows(span, ports) for r in policy.routes))
         deciding = allowing or selecting
-        accepted = frozenset.intersection(*(policy.accepted(self.now) for policy in deciding)) if allowing else ()
+        by_each = [policy.accepted(self.now, encrypted=encrypted) for policy in deciding]
+        accepted = frozenset.intersection(*by_each) if allowing else ()
         unaccepted = tuple(guarantee for guarantee in missing if LOSSES[guarantee.kind] not in accepted)
         refused = any(policy.refusal is not None for policy in selecting)
         may_audit = bool(allowing) and not refused and span.route.kind in ROUTES.values()
@@ -207,11 +217,13 @@ class BypassPolicies:
             unaccepted=missing if refused else unaccepted,
             otherwise=max(policy.otherwise for policy in (selecting if refused else deciding)) if objects else None,
             policies=tuple(policy.origin for policy in deciding),
-            notes=tuple(self._notes(selecting, allowing)),
+            notes=tuple(self._notes(selecting, allowing, encrypted=encrypted)),
             proof=any(policy.proof for policy in deciding),
         )
 
-    def _notes(self, selecting: Iterable[BypassPolicy], allowing: tuple[BypassPolicy, ...]) -> Iterable[str]:
+    def _notes(
+        self, selecting: Iterable[BypassPolicy], allowing: tuple[BypassPolicy, ...], *, encrypted: bool
+    ) -> Iterable[str]:
         for policy in selecting:
             if policy.refusal is not None:
                 yield f"{policy.origin} is not understood, so nothing is accepted here until it is mended"
@@ -219,6 +231,12 @@ class BypassPolicies:
             if policy.is_expired(self.now) and policy.accept:
                 losses = ", ".join(sorted(policy.accept))
                 yield f"{policy.origin} accepted {losses} until {policy.until:%Y-%m-%dT%H:%M:%SZ}, which is over"
+        for policy in allowing:
+            if policy.require_node_encryption and not encrypted and not policy.is_expired(self.now):
+                text = (
+                    "the lost encryption is accepted only where something encrypts between nodes, and nothing says so"
+                )
+                yield f"{policy.origin}: {text} for the pod's node and all others"
         for name, values in (
             ("mode", {policy.mode_at(self.now).name.lower() for policy in allowing}),
             ("accept", {"+".join(sorted(policy.accepted(self.now))) or "nothing" for policy in allowing}),
@@ -262,7 +280,10 @@ def generation_of(document: Document) -> int:
 
 def _policy(document: Document) -> BypassPolicy:
     clusterwide = document.kind == CLUSTERWIDE
-    known = ("selector", "mode", "routes", "accept", "until", "reason", "otherwise", "proof", "readinessGate")
+    known = (
+        "selector", "mode", "routes", "accept", "until", "reason", "otherwise", "proof", "readinessGate",
+        "requireNodeEncryption",
+    )  # fmt: skip
     spec = Reader(spec_of(document), "spec").fields(*known, *(("namespaceSelector",) if clusterwide else ()))
     until = _until(spec["until"]) if "until" in spec else None
     accept = frozenset(Loss(item.text(list(Loss))) for item in spec["accept"].items()) if "accept" in spec else None
@@ -275,6 +296,12 @@ def _policy(document: Document) -> BypassPolicy:
     gate = spec["readinessGate"].boolean() if "readinessGate" in spec else False
     if gate and not proof:
         spec["readinessGate"].refuse("waits for a proof, and none is asked for", "write proof: true")
+    encryption = "requireNodeEncryption" in spec and spec["requireNodeEncryption"].boolean()
+    if encryption and Loss.ENCRYPTION not in (accept or ()):
+        spec["requireNodeEncryption"].refuse(
+            "is a condition of accepting lost encryption, which is not accepted",
+            "add encryption to accept, or delete it",
+        )
     return BypassPolicy(
         origin_of(document, ""),
         Selector.of(_subject(spec, document)),
@@ -286,6 +313,7 @@ def _policy(document: Document) -> BypassPolicy:
         _otherwise(spec["otherwise"]) if "otherwise" in spec else Otherwise.WARN,
         proof,
         readiness_gate=gate,
+        require_node_encryption=encryption,
     )
 
 

@@ -25,10 +25,11 @@ from meshbridge.bypass.sets import IntSet, union
 from meshbridge.bypass.state import CaptureState, Route, RouteKind, Span, Truth
 from meshbridge.bypass.walk import Outcome, regions
 from meshbridge.identity.model import IpFamily, ProxyClass, Workload
-from meshbridge.policy.capture import PortClass
+from meshbridge.policy.capture import ISTIO_PORTS, PortClass
 from meshbridge.policy.model import Direction
 
 _KEPT: Final = 128
+_ISTIO_PORTS: Final = IntSet.of(*ISTIO_PORTS)
 _AMBIENT_PROBES: Final = {
     IpFamily.IPV4: IntSet.of(0xA9FE077F),  # 169.254.7.127
     IpFamily.IPV6: IntSet.of(0xFD16_9254_7127_1337_FFFF_FFFF_FFFF_FFFF),
@@ -87,14 +88,21 @@ def bypasses_outbound(workload: Workload) -> bool:
 
 
 def bypasses_sidecar(workload: Workload) -> bool:
-    """Whether something reaches the pod's application, or leaves it, past its own sidecar, by its specification."""
-    if bypasses_outbound(workload):
-        return True
+    """Whether something reaches the pod's application, or leaves it, past its own sidecar, by its specification.
+
+    Istio's own ports are none: injection itself excludes them in every pod.
+    """
+    if workload.proxy is not ProxyClass.SIDECAR:
+        return False
+    state = capture_state(workload)
     families = {IpFamily.of(address) for address in workload.addresses}
-    classes = capture_state(workload).inbound(intended=True) if workload.proxy is ProxyClass.SIDECAR else {}
     return any(
-        r.port_class is PortClass.EXCLUDED for family in families & classes.keys() for r in classes[family].ranges
-    )
+        span.port_class is PortClass.EXCLUDED and 6 in span.box.protocol and span.box.port - _ISTIO_PORTS
+        for family in families
+        for span in (
+            *state.of(Direction.INGRESS, family, intended=True), *state.outbound_bypasses(family, intended=True),
+        )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

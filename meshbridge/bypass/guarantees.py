@@ -62,14 +62,14 @@ _FLOW_EVENTS = "MeshBridge's flow events: addresses, ports, verdicts; no request
 
 
 def inbound_guarantees(
-    guard: Guard, tokens: Iterable[RequestAuthentication], port: int, *, node_encryption: bool = False
+    guard: Guard, tokens: Iterable[RequestAuthentication], port: int, *, node_encryption: str = ""
 ) -> tuple[Guarantee, ...]:
     """Every guarantee of an inbound port that Envoy no longer sees.
 
     Args:
         guard: The mesh policies of the pod.
         tokens: The RequestAuthentications that select it.
-        node_encryption: Traffic between nodes is encrypted by something else (WireGuard, IPsec).
+        node_encryption: What is said to encrypt between nodes instead (WireGuard, IPsec); "" where nothing is.
     """
     found: list[Guarantee] = []
     mode, origin = guard.mtls.at(port)
@@ -111,7 +111,7 @@ def inbound_guarantees(
 
 
 def outbound_guarantees(
-    *, destination_drops: bool, registry_only: bool | None = None, node_encryption: bool = False
+    *, destination_drops: bool, registry_only: bool | None = None, node_encryption: str = ""
 ) -> tuple[Guarantee, ...]:
     """Every guarantee of what a pod sends past its own Envoy.
 
@@ -141,10 +141,9 @@ def outbound_guarantees(
     return tuple(found)
 
 
-def _encryption(node_encryption: bool) -> Guarantee:
-    if node_encryption:
-        return Guarantee(GuaranteeKind.ENCRYPTION, "mutual TLS", Fate.WEAKENED, "encryption between nodes")
-    return Guarantee(GuaranteeKind.ENCRYPTION, "mutual TLS", Fate.LOST, NONE)
+def _encryption(node_encryption: str) -> Guarantee:
+    """Lost in any case: what somebody's object says of the network between nodes is no encryption that was seen."""
+    return Guarantee(GuaranteeKind.ENCRYPTION, "mutual TLS", Fate.LOST, node_encryption or NONE)
 
 
 def may_concern(rule: AuthorizationRule, port: int) -> bool:

@@ -11,10 +11,11 @@ from meshbridge.bypass.annotations import TRAFFIC, MeshDefaults
 from meshbridge.bypass.bypasspolicy import NO_BYPASS_POLICIES, BypassPolicies
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.clients import Registry
+from meshbridge.bypass.encryption import NodeEncryption, node_encryption
 from meshbridge.bypass.observed import ObservedFlow
 from meshbridge.bypass.rules import SeenRules
 from meshbridge.bypass.state import CaptureState, Truth
-from meshbridge.identity.model import Entity, IpAddress, IpNetwork, Peer, ProxyClass, Workload
+from meshbridge.identity.model import Entity, IpAddress, IpFamily, IpNetwork, Peer, ProxyClass, Workload
 from meshbridge.identity.networks import NetworkIndex
 from meshbridge.policy.mesh import MeshSettings
 from meshbridge.policy.model import Document
@@ -33,7 +34,8 @@ class Inventory:
     ``others`` are further sources by name: pods of which only labels are known. ``defaults`` None: not known.
     ``registry`` None: nobody knows what clients' Envoys know, as on a node; then every destination is a Service's to
     them, without a DestinationRule. ``registry_only`` is the mesh's outboundTrafficPolicy, None: not known.
-    ``observed`` are connections that were seen, which tell who uses what.
+    ``observed`` are connections that were seen, which tell who uses what. ``encryption`` is what is said to encrypt
+    between nodes.
     """
 
     workloads: tuple[Workload, ...]
@@ -47,6 +49,17 @@ class Inventory:
     registry: Registry | None = field(default=None, hash=False)
     registry_only: bool | None = None
     observed: tuple[ObservedFlow, ...] = ()
+    encryption: NodeEncryption | None = None
+
+    @property
+    def said_encryption(self) -> str:
+        """What is said to encrypt between nodes, as a sentence; "" where nothing is."""
+        return str(self.encryption) if self.encryption is not None else ""
+
+    def encrypts(self, workload: Workload) -> bool:
+        """Whether all that the pod exchanges with other nodes is said to be encrypted between them."""
+        families = map(IpFamily.of, workload.addresses)
+        return self.encryption is not None and self.encryption.covers(workload.node, families)
 
     def peer(self, workload: Workload) -> Peer:
         """The workload as policies see it, with the CIDRs that contain its addresses."""
@@ -137,8 +150,9 @@ def inventory_of(
     defaults: MeshDefaults | None = None,
     seen: Mapping[str, SeenRules] | None = None,
     now: datetime | None = None,
+    encryption: NodeEncryption | None = None,
 ) -> Inventory:
-    """The same of objects that were parsed before."""
+    """The same of objects that were parsed before; what encrypts between nodes is looked for among them, too."""
     rules = seen or {}
     workloads = workloads_of(parsed)
     named = {o.name for item in parsed for o in item.objects if isinstance(o, Namespace)}
@@ -159,6 +173,7 @@ def inventory_of(
         defaults=defaults,
         registry=Registry(known, services, policies.mesh, policies.peer_authentication),
         registry_only=mesh.registry_only if mesh is not None else None,
+        encryption=encryption or node_encryption(p.document for p in parsed),
     )
 
 

@@ -132,7 +132,9 @@ def _inbound_row(
     return _ruled(
         replace(
             row,
-            guarantees=inbound_guarantees(guard, selected.request_authentication, port),
+            guarantees=inbound_guarantees(
+                guard, selected.request_authentication, port, node_encryption=inventory.said_encryption
+            ),
             compensation=inbound_compensation(guard, port, sources, probed=probed),
         ),
         workload,
@@ -142,7 +144,9 @@ def _inbound_row(
 
 
 def _ruled(row: Row, workload: Workload, span: Span, inventory: Inventory) -> Row:
-    ruling = inventory.bypass_policies.ruling(workload.peer(), span, row.ports, row.with_fate(Fate.LOST))
+    ruling = inventory.bypass_policies.ruling(
+        workload.peer(), span, row.ports, row.with_fate(Fate.LOST), encrypted=inventory.encrypts(workload)
+    )
     return replace(row, ruling=ruling)
 
 
@@ -176,7 +180,11 @@ def _outbound_row(workload: Workload, span: Span, inventory: Inventory) -> Row:
         span.port_class,
         span.route,
         _destinations(span),
-        outbound_guarantees(destination_drops=bool(refusing), registry_only=registry_only),
+        outbound_guarantees(
+            destination_drops=bool(refusing),
+            registry_only=registry_only,
+            node_encryption=inventory.said_encryption,
+        ),
         Compensation(
             bool(refusing or registry_only),
             why,

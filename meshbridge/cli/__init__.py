@@ -18,6 +18,7 @@ VERBS = {
     "authz": "Answer Envoy's ext_authz checks for this node.",
     "bench": "Measure what MeshBridge costs on this machine, as ratios.",
     "bypass": "Show what bypasses the sidecar, what that loses, and what stands in for it.",
+    "check": "Look for what may stand in the way of an installation, in a cluster or on a node.",
     "controller": "Read policies and workloads, serve them to agents and Envoys.",
     "demo": "A sample mesh on this machine, and the walk through it.",
     "endpoint": "List the pod interfaces this node enforces.",

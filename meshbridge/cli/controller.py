@@ -17,6 +17,7 @@ import structlog
 
 from meshbridge import log as logs
 from meshbridge.cli.certificates import CHECK_S, CONTROLLER_SECRET, Pair, controller_pair, pair_of_files
+from meshbridge.controller.bypassreports import Reports
 from meshbridge.controller.controller import Controller
 from meshbridge.controller.events import Events
 from meshbridge.controller.http import serve_http
@@ -133,7 +134,8 @@ def command(
     """Read policies and workloads, and serve every node and every sidecar what concerns it, until SIGTERM.
 
     With --kubernetes, one of several controllers, by the Lease meshbridge-controller, also writes into the cluster what
-    it finds: conditions of BypassPolicies, and Events on policies that are refused and pods that are not enforced.
+    it finds: conditions of BypassPolicies, Events on policies that are refused and pods that are not enforced, and a
+    BypassReport for each pod that passes by its sidecar.
 
     \b
     Examples:
@@ -254,7 +256,7 @@ def _writer(controller: Controller, election: Election) -> ClusterWriter:
     return ClusterWriter(
         controller.picture,
         controller.picture_stale,
-        lambda: [PolicyStatus(api), PodGates(api), Events(api, election.identity)],
+        lambda: [PolicyStatus(api), PodGates(api), Events(api, election.identity), Reports(api)],
         lambda: election.held_for_s,
         partial(controller.report_write_problems, "objects"),
     )

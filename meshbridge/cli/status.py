@@ -74,6 +74,7 @@ def command(
 
 def _cluster(output: str, kubeconfig: Path | None, context: str | None, timeout_s: float) -> None:
     from meshbridge.install.cluster import Cluster, InstallError
+    from meshbridge.install.manifests import Enforcer
     from meshbridge.install.overview import overview, overview_record
     from meshbridge.kube.api import Api
     from meshbridge.kube.cluster import connect
@@ -92,5 +93,9 @@ def _cluster(output: str, kubeconfig: Path | None, context: str | None, timeout_
         rows = [("COMPONENT", "KIND", "READY", "IMAGE")]
         rows += [(each.component, each.kind, f"{each.ready}/{each.wanted}", each.image) for each in found.rollouts]
         print_lines(aligned([tuple(map(printable, row)) for row in rows]))
+        if found.enforcer is Enforcer.CILIUM:
+            print_lines(
+                ["enforcer: cilium: no agents; 'meshbridge export --as cilium' writes what Cilium has to enforce"]
+            )
         print_lines(f"  ! {printable(text)}" for text in found.problems)
     sys.exit(0 if found.well else EXIT_DEGRADED)

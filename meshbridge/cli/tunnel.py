@@ -95,6 +95,9 @@ def _serve(connection: socket.socket, to: Exit, tell: Callable[[str], None]) -> 
             while data := pipe.read():
                 answered = True
                 connection.sendall(data)
+        except MeshBridgeError as error:
+            tell(f"Warning: node {to.node}: {error}")
+        else:
             if not answered and (said := pipe.said):
                 tell(f"Warning: node {to.node}: {said}")
         finally:

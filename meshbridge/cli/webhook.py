@@ -26,6 +26,7 @@ from meshbridge.kube.cluster import ISTIO_NAMESPACE, connect, own_namespace
 from meshbridge.kube.follow import Follower
 from meshbridge.kube.objects import MESH_CONFIG, POLICY_KINDS
 from meshbridge.kube.ownobjects import trust_webhook
+from meshbridge.policy.cilium import CNI_KINDS
 from meshbridge.policy.mesh import DEFAULT_MESH
 from meshbridge.policy.parse.registry import REGISTRY_KINDS
 from meshbridge.webhook.admission import gate, mutate, validate
@@ -43,6 +44,9 @@ INJECTOR_CHECK_S: Final = 60.0
 SERVICE: Final = "meshbridge-webhook"
 CONFIGURATION: Final = "bypass.meshbridge.io"
 NAMES: Final = ("meshbridge-webhook.meshbridge-system.svc", "localhost", "127.0.0.1", "::1")
+SAID_OF_NODES: Final = CNI_KINDS | {("", "Node")}
+"""What says whether something encrypts between nodes; where it may not be read, nothing does."""
+
 KINDS: Final = POLICY_KINDS | REGISTRY_KINDS | {("", kind) for kind in ("Namespace", "Pod", "Service", "ConfigMap")}
 
 
@@ -144,7 +148,7 @@ def command(
         )  # fmt: skip
     namespace = namespace or own_namespace()
     api = Api(connect(kubeconfig, context))
-    follower = Follower(api, istio_namespace, KINDS)
+    follower = Follower(api, istio_namespace, KINDS, SAID_OF_NODES)
     injector = partial(_injector, api, istio_namespace, injector_config)
     around = Surroundings()
     judges = {

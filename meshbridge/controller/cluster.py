@@ -24,7 +24,7 @@ from meshbridge.policy.cilium import DEFAULT_SETTINGS
 from meshbridge.policy.egressregistry import REGISTRY_ONLY_KINDS
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Document
-from meshbridge.policy.parse import CILIUM_CONFIG, POLICY_KINDS, parse
+from meshbridge.policy.parse import CILIUM_CONFIG, POLICY_KINDS, Parsed, parse
 from meshbridge.policy.parse.cluster import API_SERVER, EndpointSlice, Namespace, Node, Service
 from meshbridge.policy.parse.clusternetworkpolicy import CLUSTER_POLICY_KINDS
 from meshbridge.policy.policyset import PolicySet
@@ -89,6 +89,8 @@ class Cluster:
         self.addresses = AddressBook()
         self.policies: dict[str, PolicyItem] = {}
         self.services: dict[Key, Service] = {}
+        self.registry: dict[Key, Parsed] = {}
+        """What of Istio's registry no node is ever sent."""
         self.service_book = ServiceBook(headless=mesh.registry_only)
         self._distinctions: Distinctions | None = None
         self._names: dict[Key, tuple[str, ...]] = {}
@@ -263,6 +265,10 @@ class Cluster:
             problems += _extra_address_problems(read, documents[0])
         if problems:
             self._problems[key] = problems
+        if parsed is not None and parsed.registry:
+            self.registry[key] = parsed
+        else:
+            self.registry.pop(key, None)
         match key[:2]:
             case ("", "Namespace"):
                 self._put_namespace(key[3], read if isinstance(read, Namespace) else None, touched)

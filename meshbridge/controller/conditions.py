@@ -70,7 +70,7 @@ def condition_records(
             {
                 "type": condition.type,
                 "status": condition.status.value,
-                "observedGeneration": condition.generation,
+                **({"observedGeneration": condition.generation} if condition.generation else {}),
                 "lastTransitionTime": since or now.strftime("%Y-%m-%dT%H:%M:%SZ"),
                 "reason": condition.reason,
                 "message": condition.message,

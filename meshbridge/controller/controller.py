@@ -229,6 +229,10 @@ class Controller:
             tuple(item.bypass for item in cluster.policies.values() if item.bypass is not None),
             tuple(cluster.workloads),
             dict(self.node_reports),
+            (*(item.parsed for item in cluster.policies.values()), *cluster.registry.values()),
+            tuple(cluster.services.values()),
+            cluster.mesh,
+            self._now(),
         )
 
     def report_write_problems(self, whose: str, problems: frozenset[Problem]) -> None:

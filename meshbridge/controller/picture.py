@@ -4,27 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
+from typing import Final
 
 from meshbridge.bypass.bypasspolicy import BypassPolicy
 from meshbridge.bypass.capture import bypasses_sidecar
 from meshbridge.controller.cluster import TERMINAL_PHASES
+from meshbridge.controller.scene import Scene, maker_of
 from meshbridge.identity.model import Peer, Workload
 from meshbridge.kube.manifests import Key
 from meshbridge.kube.problems import Problem
+from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Document
+from meshbridge.policy.parse import Parsed
+from meshbridge.policy.parse.cluster import Service
 from meshbridge.xds.nodereport import NodeReport
+
+_NO_TIME: Final = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """``problems`` are those of single objects; ``reports`` what nodes say of their own pods, by node."""
+    """``problems`` are those of single objects; ``reports`` what nodes say of their own pods, by node.
+
+    ``parsed`` are the objects that policies and the registry consist of.
+    """
 
     documents: Mapping[Key, tuple[Document, ...]]
     problems: Mapping[Key, tuple[Problem, ...]]
     policies: tuple[BypassPolicy, ...]
     workloads: tuple[Workload, ...]
     reports: Mapping[str, NodeReport]
+    parsed: tuple[Parsed, ...] = ()
+    services: tuple[Service, ...] = ()
+    mesh: MeshSettings = DEFAULT_MESH
+    now: datetime = _NO_TIME
+
+    @cached_property
+    def scene(self) -> Scene:
+        """The same as a report on bypasses sees it."""
+        return Scene(self.enforced, self.parsed, self.services, self.policies, self.mesh, self.now, self._maker_of)
+
+    def _maker_of(self, pod: Workload) -> str:
+        return maker_of(pod, next(iter(self.documents.get(("", "Pod", pod.namespace, pod.name), ())), None))
 
     def selected(self, policy: BypassPolicy) -> list[Workload]:
         """The pods a BypassPolicy selects on whose interfaces a node enforces."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -21,6 +22,7 @@ _RTM_NEWLINK, _RTM_GETLINK = 16, 18
 _RTM_NEWADDR, _RTM_GETADDR = 20, 22
 _RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_LINK, _IFLA_LINK_NETNSID, _IFLA_TARGET_NETNSID = 1, 3, 5, 37, 46
+_IFLA_LINKINFO, _IFLA_INFO_KIND = 18, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF = 1, 4
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # links, IPv4 and IPv6 addresses, IPv4 and IPv6 routes
@@ -38,12 +40,16 @@ class LinkError(MeshBridgeError):
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An interface of this namespace. ``peer_index`` and ``peer_netns`` say where the other end of a veth is."""
+    """An interface of this namespace. ``peer_index`` and ``peer_netns`` say where the other end of a veth is.
+
+    ``kind`` is the kernel's, such as ``veth`` or ``wireguard``; empty for hardware and loopback.
+    """
 
     ifindex: int
     name: str
     peer_index: int = 0
     peer_netns: int | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +147,13 @@ def _link(body: bytes) -> Link:
     _, _, ifindex, _, _ = _IFINFO.unpack_from(body)
     found = dict(netlink.attributes(body, _IFINFO.size))
     netns = found.get(_IFLA_LINK_NETNSID)
+    kind = dict(netlink.attributes(found.get(_IFLA_LINKINFO, b""))).get(_IFLA_INFO_KIND, b"")
     return Link(
         ifindex=ifindex,
         name=found.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
         peer_index=struct.unpack("=I", found[_IFLA_LINK])[0] if len(found.get(_IFLA_LINK, b"")) == 4 else 0,
         peer_netns=struct.unpack("=i", netns)[0] if netns is not None and len(netns) == 4 else None,
+        kind=sys.intern(kind.rstrip(b"\0").decode(errors="replace")),
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from meshbridge.install.cluster import Cluster
-from meshbridge.install.manifests import NAMESPACE, Object
+from meshbridge.install.manifests import NAMESPACE, Enforcer, Object
 from meshbridge.install.rollout import Rollout
 
 _CONFIGURATION: Final = "bypass.meshbridge.io"
@@ -21,6 +21,12 @@ class Overview:
     rollouts: tuple[Rollout, ...]
     problems: tuple[str, ...] = ()
     leader: str = ""
+
+    @property
+    def enforcer(self) -> Enforcer:
+        """Who drops packets here: without agents it is not us."""
+        ours = any(each.component == "agent" for each in self.rollouts)
+        return Enforcer.EBPF if ours else Enforcer.CILIUM
 
     @property
     def well(self) -> bool:
@@ -53,6 +59,7 @@ def overview_record(found: Overview) -> dict[str, Any]:
     return {
         "well": found.well,
         "leader": found.leader,
+        "enforcer": found.enforcer.value,
         "components": [
             {
                 "component": each.component, "kind": each.kind, "name": each.name, "image": each.image,

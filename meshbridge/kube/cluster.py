@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,7 @@ from yaml import YAMLError
 
 from meshbridge.kube.api import FORBIDDEN, GONE, NOT_FOUND, Api, ClusterError, RefusedError, Resource
 from meshbridge.kube.objects import MESH_CONFIG, POLICY_KINDS, STATE_KINDS
+from meshbridge.policy.cilium import CNI_KINDS, CONFIG_NAME, CONFIG_NAMESPACE
 from meshbridge.policy.model import Document
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ def own_namespace() -> str:
 def read_cluster(
     client: ApiClient, namespaces: Iterable[str] = (), istio_namespace: str = ISTIO_NAMESPACE
 ) -> ClusterContent:
-    """Every object of the kinds that are read; of ConfigMaps only the mesh's, and never a Secret.
+    """Every object of the kinds that are read; of ConfigMaps only the mesh's and Cilium's, and never a Secret.
 
     Args:
         namespaces: Read only these and the mesh's root; none: all.
@@ -112,12 +114,14 @@ class _Reader:
                     self._raise_unless_forbidden(refused)
                     forbidden[resource.name] = refused.message
         try:
-            config = self._mesh_config(istio_namespace)
+            config = [*self._config_map(istio_namespace, MESH_CONFIG)]
+            documents += self._config_map(CONFIG_NAMESPACE, CONFIG_NAME)
         except RefusedError as refused:
             self._raise_unless_forbidden(refused)
             forbidden["configmaps"] = refused.message
         if forbidden:
             raise self._forbidden(forbidden)
+        documents += self._said_by_cnis()
         known = {(resource.group, resource.kind) for resource in resources}
         absent = sorted(f"{kind}.{group}" if group else kind for group, kind in wanted - known)
         return ClusterContent((*documents, *config), tuple(absent), bool(config))
@@ -134,8 +138,16 @@ class _Reader:
             f"the list of {resource.name} changes faster than it can be read", where=self._api.where, fix="try again"
         )
 
-    def _mesh_config(self, namespace: str) -> list[Document]:
-        path = f"/api/v1/namespaces/{quote(namespace, safe='')}/configmaps/{MESH_CONFIG}"
+    def _said_by_cnis(self) -> list[Document]:
+        """What else says whether something encrypts between nodes; what may not be read says nothing."""
+        found: list[Document] = []
+        for resource in self._api.discover(set(CNI_KINDS)):
+            with suppress(RefusedError):
+                found += self._list(resource, "")
+        return found
+
+    def _config_map(self, namespace: str, name: str) -> list[Document]:
+        path = f"/api/v1/namespaces/{quote(namespace, safe='')}/configmaps/{name}"
         try:
             return [self._api.document(self._api.get(path), "ConfigMap", "v1")]
         except RefusedError as refused:
@@ -154,7 +166,7 @@ class _Reader:
             roles.append(f"kubectl create clusterrole meshbridge-reader --verb=list --resource={listed}")
         if "configmaps" in forbidden:
             role = "kubectl create clusterrole meshbridge-mesh-config --verb=get --resource=configmaps"
-            roles.append(f"{role} --resource-name={MESH_CONFIG}")
+            roles.append(f"{role} --resource-name={MESH_CONFIG} --resource-name={CONFIG_NAME}")
         what = f"may not be read: {', '.join(names)} ({forbidden[names[0]]}), and without them an answer may be wrong"
         fix = f"have these roles made and bound to you: {'; '.join(roles)}"
         return ClusterError(what, where=self._api.where, fix=fix)

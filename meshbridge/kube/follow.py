@@ -41,16 +41,23 @@ _OF_TEMPLATES: Final = frozenset({"apps", "batch"})
 
 
 class Follower:
-    """The objects of a cluster, kept up to date; ``documents`` is what was told last. Only ``kinds`` are followed."""
+    """The objects of a cluster, kept up to date; ``documents`` is what was told last.
+
+    Only ``kinds`` are followed, and those that are ``optional``: while one of these cannot be read, there are none.
+    """
 
     def __init__(
-        self, api: Api, istio_namespace: str, kinds: Set[tuple[str, str]] = POLICY_KINDS | STATE_KINDS
+        self,
+        api: Api,
+        istio_namespace: str,
+        kinds: Set[tuple[str, str]] = POLICY_KINDS | STATE_KINDS,
+        optional: Set[tuple[str, str]] = frozenset(),
     ) -> None:
         self._api = api
         configs = [(istio_namespace, MESH_CONFIG), (CONFIG_NAMESPACE, CONFIG_NAME)]
         self._kinds = [
-            _Kind(group, kind, namespace, name)
-            for group, kind in sorted(kinds)
+            _Kind(group, kind, namespace, name, (group, kind) in optional)
+            for group, kind in sorted(kinds | optional)
             if group not in _OF_TEMPLATES
             for namespace, name in (configs if (group, kind) == ("", "ConfigMap") else [("", "")])
         ]
@@ -203,6 +210,8 @@ class Follower:
         with self._lock:
             known = self._problems.get(kind.key)
             self._problems[kind.key] = problem
+        if kind.optional and not kind.synced:
+            self._replace(kind, {})
         if known != problem:
             log.warning("kind.unreadable", kind=str(kind), reason=str(error))
             self._news()
@@ -226,6 +235,7 @@ class _Kind:
     namespace: str = ""
     name: str = ""
     """The only object that is read of the kind; empty: all."""
+    optional: bool = False
     keys: set[Key] = field(default_factory=set)
     synced: bool = False
 

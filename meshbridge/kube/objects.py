@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from meshbridge.kube.problems import Problem, ProblemReason
 from meshbridge.kube.yaml import YamlDocument, YamlError, read_documents
-from meshbridge.policy.cilium import CONFIG_NAME
+from meshbridge.policy.cilium import CNI_KINDS, CONFIG_NAME
 from meshbridge.policy.model import Document, Source
 
 MAX_OBJECT_BYTES: Final = 3 << 19  # as JSON: the API server's own limit, 1.5 MiB
@@ -53,10 +53,13 @@ STATE_KINDS: Final = frozenset(
         ("networking.istio.io", "DestinationRule"),
     }
 )
+_READ: Final = POLICY_KINDS | STATE_KINDS | CNI_KINDS
 CLUSTER_SCOPED: Final = frozenset(
     {
         ("", "Namespace"),
         ("", "Node"),
+        ("cilium.io", "CiliumNode"),
+        ("crd.projectcalico.org", "FelixConfiguration"),
         ("cilium.io", "CiliumClusterwideNetworkPolicy"),
         ("cilium.io", "CiliumCIDRGroup"),
         ("policy.networking.k8s.io", "ClusterNetworkPolicy"),
@@ -140,7 +143,7 @@ def _object(document: YamlDocument, file: str) -> Document | Problem | None:
     metadata = data.get("metadata")
     if not isinstance(metadata, Mapping):
         raise YamlError(f"{kind[:80]} without metadata", lines.get("metadata", line), "write metadata with a name")
-    if group_kind not in POLICY_KINDS and group_kind not in STATE_KINDS:
+    if group_kind not in _READ:
         text = f"{file}:{line}: kind {kind[:80]} ({api_version[:80]}) is not read; nothing to do unless you count on it"
         return Problem(ProblemReason.NOT_READ, text, file, line)
     name = _checked(metadata, "name", _NAME, lines, line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,14 +27,22 @@ class PodProcess:
     _closed: threading.Event = field(default_factory=threading.Event)
 
     def read(self) -> bytes:
-        """What it writes next; empty when it has ended."""
-        while self._channels.is_open() and not self._closed.is_set():
-            self._channels.update(timeout=_POLL_S)
-            if self._channels.peek_stderr():
-                self._said += self._channels.read_stderr()[:_SAID_BYTES]
-            if self._channels.peek_stdout():
-                return bytes(self._channels.read_stdout())
-        return b"" if self._closed.is_set() else bytes(self._channels.read_stdout(timeout=0) or b"")
+        """What it writes next; empty when it has ended, or was closed by another thread.
+
+        Raises:
+            ClusterError: the connection broke.
+        """
+        try:
+            while self._channels.is_open() and not self._closed.is_set():
+                self._channels.update(timeout=_POLL_S)
+                if self._channels.peek_stderr():
+                    self._said += self._channels.read_stderr()[:_SAID_BYTES]
+                if self._channels.peek_stdout():
+                    return bytes(self._channels.read_stdout())
+        except Exception as error:  # the library raises anything when its connection is closed under it
+            if not self._closed.is_set():
+                raise ClusterError(f"the connection broke: {error}", where=self.where) from error
+        return b""
 
     def write(self, data: bytes) -> None:
         """Give it more input."""
@@ -42,7 +51,8 @@ class PodProcess:
     def close(self) -> None:
         """Its input and output end, and with them the program."""
         self._closed.set()
-        self._channels.close()
+        with suppress(Exception):  # another thread may be reading
+            self._channels.close()
 
     @property
     def said(self) -> str:

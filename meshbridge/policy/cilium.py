@@ -13,6 +13,10 @@ from meshbridge.policy.selectors import IS_POD, EntityPeers, PeerSelector, Selec
 
 CONFIG_NAMESPACE: Final = "kube-system"
 CONFIG_NAME: Final = "cilium-config"
+CILIUM_NODE: Final = ("cilium.io", "CiliumNode")
+FELIX: Final = ("crd.projectcalico.org", "FelixConfiguration")
+CNI_KINDS: Final = frozenset({CILIUM_NODE, FELIX})
+"""No policies: what CNIs say of nodes, read for whether they encrypt between them (``bypass.encryption``)."""
 
 
 class Enforcement(StrEnum):

@@ -15,18 +15,21 @@ from functools import cached_property
 from typing import Final
 
 from meshbridge.bypass.annotations import MeshDefaults
+from meshbridge.bypass.encryption import NodeEncryption, node_encryption
 from meshbridge.bypass.inventory import Inventory, inventory_of
 from meshbridge.identity.model import IpFamily, IpNetwork, Workload
 from meshbridge.identity.networks import NetworkIndex
+from meshbridge.policy.cilium import CNI_KINDS
 from meshbridge.policy.mesh import DEFAULT_MESH, AuthorizationPolicy, MeshSettings
 from meshbridge.policy.model import Document
-from meshbridge.policy.parse import Parsed, parse
+from meshbridge.policy.parse import CILIUM_CONFIG, Parsed, parse
 from meshbridge.policy.providers import Meeting, meetings
 
 Key = tuple[str, str, str, str]
 
 _CLUSTER: Final = ""
 _ENDED: Final = ("Succeeded", "Failed")
+_OF_NODES: Final = CNI_KINDS | {("", "Node")}
 _DOMAINS: Final = ("istio.io", "meshbridge.io")
 """Whose annotations decide what bypasses; others are often those of one pod alone."""
 
@@ -70,6 +73,8 @@ class Surroundings:
         self._group_of: dict[Key, Hashable] = {}
         self._distinctions: _Distinctions | None = None
         self._everything: Inventory | None = None
+        self._of_nodes: dict[Key, Document] = {}
+        self._encryption: NodeEncryption | None = None
 
     def apply(
         self, changed: Mapping[Key, tuple[Document, ...]], mesh: MeshSettings, defaults: MeshDefaults | None
@@ -79,6 +84,7 @@ class Surroundings:
         with self._lock:
             if (mesh, defaults) != (self._mesh, self._defaults):
                 self._mesh, self._defaults, self._everything = mesh, defaults, None
+            self._look_at_nodes(parsed)
             for key, found in parsed.items():
                 if key[1] == "Pod":
                     self._put_pod(key, found)
@@ -97,8 +103,9 @@ class Surroundings:
                 for parsed in self._scopes.get(scope, {}).values()
                 if not parsed.network and not parsed.registry  # those have no say in what a bypass loses
             ]
-            mesh, defaults = self._mesh, self._defaults
-        return inventory_of([*around, parse(reviewed)], mesh=mesh, defaults=defaults, now=now)
+            mesh, defaults, encrypting = self._mesh, self._defaults, self._encryption
+        given = [*around, parse(reviewed)]
+        return inventory_of(given, mesh=mesh, defaults=defaults, now=now, encryption=encrypting)
 
     def meetings(self, policy: AuthorizationPolicy) -> list[Meeting]:
         """Where a CUSTOM policy meets those of other providers; its older self is not among them."""
@@ -122,6 +129,19 @@ class Surroundings:
         others = tuple(other for other in base.workloads if other.key != workload.key)
         states = {**base.states, workload.key: near.states[workload.key]}
         return replace(base, workloads=(*others, workload), states=states, bypass_policies=near.bypass_policies)
+
+    def _look_at_nodes(self, changed: Mapping[Key, Parsed | None]) -> None:
+        """What is said to encrypt between nodes is known anew, as it is asked of all their objects at once."""
+        telling = {key: found for key, found in changed.items() if key == CILIUM_CONFIG or key[:2] in _OF_NODES}
+        for key, found in telling.items():
+            if found is None:
+                self._of_nodes.pop(key, None)
+            else:
+                self._of_nodes[key] = found.document
+        if telling:
+            before, self._encryption = self._encryption, node_encryption(self._of_nodes.values())
+            if before != self._encryption:
+                self._everything = None
 
     def _put(self, key: Key, found: Parsed | None) -> None:
         scope = key[3] if key[1] == "Namespace" else key[2]
@@ -176,7 +196,7 @@ class Surroundings:
 
     def _one_of_each(self, every: Sequence[Parsed]) -> Inventory:
         pods = (next(iter(members.values())) for members in self._groups.values())
-        return inventory_of([*every, *pods], mesh=self._mesh, defaults=self._defaults)
+        return inventory_of([*every, *pods], mesh=self._mesh, defaults=self._defaults, encryption=self._encryption)
 
     def _tell_apart(self, distinctions: _Distinctions) -> bool:
         """Have pods grouped by these. True: they were not."""

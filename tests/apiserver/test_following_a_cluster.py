@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from api_server import ApiServer
+from api_server import NOBODY, ApiServer
 
 from meshbridge.kube.api import Api
 from meshbridge.kube.follow import Follower
@@ -69,3 +69,16 @@ def test_what_happens_in_a_cluster_is_followed(api_server: ApiServer) -> None:
         asyncio.run(whole())
     finally:
         api_server.delete(policy("deny", DENY), STRICT)
+
+
+def test_an_optional_kind_that_may_not_be_read_is_told_and_holds_nothing_up(api_server: ApiServer) -> None:
+    async def whole() -> None:
+        optional = {("", "Node"), ("cilium.io", "CiliumNode")}
+        follower = Follower(Api(api_server.client(NOBODY)), "istio-system", frozenset(), optional)
+        async with asyncio.timeout(30):
+            await anext(follower.changes())
+        assert follower.synced
+        assert not follower.documents
+        assert "may not be listed and watched" in next(iter(follower.problems)).text
+
+    asyncio.run(whole())

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from api_server import ADMIN, NOBODY, ApiServer, definition, path_of, wait_for
+from api_server import ADMIN, NOBODY, ApiServer, definition, path_of, plural, wait_for
 from click.testing import CliRunner, Result
+from policygen import cilium_policy, cluster_policy
 
 from meshbridge.cli import cli
 from meshbridge.install.cluster import Cluster
 from meshbridge.install.manifests import Options, is_definition, packaged, render
 from meshbridge.kube.api import Api
+from meshbridge.kube.objects import read_objects
+from meshbridge.policy.model import Document
+from meshbridge.policy.parse import parse
 
 SYSTEM = "meshbridge-system"
 POLICIES = "/apis/meshbridge.io/v1alpha1/namespaces/default/bypasspolicies"
@@ -124,6 +129,52 @@ def test_definitions_of_others_are_installed_where_absent_and_never_overwritten(
     assert after["spec"] == before["spec"]
     assert "left as it is" in result.output
     assert found(server, definition("cilium.io/v2", "CiliumCIDRGroup", namespaced=False)) is not None
+
+
+def test_files_of_users_apply_where_only_our_definitions_are(server: ApiServer) -> None:
+    """What the parsers take, our definitions of others' kinds take as well, strictly, and give back whole."""
+    groups = ("cilium.io", "policy.networking.k8s.io")
+    kinds = [("cilium.io/v2", "CiliumNetworkPolicy"), ("cilium.io/v2", "CiliumClusterwideNetworkPolicy"),
+             ("policy.networking.k8s.io/v1alpha1", "AdminNetworkPolicy")]  # fmt: skip
+    for api_version, kind in kinds:
+        server.uninstall(api_version, kind)
+    try:
+        result = run(server, "install", "--with-crds", groups[0], "--with-crds", groups[1])
+        assert result.exit_code == 0, result.exception
+        wait_for(
+            lambda: all(server.call("GET", f"/apis/{v}/{plural(k)}")[0] == 200 for v, k in kinds), "all are served"
+        )
+        taken = 0
+        for document in documents_of_users():
+            body = {**document.data, "metadata": {**document.data["metadata"], "name": document.name}}
+            if document.namespace:
+                body["metadata"]["namespace"] = "default"
+            code, answer = server.call("POST", f"{path_of(body)}?dryRun=All&fieldValidation=Strict", body)
+            assert code == 201, (document, answer)
+            assert {key: answer[key] for key in ("spec", "specs") if key in body} == {
+                key: body[key] for key in ("spec", "specs") if key in body
+            }
+            taken += 1
+        assert taken > 60
+    finally:
+        for each in objects(*(part for group in groups for part in ("--with-crds", group))):
+            if each["kind"] == "CustomResourceDefinition" and each["spec"]["group"] in groups:
+                server.delete(each)
+                wait_for(lambda each=each: found(server, each) is None, "it is gone")
+        for api_version, kind in kinds:
+            server.install(api_version, kind, namespaced=kind == "CiliumNetworkPolicy")
+
+
+def documents_of_users() -> list[Document]:
+    """Documents of the two groups that our parsers understand: those of the manifests, and many random ones."""
+    files = (Path(__file__).parents[2] / "manifests").rglob("*.yaml")
+    found = [d for path in files for d in read_objects(path.read_bytes(), path.name).documents]
+    rng = random.Random(1)
+    made = [make(rng, f"p{n}") for n in range(60) for make in (cluster_policy, cilium_policy)]
+    text = yaml.safe_dump_all(made).encode()
+    found += read_objects(text, "random.yaml").documents
+    groups = ("cilium.io", "policy.networking.k8s.io")
+    return [d for d in found if d.api_version.partition("/")[0] in groups and not parse(d).refusals]
 
 
 def test_a_field_that_somebody_changed_is_told_of_and_taken_over_only_when_asked(server: ApiServer) -> None:

@@ -212,11 +212,11 @@ def grant(server: ApiServer, user: str, commands: str) -> list[dict[str, Any]]:
     """Make and bind what the ``kubectl create clusterrole`` commands in an error would make."""
     made: list[dict[str, Any]] = []
     for name, verb, resources, only in re.findall(
-        r"create clusterrole (\S+) --verb=(\w+) --resource=([^\s;]+)(?: --resource-name=([^\s;]+))?", commands
+        r"create clusterrole (\S+) --verb=(\w+) --resource=([^\s;]+)((?: --resource-name=[^\s;]+)*)", commands
     ):
         rules = [
             {"apiGroups": [resource.partition(".")[2]], "resources": [resource.partition(".")[0]], "verbs": [verb],
-             **({"resourceNames": [only]} if only else {})}
+             **({"resourceNames": re.findall(r"=(\S+)", only)} if only else {})}
             for resource in resources.split(",")
         ]  # fmt: skip
         rbac = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": {"name": name}}

@@ -214,6 +214,55 @@ def test_what_is_programmed_anew_is_proved_anew(node: NodeHarness, api: Pod) -> 
     assert "lets nobody in" in condition.message
 
 
+def test_an_open_connection_of_the_same_source_is_not_disturbed(node: NodeHarness, api: Pod) -> None:
+    node.listen(api, PORT)
+    prove(node, api)
+    stream = node.stream(node.pods["monitoring/prometheus"].netns, api.ipv4, PORT)
+    for turn in range(6):  # each is programmed, and proved, anew
+        node.apply(STRICT_AND_A_PATH.replace("/metrics", f"/metrics/{turn}"))
+        node.sync()
+        eventually(lambda: is_proved(node, api), PROVED_S)
+    result = stream.finish()
+    assert (result["bad"], result["retransmits"]) == (0, 0), result
+
+
+def test_another_agent_proves_it_again_and_nothing_is_refuted_meanwhile(node: NodeHarness, api: Pod) -> None:
+    prove(node, api)
+    node.kill_agent()
+    node.start_agent()
+    node.wait(lambda status: status.revision_programmed >= node.controller.revision, "revision")
+    eventually(lambda: is_proved(node, api), PROVED_S)
+    assert [name for name, _ in events(node)] == ["compensation-proved"]
+
+
+def test_a_flood_of_drops_refutes_nothing(node: NodeHarness, api: Pod) -> None:
+    """Events of probes get lost among others; that is no proof, and none of the contrary."""
+    prove(node, api)
+    web = node.pods["shop/web"]
+    code = (
+        "import socket,time\n"
+        "end=time.time()+14\n"
+        "while time.time()<end:\n"
+        " for _ in range(200):\n"
+        "  s=socket.socket(); s.setblocking(False)\n"
+        f"  try: s.connect(('{api.ipv4}',{PORT}))\n"
+        "  except OSError: pass\n"
+        "  s.close()\n"
+    )
+    flood = subprocess.Popen(inside(web.netns, sys.executable, "-S", "-c", code))
+    node._processes.append(flood)
+    seen = set()
+    while flood.poll() is None:
+        condition = enforced(node, api)
+        assert condition is not None
+        seen.add(condition.reason)
+        time.sleep(0.1)
+    print(f"conditions during the flood: {seen}; events lost: {node.client.status().events_lost}")
+    assert node.client.status().events_lost > 1000, "it was a flood"
+    assert seen <= {"Proved", "EventsLost"}
+    eventually(lambda: is_proved(node, api), FOUND_S)
+
+
 def break_entries(node: NodeHarness, api: Pod, change: Callable[[PackedSet], PackedSet]) -> None:
     """Write the pod's ingress sets as ``change`` makes them, behind the agent's back."""
     with pinned(node) as datapath:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from meshbridge.policy.cilium import CONFIG_NAME, CONFIG_NAMESPACE
+from meshbridge.policy.cilium import CNI_KINDS, CONFIG_NAME, CONFIG_NAMESPACE
 from meshbridge.policy.model import Document, Notice, Severity
 from meshbridge.policy.parse.authorizationpolicy import parse_authorization_policy
 from meshbridge.policy.parse.ciliumcidrgroup import parse_cilium_cidr_group
@@ -68,6 +68,8 @@ def _parse(document: Document) -> Parsed:
         return parse_cluster_object(document)
     if (group, document.kind) in REGISTRY_KINDS:
         return parse_registry_object(document)
+    if (group, document.kind) in CNI_KINDS:
+        return Parsed(document)
     if group in _GUARDING_GROUPS:
         text = f"{document.api_version} {document.kind} is not read and has no effect here"
         return Parsed(document, notices=(Notice(document, text, severity=Severity.ERROR, code="MB0004"),))

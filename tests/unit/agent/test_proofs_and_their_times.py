@@ -90,14 +90,14 @@ def test_without_a_policy_in_force_there_is_nothing_to_prove_and_it_is_not_enfor
 def test_a_proof_is_due_at_once_and_again_and_sooner_where_it_failed() -> None:
     schedule = Schedule()
     schedule.update({"u": WANTED}, 100.0)
-    due = schedule.first()
+    due = schedule.first(0.0)
     assert due is not None
     assert (due.uid, due.at_s, due.turn) == ("u", 100.0, 0)
     schedule.done("u", WANTED, proved=True, now_s=101.0)
     schedule.update({"u": WANTED}, 102.0)
     times = []
     for now in (200.0, 300.0, 400.0, 500.0, 600.0, 700.0, 800.0):
-        due = schedule.first()
+        due = schedule.first(0.0)
         assert due is not None
         times.append(due.at_s)
         schedule.done("u", WANTED, proved=False, now_s=now)
@@ -107,13 +107,13 @@ def test_a_proof_is_due_at_once_and_again_and_sooner_where_it_failed() -> None:
         RETRY_S[-1],
     ]
     schedule.update({"u": ANEW}, 900.0)
-    due = schedule.first()
+    due = schedule.first(0.0)
     assert due is not None
     assert due.at_s == 900.0
     schedule.done("u", WANTED, proved=True, now_s=901.0)
     assert due.at_s == 900.0, "what was proved was something else"
     schedule.update({"u": replace(ANEW, demand=Demand())}, 902.0)
-    assert schedule.first() is None
+    assert schedule.first(0.0) is None
 
 
 def event(flow: ProbeFlow, ifindex: int, reason: int) -> abi.FlowEvent:
@@ -140,3 +140,14 @@ def test_a_probe_takes_one_event_and_nobody_elses() -> None:
     assert expected.told(7, flow) is told
     expected.clear()
     assert not expected.take(event(flow, 7, 229))
+
+
+def test_what_was_never_proved_goes_before_what_is_proved_again() -> None:
+    schedule = Schedule()
+    schedule.update({"old": WANTED}, 100.0)
+    schedule.done("old", WANTED, proved=True, now_s=100.0)
+    schedule.update({"old": WANTED, "new": WANTED}, 150.0)
+    for now, expected in ((105.0, "old"), (150.0, "new")):
+        due = schedule.first(now)
+        assert due is not None
+        assert due.uid == expected

@@ -421,3 +421,29 @@ def test_before_the_cluster_is_read_no_gate_is_given_and_the_audit_log_says_so()
     answer = gate(read_request(sent(pod())), Surroundings(), NOW)
     assert answer.patch == ()
     assert "not read the whole cluster" in answer.audit["gate"]
+
+
+REQUIRING = bypass_policy(
+    "{accept: [encryption, identity, telemetry, l7], reason: r, otherwise: deny, requireNodeEncryption: true}"
+)
+ENCRYPTING = (
+    "{apiVersion: v1, kind: ConfigMap, metadata: {name: cilium-config, namespace: kube-system}, "
+    "data: {enable-wireguard: 'true'}}\n"
+)
+
+
+def cilium_node(name: str, key: str = "") -> str:
+    metadata = f"{{name: {name}, annotations: {{network.cilium.io/wg-pub-key: '{key}'}}}}"
+    return f"{{apiVersion: cilium.io/v2, kind: CiliumNode, metadata: {metadata}}}\n"
+
+
+def test_a_pod_is_refused_where_its_policy_requires_encryption_that_nothing_says_there_is() -> None:
+    excluded = pod(f'{IN}: "8080"')
+    assert "loses encryption" in validate(excluded, around(REQUIRING)).denied
+    found = around(REQUIRING, ENCRYPTING, cilium_node("a", "k"))
+    assert not validate(excluded, found).denied
+    added = read_objects(cilium_node("b").encode(), "").documents
+    found.apply({document.key: (document,) for document in added}, DEFAULT_MESH, None)
+    assert "loses encryption" in validate(excluded, found).denied
+    found.apply({document.key: () for document in added}, DEFAULT_MESH, None)
+    assert not validate(excluded, found).denied
