@@ -276,6 +276,9 @@ def _identity() -> str:
 async def _follow(controller: Controller, source: Manifests | Follower) -> None:
     """Keep the controller at what the directories, or the API server, say."""
     async for changes in source.changes() if isinstance(source, Follower) else watch(source):
+        if not changes.complete:
+            controller.cannot_read_yet(source.problems)
+            continue
         controller.apply(changes.documents, source.problems)
         if changes.documents:
             log.info("objects.read", changed=len(changes.documents), objects=len(source.documents))

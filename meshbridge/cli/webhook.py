@@ -206,6 +206,8 @@ async def _follow(
     values: Mapping[str, Any] = {}
     ask_at_s = 0.0
     async for changes in follower.changes():
+        if not changes.complete:
+            continue
         if key in changes.documents:
             try:
                 mesh = next(map(read_mesh_config, changes.documents[key]), DEFAULT_MESH)

@@ -187,6 +187,11 @@ class Controller:
             self.sidecars_stale.set()
         self.picture_stale.set()
 
+    def cannot_read_yet(self, read_problems: frozenset[Problem]) -> None:
+        """Say why nobody is told anything: not all objects could be read once."""
+        self._read_problems = read_problems
+        self._report_problems()
+
     def _tell_nodes(self, touched: Set[str] | None) -> None:
         """Every node has what holds now. First those touched (None: all), of which policies or endpoints may differ."""
         nodes = [client for client in self._clients.values() if client.caller.kind is CallerKind.NODE]
@@ -205,8 +210,7 @@ class Controller:
             self.picture_stale.set()
         self.cluster.report(node, report.exclusions)
         if self._synced and report.exclusions != before.exclusions:
-            for client in self._refreshed_nodes():
-                self._assemble(client, {})
+            self._tell_nodes(frozenset())
 
     def report_nacks(self, stream: object, caller: Caller, refusals: Refusals) -> None:
         """All that the client of one stream does not take, from now on: problems, of which other nodes are not told."""
@@ -244,8 +248,8 @@ class Controller:
         if problems != self._write_problems.get(whose, frozenset()):
             self._write_problems[whose] = problems
             self._report_problems()
-            for client in self._refreshed_nodes():
-                self._assemble(client, {})
+            if self._synced:  # before, a revision would say that there are no policies
+                self._tell_nodes(frozenset())
 
     def _refreshed_nodes(self) -> list[_Client]:
         """The clients that are nodes, after the addresses as they see them are up to date."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 from meshbridge.bypass.bypasspolicy import BypassPolicy, is_bypass_policy, parse_bypass_policy
 from meshbridge.controller.addresses import Distinctions
@@ -20,6 +21,15 @@ from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.references import requirements_of
 from meshbridge.policy.selectors import Selector, ServiceReference, label_keys
 from meshbridge.xds.snapshot import Resource
+
+KNOWN_VERSIONS: Final = {
+    "cilium.io": ("v2", "v2alpha1"),
+    "meshbridge.io": ("v1alpha1",),
+    "networking.k8s.io": ("v1",),
+    "policy.networking.k8s.io": ("v1alpha2", "v1alpha1"),
+    "security.istio.io": ("v1", "v1beta1"),
+}
+"""The versions of each group whose meaning was looked at; the first is the one others are read as."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +51,8 @@ class PolicyItem:
     def problems(self) -> tuple[Problem, ...]:
         """What its author has to know."""
         refusal = self.bypass.refusal if self.bypass is not None else None
-        return problems_of(self.parsed) if refusal is None else (*problems_of(self.parsed), _refused(refusal))
+        found = (*problems_of(self.parsed), *_of_version(self.parsed.document))
+        return found if refusal is None else (*found, _refused(refusal))
 
     @property
     def is_of_mesh(self) -> bool:
@@ -98,6 +109,19 @@ def shared(distinctions: Distinctions) -> Distinctions:
 def problems_of(parsed: Parsed) -> tuple[Problem, ...]:
     """What the author of an object has to know: why it is refused, what of it is hardly meant."""
     return (*map(_refused, parsed.refusals), *map(problem_of, parsed.notices))
+
+
+def _of_version(document: Document) -> tuple[Problem, ...]:
+    """A version that came after this program: what it has in common with the others is read, all else refused."""
+    group, _, version = document.api_version.rpartition("/")
+    known = KNOWN_VERSIONS.get(group, (version,))
+    if version in known:
+        return ()
+    text = (
+        f"{document.kind} {document.namespace}/{document.name}: {document.api_version} is not known to this "
+        f"version: read as {known[0]}, and refused where a field is not understood; update MeshBridge"
+    )
+    return (Problem(ProblemReason.NOTICE, text, document.source.file, document.source.line("")),)
 
 
 def _refused(refusal: Refusal) -> Problem:

@@ -79,7 +79,10 @@ class Follower:
         return all(kind.synced for kind in self._kinds)
 
     async def changes(self) -> AsyncIterator[Changes]:
-        """Yield everything there is once all of it is known, then again after every change or problem."""
+        """Yield everything there is once all of it is known, then again after every change or problem.
+
+        Before that, what is yielded is not complete, and empty.
+        """
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
 
         def news() -> None:
@@ -94,8 +97,7 @@ class Follower:
                 await woken.wait()
                 await asyncio.sleep(SETTLE_S)
                 woken.clear()
-                if self.synced:
-                    yield Changes(self._take())
+                yield Changes(self._take()) if self.synced else Changes(complete=False)
         finally:
             self._stop.set()  # threads that wait for an event end with the process, or when their watch does
 

@@ -33,10 +33,12 @@ class Changes:
     """The definitions now in force of every object that changed; an empty tuple: it is gone.
 
     ``look_again_s`` is not None when something could not be settled yet and ``refresh`` has to be called again.
+    Not ``complete``: not everything was read once yet, so that nothing may be concluded but what the problems say.
     """
 
     documents: Mapping[Key, tuple[Document, ...]] = field(default_factory=dict)
     look_again_s: float | None = None
+    complete: bool = True
 
 
 _NOTHING: Final = FileContent()

@@ -131,6 +131,12 @@ def _claims(key: bytes, token: str) -> dict[str, Any]:
             leeway=CLOCK_SKEW,
             options={"require": ["exp", "nbf", "aud", "sub", "iss"]},
         )
+    except (jwt.ImmatureSignatureError, jwt.ExpiredSignatureError) as error:
+        raise AuthenticationError(
+            f"token not accepted: {error}",
+            where="authorization",
+            fix="have the node issue a new token; if it just did, compare its clock with the controller's",
+        ) from None
     except jwt.PyJWTError as error:
         raise AuthenticationError(
             f"token not accepted: {error}", where="authorization", fix="have the node issue a new token"

@@ -51,6 +51,11 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A controller whose machine is gone says so to nobody, and a node that only listens would believe in it for ever.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # which is what counts; a minute by default
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 

@@ -10,8 +10,10 @@ import contextlib
 import os
 import socket
 import stat
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -38,11 +40,23 @@ NACKS = Counter("meshbridge_xds_nacks", "Responses that clients refused.", ["typ
 CERTIFICATE_EXPIRY = Gauge(
     "meshbridge_xds_certificate_expiry_seconds", "When the controller's certificate ends, since the epoch."
 )
+UNANSWERED = Gauge(
+    "meshbridge_xds_streams_unanswered", "Streams whose client has not answered a response for 30 s, by kind.", ["kind"]
+)
 REFUSED_CALLS = Counter("meshbridge_xds_refused_calls", "Streams refused, by reason.", ["reason"])
 
 SERVICE_NAME = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 UNIX = "unix:"
+UNANSWERED_S = 30.0
 MAX_MESSAGE_BYTES = 16 << 20  # a client with 100,000 addresses names them all when it reconnects
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 30_000),  # nodes that are gone are let go
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # clients ask every 20 s whether we are there
+)
 SOCKET_MODE = 0o666  # every call carries a token; Envoys run as other users
 
 
@@ -90,6 +104,11 @@ class DeltaServer:
     def __init__(self, authenticator: Authenticator, source: SnapshotSource) -> None:
         self._authenticator, self._source = authenticator, source
         self._streams: set[_Stream] = set()
+        for kind in CallerKind:
+            UNANSWERED.labels(kind).set_function(partial(self._unanswered, kind))
+
+    def _unanswered(self, kind: CallerKind) -> int:
+        return sum(stream.is_unanswered(kind) for stream in list(self._streams))
 
     def drain(self) -> None:
         """End every stream; clients keep what they have and come back to whoever listens next."""
@@ -148,11 +167,17 @@ class _Stream:
         self._end: _End | None = None
         self._identified = False
         self._refusals: Refusals = {}
+        self._unanswered_since: float | None = None
 
     def wake(self) -> None:
         self._awake.set()
         if self.feed.snapshot is not None:
             self._known.set()
+
+    def is_unanswered(self, kind: CallerKind) -> bool:
+        """Whether the client, one of that kind, has left a response without an answer for long."""
+        since = self._unanswered_since
+        return self._caller.kind is kind and since is not None and time.monotonic() - since > UNANSWERED_S
 
     def end(self, code: grpc.StatusCode, reason: str) -> None:
         """Have the stream end with that status, as soon as it writes nothing."""
@@ -167,6 +192,7 @@ class _Stream:
                 if self._end is not None:
                     break
                 nack = self._session.receive(request)
+                self._unanswered_since = time.monotonic() if self._session.is_waiting else None
                 if nack is not None:
                     self._report(nack)
                 self.wake()
@@ -205,6 +231,8 @@ class _Stream:
 
     async def _write(self, response: Response) -> None:
         RESPONSES.labels(_short(response.type_url)).inc()
+        if self._unanswered_since is None:
+            self._unanswered_since = time.monotonic()
         await self._context.write(response.content)
 
     def _check_node(self, request: DeltaDiscoveryRequest) -> None:
@@ -290,7 +318,7 @@ async def start_server(
     Raises:
         SettingsError: TCP without TLS, an address that cannot be used, or a socket another process answers on.
     """
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers((servicer.handler(),))
     if reports is not None:
         add_NodeReportsServicer_to_server(reports, server)  # type: ignore[no-untyped-call]  # generated

@@ -297,6 +297,11 @@ class DeltaSession:
         self._subscribe(subscription, request)
         return nack
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the client has a response to answer."""
+        return any(subscription.nonce for subscription in self._subscriptions.values())
+
     def refusals(self, snapshot: Snapshot) -> Mapping[tuple[str, str], str]:
         """By type and name what of ``snapshot`` the client has refused and does not hold, and why."""
         return {

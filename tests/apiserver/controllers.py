@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -109,6 +110,16 @@ class Process:
         return "meshbridge_controller_leader 1.0" in self.get("/metrics")
 
     @property
+    def answers(self) -> bool:
+        with suppress(OSError):
+            return bool(self.get("/healthz"))
+        return False
+
+    @property
+    def problems(self) -> list[str]:
+        return [problem["text"] for problem in json.loads(self.get("/problems"))]
+
+    @property
     def serves(self) -> bool:
         with suppress(OSError):
             return '"synced": true' in self.get("/healthz")
@@ -116,8 +127,10 @@ class Process:
 
 
 @contextmanager
-def controller(server: ApiServer, directory: Path, user: str = REPLICAS[0], *options: str) -> Iterator[Process]:
-    """One that serves when this returns, and is gone afterwards."""
+def controller(
+    server: ApiServer, directory: Path, user: str = REPLICAS[0], *options: str, can_serve: bool = True
+) -> Iterator[Process]:
+    """One that serves when this returns, or at least answers where it cannot, and is gone afterwards."""
     directory.mkdir()
     key, http = directory / "token.key", free_port()
     key.write_bytes(KEY)
@@ -132,7 +145,8 @@ def controller(server: ApiServer, directory: Path, user: str = REPLICAS[0], *opt
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
     found = Process(user, process, directory, http)
     try:
-        wait_for(lambda: found.serves or process.poll() is not None, f"it serves, see {directory}/log", 60)
+        ready = (lambda: found.serves) if can_serve else (lambda: found.answers)
+        wait_for(lambda: ready() or process.poll() is not None, f"it serves, see {directory}/log", 60)
         assert process.poll() is None, found.log
         yield found
     finally:

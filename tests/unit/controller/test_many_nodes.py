@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_cluster_views import World, cnp, pod
+from test_cluster_views import NOW, World, cnp, pod
 
 from meshbridge.controller import controller
+from meshbridge.kube.problems import Problem, ProblemReason
 from meshbridge.xds import snapshot as xds
 from meshbridge.xds.auth import node_caller
+from meshbridge.xds.secrets import SecretStore, load_or_create_authority
 from meshbridge.xds.server import Feed
 
 NODES = 6
@@ -84,3 +86,13 @@ def test_endpoints_that_did_not_change_are_not_encoded_again(world: World, monke
     world.put(cnp("c0", "a0", {"app": "a1"}), pod("p9", "10.0.0.9", "node-0", app="a9"))
     assert made == ["p9"]
     assert world.names(feed, xds.ENDPOINT) == {"uid-p0", "uid-p9"}
+
+
+def test_before_everything_was_read_a_problem_makes_no_revision(tmp_path: Path) -> None:
+    """A revision would say that there are no policies."""
+    unread = controller.Controller(SecretStore(load_or_create_authority(tmp_path, "cluster.local", NOW)))
+    feed = unread.open(node_caller("node-0"), lambda: None)
+    unread.report_write_problems("election", frozenset({Problem(ProblemReason.UNWRITABLE, "may not")}))
+    unread.cannot_read_yet(frozenset({Problem(ProblemReason.UNREADABLE, "may not either")}))
+    assert feed.snapshot is None
+    assert {problem.text for problem in unread.problems} == {"may not", "may not either"}

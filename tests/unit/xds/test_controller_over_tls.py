@@ -38,22 +38,24 @@ class Authority:
         self._root = self._build(self._name, self._key).add_extension(constraints, critical=True)
         self.certificate = _pem(self._root.sign(self._key, hashes.SHA256()))
 
-    def server(self, name: str = "127.0.0.1") -> ServerCertificate:
-        """A key and a certificate for an address or a host's name."""
-        return ServerCertificate(*self.pair(name), "test")
+    def server(self, name: str = "127.0.0.1", valid_from: timedelta = -timedelta(minutes=1)) -> ServerCertificate:
+        """A key and a certificate for an address or a host's name, for an hour."""
+        return ServerCertificate(*self.pair(name, valid_from), "test")
 
-    def pair(self, host: str) -> tuple[bytes, bytes]:
+    def pair(self, host: str, valid_from: timedelta = -timedelta(minutes=1)) -> tuple[bytes, bytes]:
         key = ec.generate_private_key(ec.SECP256R1())
         of = x509.IPAddress(ip_address(host)) if host[0].isdigit() else x509.DNSName(host)
         names = x509.SubjectAlternativeName([of])
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "controller")])
-        built = self._build(name, key).add_extension(names, critical=False)
+        built = self._build(name, key, valid_from).add_extension(names, critical=False)
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         return _pem(built.sign(self._key, hashes.SHA256())), private
 
-    def _build(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    def _build(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, valid_from: timedelta = -timedelta(minutes=1)
+    ) -> x509.CertificateBuilder:
         now = datetime.now(UTC)
         return (
             x509.CertificateBuilder()
@@ -61,8 +63,8 @@ class Authority:
             .issuer_name(self._name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - timedelta(minutes=1))
-            .not_valid_after(now + timedelta(hours=1))
+            .not_valid_before(now + valid_from)
+            .not_valid_after(now + valid_from + timedelta(hours=1))
         )
 
 
@@ -105,8 +107,13 @@ def test_an_agent_follows_and_reports_over_tls(tmp_path: Path) -> None:
     run(body)
 
 
-@pytest.mark.parametrize("wrong", ["signed by another", "for another address", "no TLS at all"])
-def test_no_token_is_shown_to_whoever_is_not_the_controller(tmp_path: Path, wrong: str) -> None:
+SHIFTED = {"expired": -timedelta(hours=2), "not valid yet, or our clock is late": timedelta(hours=2)}
+
+
+@pytest.mark.parametrize("wrong", ["signed by another", "for another address", "no TLS at all", *SHIFTED])
+def test_no_token_is_shown_to_whoever_is_not_the_controller(
+    tmp_path: Path, wrong: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     async def body() -> None:
         source, ours, address = Source(), Authority("ours"), free_address()
         source.put(1, {xds.POLICY: {"a": Policy(name="a")}})
@@ -116,7 +123,8 @@ def test_no_token_is_shown_to_whoever_is_not_the_controller(tmp_path: Path, wron
             server.add_insecure_port(address)
             await server.start()
         else:
-            files = signer.server("192.0.2.1" if wrong == "for another address" else "127.0.0.1")
+            files = signer.server("192.0.2.1" if wrong == "for another address" else "127.0.0.1",
+                                  SHIFTED.get(wrong, -timedelta(minutes=1)))  # fmt: skip
             server = await start_server(DeltaServer(TokenKey(KEY), source), address, files)
         try:
             (tmp_path / "ca").write_bytes(ours.certificate)
@@ -127,6 +135,7 @@ def test_no_token_is_shown_to_whoever_is_not_the_controller(tmp_path: Path, wron
                     await anext(updates)
             assert not client.connected
             assert not source.callers
+            assert capfd.readouterr().out.count("controller.disconnected") == 1, "said once, and not at every attempt"
         finally:
             await server.stop(0)
 
