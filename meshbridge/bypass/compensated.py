@@ -74,7 +74,7 @@ def compensated_ports(inventory: Inventory) -> tuple[list[Compensated], list[Omi
         except InexpressibleError as error:
             omissions.append(Omission(workload.key, error))
             continue
-        guard = guard_of(workload, inventory.policies.selecting(workload))
+        guard = guard_of(workload, inventory.policies.selecting(workload)).past_envoy
         groups[workload.key] = _groups(workload, subject_of(workload), guard, ports, omissions)
     lets_in = {
         key: {(group.ports, group.partition, group.probed) for group in of_pod} for key, of_pod in groups.items()

@@ -59,6 +59,7 @@ def inbound_compensation(guard: Guard, port: int, sources: Mapping[str, Peer], *
     Args:
         probed: The port is one of a declared probe: the pod's own node passes, whatever the policies say.
     """
+    guard = guard.past_envoy
     if why := nothing_to_enforce(guard, port):
         return Compensation(False, why)
     judged: dict[tuple[frozenset[IpNetwork], Principal | str | None], Outcome] = {}
@@ -79,4 +80,4 @@ def inbound_compensation(guard: Guard, port: int, sources: Mapping[str, Peer], *
 def excluded_outcome(guard: Guard, port: int, peer: Peer) -> Outcome:
     """What the kernel does with a flow from one source to an excluded port."""
     flow = Flow(peer.networks & guard.networks, port, own_principal(peer))
-    return lower_excluded(mesh_verdict(guard, flow, AppProtocol.AUTO))
+    return lower_excluded(mesh_verdict(guard.past_envoy, flow, AppProtocol.AUTO))

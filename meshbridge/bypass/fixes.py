@@ -19,14 +19,17 @@ from meshbridge.bypass.halves import Delivered
 from meshbridge.bypass.inventory import Inventory, target_port
 from meshbridge.identity.model import IpFamily, ProxyClass, Workload
 from meshbridge.policy.capture import ISTIO_PORTS, PortClass
-from meshbridge.policy.mesh import MtlsMode, scopes_of
+from meshbridge.policy.mesh import MtlsMode, effective_mtls, scopes_of
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse.cluster import Service
+from meshbridge.policy.parse.peerauthentication import is_made_by_fix
 from meshbridge.policy.registry import CLUSTER_DOMAIN, TlsMode
 
 Object = dict[str, Any]
 
-_MADE: Final = ("DestinationRule", "PeerAuthentication")
+MADE: Final = ("AuthorizationPolicy", "PeerAuthentication", "DestinationRule")
+"""The kinds of objects that are made, in the order in which they are applied: what closes before what opens."""
+
 _REWRITE_PROBES = "sidecar.istio.io/rewriteAppHTTPProbers"
 
 
@@ -78,9 +81,7 @@ def fixes(inventory: Inventory, documents: Iterable[Document]) -> list[Fix]:
         documents: all objects, among which those may stand that earlier fixes made.
     """
     ours = frozenset(
-        (document.kind, document.namespace, document.name)
-        for document in documents
-        if document.kind in _MADE and MANAGED_BY.items() <= _labels(document).items()
+        (document.kind, document.namespace, document.name) for document in documents if is_made_here(document)
     )
     mender = _Mender(inventory, ours)
     found: dict[str, Fix] = {}
@@ -90,7 +91,13 @@ def fixes(inventory: Inventory, documents: Iterable[Document]) -> list[Fix]:
         fix = mender.fix(half)
         key = repr((fix.apply["kind"], fix.apply["metadata"])) if fix.apply else fix.todo
         found[key] = _both(found[key], fix) if key in found else fix
-    return list(found.values())
+    guards = [guard for fix in found.values() if (guard := mender.guard(fix)) is not None]
+    return [*guards, *found.values()]
+
+
+def is_made_here(document: Document) -> bool:
+    """Whether an earlier fix made this object: by its kind, its label and its name."""
+    return document.kind in MADE and is_made_by_fix(document)
 
 
 def _both(one: Fix, other: Fix) -> Fix:
@@ -164,6 +171,45 @@ class _Mender:
             },
         )
 
+    def guard(self, fix: Fix) -> Fix | None:
+        """What keeps closed to strangers what a PeerAuthentication of ours opens to plaintext.
+
+        Where mutual TLS was STRICT without it, a caller without the mesh's identity was refused. The kernel judges by
+        what policies say, so with the mode off it would let strangers in; and Envoy would, once it sees the port again.
+        """
+        if fix.apply is None or fix.apply["kind"] != "PeerAuthentication":
+            return None
+        metadata, spec = fix.apply["metadata"], fix.apply["spec"]
+        strict = sorted({port for port in map(int, spec["portLevelMtls"]) if self._was_strict(metadata, spec, port)})
+        if not strict:
+            return None
+        strangers = [{"source": {"notPrincipals": ["*"]}}]
+        operations = [{"operation": {"ports": [str(port) for port in strict]}}]
+        return Fix(
+            fix.about,
+            "mutual TLS was demanded there; who has no identity of the mesh stays out",
+            {
+                "apiVersion": "security.istio.io/v1",
+                "kind": "AuthorizationPolicy",
+                "metadata": {**metadata, "labels": dict(MANAGED_BY)},
+                "spec": {
+                    "selector": spec["selector"],
+                    "action": "DENY",
+                    "rules": [{"from": strangers, "to": operations}],
+                },
+            },
+        )
+
+    def _was_strict(self, metadata: Mapping[str, Any], spec: Mapping[str, Any], port: int) -> bool:
+        labels = spec["selector"]["matchLabels"].items()
+        for server in self._inventory.workloads:
+            if server.namespace == metadata["namespace"] and labels <= server.labels.items():
+                selecting = self._inventory.policies.selecting(server).peer_authentication
+                others = tuple(p for p in selecting if ("PeerAuthentication", p.namespace, p.name) not in self._ours)
+                if effective_mtls(others, server.peer(), self._inventory.policies.mesh).at(port)[0] is MtlsMode.STRICT:
+                    return True
+        return False
+
     def _service(self, half: HalfBypass, server: Workload) -> tuple[Service, int] | None:
         """The Service that clients call, also where they call it by the pod's own address."""
         for service, number in self._inventory.frontends(server, half.port):
@@ -224,9 +270,3 @@ def _excluded_ports(workload: Workload, inventory: Inventory) -> list[int]:
         for port in inventory.declared_ports(workload)
         if port not in ISTIO_PORTS and any(classes[family].at(port) is PortClass.EXCLUDED for family in families)
     ]
-
-
-def _labels(document: Document) -> Mapping[str, Any]:
-    metadata = document.data.get("metadata")
-    labels = metadata.get("labels") if isinstance(metadata, Mapping) else None
-    return labels if isinstance(labels, Mapping) else {}

@@ -133,7 +133,7 @@ def _inbound_row(
         replace(
             row,
             guarantees=inbound_guarantees(
-                guard, selected.request_authentication, port, node_encryption=inventory.said_encryption
+                guard.past_envoy, selected.request_authentication, port, node_encryption=inventory.said_encryption
             ),
             compensation=inbound_compensation(guard, port, sources, probed=probed),
         ),

@@ -42,7 +42,8 @@ def command(
     """Print what mends connections that break because one side bypasses its sidecar and the other does not.
 
     The objects are DestinationRules and PeerAuthentications that let clients send plaintext to a port the server's
-    Envoy does not see. What no object can mend, and what makes a bypass unnecessary, stands in comments.
+    Envoy does not see, and AuthorizationPolicies that keep strangers out there. What no object can mend, and what makes
+    a bypass unnecessary, stands in comments.
 
     \b
     Examples:

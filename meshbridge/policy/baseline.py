@@ -62,12 +62,26 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """What guards one workload: the policies selecting it, its mTLS modes, and what was refused."""
+    """What guards one workload: the policies selecting it, its mTLS modes, and what was refused.
+
+    ``mtls_past_envoy`` are the modes without what fixes of ours switched off; None where they switched off nothing.
+    """
 
     policies: tuple[AuthorizationPolicy, ...]
     mtls: EffectiveMtls
     refusals: tuple[Refusal, ...]
     mesh: MeshSettings
+    mtls_past_envoy: EffectiveMtls | None = None
+
+    @property
+    def past_envoy(self) -> Guard:
+        """What is to guard a port that Envoy does not see.
+
+        Clients are told to send plaintext there so that the port works at all. Who was to be let in did not change.
+        """
+        if self.mtls_past_envoy is None:
+            return self
+        return replace(self, mtls=self.mtls_past_envoy, mtls_past_envoy=None)
 
     @property
     def rules(self) -> Iterable[AuthorizationRule]:

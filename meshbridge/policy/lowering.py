@@ -22,7 +22,7 @@ from meshbridge.policy.capture import (
     PortClass,
     PortClasses,
 )
-from meshbridge.policy.mesh import Attribute, effective_mtls
+from meshbridge.policy.mesh import Attribute, EffectiveMtls, effective_mtls
 from meshbridge.policy.model import (
     ALLOWED,
     Anything,
@@ -151,6 +151,7 @@ class MeshCompiler:
             guard.mtls.mode,
             guard.mtls.origin,
             tuple(sorted(guard.mtls.ports.items())),
+            _modes(guard.mtls_past_envoy),
             tuple(refusal.origin for refusal in guard.refusals),
             guard.mesh,
             classes,
@@ -309,12 +310,20 @@ def guard_of(workload: Workload, selected: PolicySet) -> Guard:
 
 def guard_of_peer(peer: Peer, selected: PolicySet) -> Guard:
     """The same for a pod of which no more than this is known."""
+    modes = selected.peer_authentication
+    own = tuple(policy for policy in modes if not policy.for_bypass)
     return Guard(
         selected.authorization,
-        effective_mtls(selected.peer_authentication, peer, selected.mesh),
+        effective_mtls(modes, peer, selected.mesh),
         tuple(refusal for refusal in selected.refusals if refusal.layer is Layer.MESH),
         selected.mesh,
+        effective_mtls(own, peer, selected.mesh) if len(own) < len(modes) else None,
     )
+
+
+def _modes(mtls: EffectiveMtls | None) -> object:
+    """All of it, to compare by."""
+    return None if mtls is None else (mtls.mode, mtls.origin, tuple(sorted(mtls.ports.items())))
 
 
 def _asks_address(guard: Guard) -> bool:
@@ -377,7 +386,7 @@ def _outcome(
                 return PASS
             principal = source.principal
             flow = Flow(source.networks, segment.first, principal, addresses)
-            outcome = lower_excluded(mesh_verdict(guard, flow, segment.protocol))
+            outcome = lower_excluded(mesh_verdict(guard.past_envoy, flow, segment.protocol))
             return replace(outcome, audit=segment.audit and outcome.verdict is Verdict.DENY)
         case _:
             return PASS
@@ -396,7 +405,7 @@ def _segments(
     probes: frozenset[int],
     audited: Sequence[tuple[int, int]] = (),
 ) -> list[_Segment]:
-    single = set(protocols) | set(guard.mtls.ports) | probes
+    single = set(protocols) | set(guard.mtls.ports) | set(guard.past_envoy.mtls.ports) | probes
     for rule in guard.rules:
         for condition in rule.all_conditions:
             if condition.attribute is Attribute.PORTS:

@@ -208,7 +208,11 @@ class MtlsMode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PeerAuthentication:
-    """``selector`` None: it concerns the namespace, or the mesh when it stands in the root namespace."""
+    """``selector`` None: it concerns the namespace, or the mesh when it stands in the root namespace.
+
+    ``for_bypass``: a fix of ours made it, so that clients send plaintext to ports that the server's Envoy does not see;
+    it says nothing of who was to be let in there.
+    """
 
     namespace: str
     name: str
@@ -217,6 +221,7 @@ class PeerAuthentication:
     selector: Selector | None = None
     port_modes: Mapping[int, MtlsMode] = field(default_factory=dict, hash=False)
     created: str = ""
+    for_bypass: bool = False
 
 
 @dataclass(frozen=True, slots=True)

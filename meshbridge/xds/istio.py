@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from meshbridge.bypass.export import MANAGED_BY
 from meshbridge.policy.mesh import OUR_PROVIDER
 from meshbridge.policy.registry import CLUSTER_DOMAIN
 from meshbridge.xds.filters import AUTHZ_TIMEOUT
 from meshbridge.xds.names import JWT_METADATA_NAMESPACE
 
 Object = dict[str, Any]
+
+PART_OF: Final = {"app.kubernetes.io/part-of": "meshbridge"}
+"""Not managed-by: whoever applies these objects keeps them, no controller of ours removes them."""
 
 NAMESPACE: Final = "meshbridge-system"
 SERVICE: Final = "meshbridge-authz"
@@ -75,7 +77,7 @@ def custom_policy(namespace: str, labels: Mapping[str, str], name: str = ENVOY_F
     return {
         "apiVersion": "security.istio.io/v1",
         "kind": "AuthorizationPolicy",
-        "metadata": {"name": name, "namespace": namespace, "labels": dict(MANAGED_BY)},
+        "metadata": {"name": name, "namespace": namespace, "labels": dict(PART_OF)},
         "spec": spec,
     }
 
@@ -97,7 +99,7 @@ def envoy_filter(authz: Authz, namespace: str, labels: Mapping[str, str], name: 
     return {
         "apiVersion": "networking.istio.io/v1alpha3",
         "kind": "EnvoyFilter",
-        "metadata": {"name": name, "namespace": namespace, "labels": dict(MANAGED_BY)},
+        "metadata": {"name": name, "namespace": namespace, "labels": dict(PART_OF)},
         "spec": spec,
     }
 

@@ -5,12 +5,17 @@ Spec: ISTIO.md §b.
 
 from __future__ import annotations
 
+from typing import Final
+
 from meshbridge.policy.mesh import MtlsMode, PeerAuthentication
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse.labels import match_labels_only
 from meshbridge.policy.parse.parsed import Parsed, contradiction_notices, origin_of, refused_mesh, spec_of
 from meshbridge.policy.parse.reader import Invalid, Reader, shown
 from meshbridge.policy.selectors import Selector
+
+MADE_BY_FIX: Final = {"app.kubernetes.io/managed-by": "meshbridge"}
+MADE_PREFIX: Final = "meshbridge-"
 
 
 def parse_peer_authentication(document: Document) -> Parsed:
@@ -32,10 +37,19 @@ def parse_peer_authentication(document: Document) -> Parsed:
         return refused_mesh(document, error, selector or Selector())
     created = _created(document)
     policy = PeerAuthentication(
-        document.namespace, document.name, mode, origin_of(document, ""), selector, ports, created
-    )
+        document.namespace, document.name, mode, origin_of(document, ""), selector, ports, created,
+        mode is MtlsMode.UNSET and is_made_by_fix(document) and set(ports.values()) <= {MtlsMode.DISABLE},
+    )  # fmt: skip
     notices = contradiction_notices(document, [("spec.selector", selector)] if selector else [])
     return Parsed(document, peer_authentication=(policy,), notices=notices)
+
+
+def is_made_by_fix(document: Document) -> bool:
+    """Whether the object carries the label and the name of those that MeshBridge makes to mend half bypasses."""
+    metadata = document.data.get("metadata")
+    labels = metadata.get("labels") if isinstance(metadata, dict) else None
+    labelled = isinstance(labels, dict) and MADE_BY_FIX.items() <= labels.items()
+    return labelled and document.name.startswith(MADE_PREFIX)
 
 
 def _mode(at: Reader) -> MtlsMode:
