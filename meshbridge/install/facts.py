@@ -73,7 +73,8 @@ def node_facts(cni_directory: Path = Path("/etc/cni/net.d")) -> NodeFacts:
     return NodeFacts(
         kernel=system.release,
         machine=system.machine,
-        mounts=_text(Path("/proc/mounts")).splitlines(),
+        # of the machine: a pod has mounts of its own, and sees the machine's first process
+        mounts=(_text(Path("/proc/1/mounts")) or _text(Path("/proc/mounts"))).splitlines(),
         bpf=_no_map(),
         lockdown=_text(Path("/sys/kernel/security/lockdown")).partition("[")[2].partition("]")[0],
         jit=_text(Path("/proc/sys/net/core/bpf_jit_enable")).strip() or "1",

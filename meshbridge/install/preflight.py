@@ -69,7 +69,7 @@ class NodeFacts:
     """The machine this runs on.
 
     Args:
-        mounts: Lines of /proc/mounts.
+        mounts: As /proc/mounts has them.
         bpf: Why a map cannot be made; empty: one can.
         conflists: The CNI configurations by name, in order; each with its plugins' types, or why it cannot be read.
     """
