@@ -5,6 +5,7 @@ Everything here blocks and belongs to one worker thread.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from meshbridge.agent.view import Announced, Changes, LocalPod, NodeView
 from meshbridge.bypass.owners import ProxyOwner
 from meshbridge.bypass.proof import Outcome, Plan, Status
 from meshbridge.datapath.ipcache import ipcache_key
-from meshbridge.datapath.links import Link, NodeNetwork, pod_interfaces, pod_mac, read_network
+from meshbridge.datapath.links import Link, LinkError, NodeNetwork, pod_interfaces, pod_mac, read_network
 from meshbridge.datapath.policysets import RuleIds
 from meshbridge.datapath.reconcile import DesiredEndpoint, DesiredState
 from meshbridge.datapath.redirect import namespace_number
@@ -129,6 +130,8 @@ class Node:
     _informed: bool = False
     _pending: Changes = field(default_factory=lambda: Changes(everything=True))
     _fault: str = ""
+    _unguarded: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By UID: interfaces inside pods, as of the last look, that lead out past all that we can hook."""
 
     def __post_init__(self) -> None:
         self._ghosts, self._proofs = Ghosts(self.name), Proofs(self.name)
@@ -163,9 +166,31 @@ class Node:
 
     def look_at_network(self) -> None:
         """Act on addresses, links and routes as they are now."""
-        network = read_network()
-        self._see(network)
+        self._see(read_network())
+        self._look_inside()
         self.step()
+
+    def _look_inside(self) -> None:
+        """Find interfaces of pods that lead out of them past all that we can hook."""
+        reached: dict[int, set[int]] = {}
+        for link in self._network.links.values():
+            if link.peer_netns is not None:
+                reached.setdefault(link.peer_netns, set()).add(link.peer_index)
+        self._unguarded = {}
+        for hooked in self._endpoints.hooked.values():
+            namespace = self._namespace_of(hooked)
+            if namespace is None or hooked.uid in self._unguarded:
+                continue
+            with contextlib.suppress(LinkError):  # the pod goes
+                self._unguarded[hooked.uid] = tuple(
+                    name
+                    for name, found in pod_interfaces(namespace).items()
+                    if found.leads_out and found.ifindex not in reached[namespace]
+                )
+
+    def _namespace_of(self, hooked: Hooked) -> int | None:
+        link = self._network.links.get(hooked.ifindex)
+        return link.peer_netns if link is not None else None
 
     def take_seen(self, seen: Seen) -> None:
         """Act on the redirect rules in the pods' namespaces as they are now, and on BypassPolicies that expired."""
@@ -264,7 +289,7 @@ class Node:
         links = self._links_into(netns)
         inside = pod_interfaces(links[0].peer_netns) if links and links[0].peer_netns is not None else {}
         reached = {link.peer_index for link in links}
-        missing = sorted(name for name in interfaces if inside.get(name) not in reached)
+        missing = sorted(name for name in interfaces if name not in inside or inside[name].ifindex not in reached)
         if missing:
             raise EndpointError(
                 f"no veth of this node leads to {', '.join(missing)}, so nothing could be enforced there", where=where,
@@ -390,12 +415,15 @@ class Node:
             self._see(read_network())  # a route read too early would give the device of a dying pod to its successor
         fresh = []
         found = find_interfaces(self._view.pods, self._endpoints, self._network, pinned, abandoned)
-        for uid, link, resumed in list(found):
+        matched = list(found)
+        for uid, link, resumed in matched:
             if resumed:
                 self._endpoints.resume(link.ifindex, uid, pod_mac(link))
             else:
                 fresh.append(self._endpoints.take(link, uid, pod_mac(link), late=True))
                 log.warning("endpoint.hooked_late", pod=self._view.pods[uid].workload.key, interface=link.name)
+        if matched:
+            self._look_inside()
         return fresh
 
     def _number_peers(self, pods: Mapping[str, LocalPod]) -> None:
@@ -585,11 +613,12 @@ class Node:
             looked = self._seen.processes.get(hooked.uid)
             notes += [looked.problem] if looked is not None and looked.problem else []
             refused = sorted(map(str, frozenset(pod.extra_addresses) - sources_of(pod, self._is_held)))
-            notes += [ATTACHED_LATE] if hooked.late else []
+            degraded = list(self._degraded(hooked))
+            notes += [message for _, message in degraded]
             notes += [f"it may not send from {', '.join(refused)}, which others hold"] if refused else []
             state.state, state.message = "ready", "; ".join(notes)
-            if hooked.late:
-                state.conditions.add(type="Degraded", status=True, reason="AttachedLate", message=ATTACHED_LATE)
+            for reason, message in degraded[:1]:
+                state.conditions.add(type="Degraded", status=True, reason=reason, message=message)
             for direction, enforced, policies in (
                 (Direction.INGRESS, "ingress_enforced", state.ingress_policies),
                 (Direction.EGRESS, "egress_enforced", state.egress_policies),
@@ -603,6 +632,16 @@ class Node:
         for of in (self._ghosts, self._proofs):
             if (condition := of.condition(state.uid)) is not None:
                 state.conditions.append(condition)
+
+    def _degraded(self, hooked: Hooked) -> Iterable[tuple[str, str]]:
+        """Reasons and sentences, the worst first."""
+        if unguarded := self._unguarded.get(hooked.uid):
+            yield (
+                "InterfaceNotHooked",
+                (f"nothing is enforced on its {', '.join(unguarded)}: no veth of this node leads there"),
+            )
+        if hooked.late:
+            yield "AttachedLate", ATTACHED_LATE
 
     def _identity_of(self, pod: LocalPod) -> int:
         addresses = pod.workload.addresses

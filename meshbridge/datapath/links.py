@@ -22,7 +22,7 @@ _RTM_NEWLINK, _RTM_GETLINK = 16, 18
 _RTM_NEWADDR, _RTM_GETADDR = 20, 22
 _RTM_NEWROUTE, _RTM_GETROUTE = 24, 26
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_LINK, _IFLA_LINK_NETNSID, _IFLA_TARGET_NETNSID = 1, 3, 5, 37, 46
-_IFLA_LINKINFO, _IFLA_INFO_KIND = 18, 1
+_IFLA_LINKINFO, _IFLA_INFO_KIND, _IFF_UP = 18, 1, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF = 1, 4
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # links, IPv4 and IPv6 addresses, IPv4 and IPv6 routes
@@ -50,6 +50,14 @@ class Link:
     peer_index: int = 0
     peer_netns: int | None = None
     kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PodInterface:
+    """An interface inside a pod. ``leads_out``: it is up, and hardware or tied to something outside of the pod."""
+
+    ifindex: int
+    leads_out: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +111,8 @@ def pod_mac(link: Link) -> bytes | None:
     return None
 
 
-def pod_interfaces(namespace: int) -> dict[str, int]:
-    """The interfaces inside a pod's network namespace, by name, with their numbers there; loopback is left out.
+def pod_interfaces(namespace: int) -> dict[str, PodInterface]:
+    """The interfaces inside a pod's network namespace, by name; loopback is left out.
 
     Args:
         namespace: as ``Link.peer_netns`` names it.
@@ -113,8 +121,13 @@ def pod_interfaces(namespace: int) -> dict[str, int]:
         LinkError: the kernel refuses, or there is no such namespace any more.
     """
     target = netlink.attribute(_IFLA_TARGET_NETNSID, struct.pack("=i", namespace))
-    links = map(_link, _dump(_RTM_GETLINK, _RTM_NEWLINK, _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + target))
-    return {link.name: link.ifindex for link in links if link.name != "lo"}
+    dump = _dump(_RTM_GETLINK, _RTM_NEWLINK, _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + target)
+    return {link.name: _pod_interface(link, body) for body in dump if (link := _link(body)).name != "lo"}
+
+
+def _pod_interface(link: Link, body: bytes) -> PodInterface:
+    flags = _IFINFO.unpack_from(body)[3]
+    return PodInterface(link.ifindex, bool(flags & _IFF_UP) and (not link.kind or link.peer_netns is not None))
 
 
 class NetworkWatch:

@@ -257,6 +257,30 @@ def test_every_interface_of_a_pod_is_enforced(node: NodeHarness, tmp_path: Path)
         assert not node.reaches(stranger.netns, str(address), PORT), address
 
 
+def test_an_interface_that_cannot_be_hooked_is_listed(node: NodeHarness, tmp_path: Path) -> None:
+    """A second network by macvlan, without our plugin; interfaces that stay within the pod are nobody's business."""
+    node.start_agent()
+    run("ip", "-n", node.netns, "link", "add", "up0", "type", "veth", "peer", "name", "up1")
+    run("ip", "-n", node.netns, "link", "set", "up0", "up")
+    pods = runtime(node, tmp_path)
+    server = pods.sandbox("shop", "server", app="server")
+    node.sync()
+    server = pods.told(pods.plug(server))
+    node.sync()
+    run("ip", "-n", server.netns, "link", "add", "docker0", "type", "bridge")
+    run("ip", "-n", server.netns, "link", "set", "docker0", "up")
+    run("ip", "-n", server.netns, "link", "add", "in0", "type", "veth", "peer", "name", "in1")
+    run("ip", "-n", server.netns, "link", "set", "in0", "up")
+    time.sleep(0.3)
+    assert state(node, server) == ("ready", "")
+    second = chain(tmp_path, "macvlan", node.cni_socket, subnet="10.98.0", default_route=False, hooked=False,
+                   master="up0", mode="bridge")  # fmt: skip
+    Runtime(node, second, "second").plug(server, "net1")
+    node.wait(lambda _: "nothing is enforced on its net1" in state(node, server)[1], "net1 is told of")
+    (endpoint,) = [e for e in node.client.endpoints() if e.uid == server.workload.uid]
+    assert [(c.type, c.status, c.reason) for c in endpoint.conditions] == [("Degraded", True, "InterfaceNotHooked")]
+
+
 def test_an_address_that_another_pod_had_inherits_nothing(node: NodeHarness, tmp_path: Path) -> None:
     """The first pod may reach the server, and is deleted; nobody has told of that when the second gets its address."""
     node.start_agent()
