@@ -120,8 +120,10 @@ class NodeView:
     _peers: dict[int, Peer] = field(default_factory=dict)
     """By the hash of their class."""
     _parts: dict[Any, Any] = field(default_factory=dict)
-    _completed: set[str] = field(default_factory=set)
-    """UIDs of pods whose addresses are those announced."""
+    _told: dict[str, tuple[IpAddress, ...]] = field(default_factory=dict)
+    """By UID: what the controller tells of pods that have the addresses announced in place of it."""
+    _superseded: dict[str, tuple[IpAddress, ...]] = field(default_factory=dict)
+    """By UID: what it told when that was announced; it is of the container before."""
 
     def apply(self, update: Update) -> Changes:
         """Take in all that changed up to a whole revision.
@@ -168,9 +170,11 @@ class NodeView:
         )
 
     def announce(self, uid: str, announced: Announced) -> Changes:
-        """The pod has these addresses, until the controller tells which it has."""
+        """The pod has these addresses, until the controller tells others than it does now."""
         self._withdraw(uid)
         self.announced[uid] = announced
+        pod = self.pods.get(uid)
+        self._superseded[uid] = pod.workload.addresses if pod is not None else ()
         return Changes(addresses=frozenset(self._complete_pods()))
 
     def withdraw(self, uid: str, container: str) -> Changes:
@@ -183,25 +187,26 @@ class NodeView:
 
     def _withdraw(self, uid: str) -> None:
         self.announced.pop(uid, None)
-        if uid in self._completed:
-            self._completed.discard(uid)
-            pod = self.pods[uid]
-            self.pods[uid] = replace(pod, workload=replace(pod.workload, addresses=()))
+        self._superseded.pop(uid, None)
+        told = self._told.pop(uid, None)
+        if told is not None:
+            self.pods[uid] = _with_addresses(self.pods[uid], told)
 
     def _complete_pods(self) -> set[bytes]:
-        """Give pods the addresses announced for them, as long as they are told to have none; which were touched."""
+        """Give pods the addresses announced for them, until others are told; which addresses were touched."""
         touched = set(self.announced_holders)
         self.announced_holders = {}
         for uid, announced in list(self.announced.items()):
             pod = self.pods.get(uid)
             if pod is None:
                 continue
-            if pod.workload.addresses and uid not in self._completed:
-                del self.announced[uid]
+            told = self._told.get(uid, pod.workload.addresses)
+            if told == announced.addresses or (told and told != self._superseded[uid]):
+                self._withdraw(uid)
                 continue
-            self._completed.add(uid)
-            workload = replace(pod.workload, addresses=announced.addresses)
-            self.pods[uid] = replace(pod, workload=workload)
+            self._told[uid] = told
+            self.pods[uid] = _with_addresses(pod, announced.addresses)
+            workload = self.pods[uid].workload
             holder = Holder(self._shared(workload.peer()), workload.name, intern(workload.node))
             self.announced_holders |= {address_bytes(address): holder for address in announced.addresses}
         return touched | set(self.announced_holders)
@@ -234,7 +239,7 @@ class NodeView:
     def _put(self, type_url: str, name: str, message: Any) -> None:
         if type_url == xds.ENDPOINT:
             extra = tuple(address_of(packed, f"Endpoint {name}") for packed in message.extra_addresses)
-            self._completed.discard(name)
+            self._told.pop(name, None)
             self.pods[name] = LocalPod(workload_of(message), extra, message.fault)
         elif type_url == xds.POLICY:
             self._put_policy(name, document_of(message))
@@ -263,9 +268,9 @@ class NodeView:
 
     def _remove(self, type_url: str, name: str) -> None:
         if type_url == xds.ENDPOINT:
+            self._told.pop(name, None)
             if self.pods.pop(name, None) is not None:
-                self.announced.pop(name, None)
-            self._completed.discard(name)
+                self._withdraw(name)
         elif type_url == xds.POLICY:
             self.policies.put(name, None)
             self.bypass_policies.pop(name, None)
@@ -308,6 +313,10 @@ class NodeView:
                 selector = replace(selector, requirements=shared)
             known = self._parts[selector] = selector
         return known
+
+
+def _with_addresses(pod: LocalPod, addresses: tuple[IpAddress, ...]) -> LocalPod:
+    return replace(pod, workload=replace(pod.workload, addresses=addresses))
 
 
 def _touched(update: Update, type_url: str) -> set[str]:

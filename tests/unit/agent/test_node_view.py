@@ -166,6 +166,27 @@ def test_an_announcement_counts_for_its_container_alone() -> None:
     assert told(view) == []
 
 
+def test_a_pod_whose_sandbox_is_made_anew_has_its_new_address_at_once() -> None:
+    view, old, new = NodeView(), ip_address("10.0.0.1"), ip_address("10.0.0.2")
+    view.announce("u", Announced("shop/web-0", "first", (old,)))
+    view.apply(update(1, endpoint={"u": endpoint("10.0.0.1")}))
+    assert view.announced == {}
+    view.announce("u", Announced("shop/web-0", "second", (new,)))
+    assert told(view) == ["10.0.0.2"]
+    view.apply(update(2, endpoint={"u": endpoint("10.0.0.1")}))
+    assert told(view) == ["10.0.0.2"], "the kubelet has not written it yet"
+    view.apply(update(3, endpoint={"u": endpoint("10.0.0.2")}))
+    assert (told(view), view.announced) == (["10.0.0.2"], {})
+
+
+def test_an_announcement_goes_with_its_pod() -> None:
+    view, one = NodeView(), ip_address("10.0.0.1")
+    view.apply(update(1, endpoint={"u": endpoint()}))
+    view.announce("u", Announced("shop/web-0", "c", (one,)))
+    view.apply(update(2, removed={xds.ENDPOINT: {"u"}}))
+    assert (view.announced, view.holder(address_bytes(one)), view.pods) == ({}, None, {})
+
+
 def test_an_announced_pod_hides_who_had_its_address_before() -> None:
     view, one = NodeView(), ip_address("10.0.0.1")
     before = agent_pb2.Address(address=one.packed, namespace="shop", name="old", proxy="none")
