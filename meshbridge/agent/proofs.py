@@ -9,7 +9,16 @@ from typing import Any, Final
 import structlog
 
 from meshbridge.agent.endpoints import Hooked
-from meshbridge.bypass.proof import CONDITION, NOTHING_TO_PROVE, PENDING, Demand, Outcome, Status, only_audited
+from meshbridge.bypass.proof import (
+    CONDITION,
+    NOTHING_TO_PROVE,
+    ONLY_OUTBOUND,
+    PENDING,
+    Demand,
+    Outcome,
+    Status,
+    only_audited,
+)
 from meshbridge.datapath.policysets import PackedSet
 from meshbridge.identity.model import Workload
 from meshbridge.observe.flow import AgentEvent, Flow, FlowKind, FlowPeer, FlowVerdict
@@ -46,7 +55,7 @@ class Wanted:
         if not self.hooked:
             return Outcome(Status.FALSE, "NotHooked", "no interface of it was found, so nothing is enforced on it")
         if not self.demand.ports:
-            return NOTHING_TO_PROVE
+            return ONLY_OUTBOUND if self.demand.outbound else NOTHING_TO_PROVE
         return only_audited(self.demand)
 
 

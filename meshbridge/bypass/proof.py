@@ -31,6 +31,8 @@ MAX_PORTS: Final = 8
 _TCP: Final = 6
 _NAMES: Final = {IpFamily.IPV4: "IPv4", IpFamily.IPV6: "IPv6"}
 _SHOWN: Final = 3
+_NOT_ARRIVED: Final = "let in by the datapath, but it did not arrive in the pod"
+_OUTBOUND: Final = "what it sends past its Envoy is not probed"
 
 
 class Status(StrEnum):
@@ -128,10 +130,12 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The probes of one proof. ``lacking`` says on which ports there is no source of one kind, and so no probe."""
+    """The probes of one proof. ``lacking`` says on which ports there is no source of one kind, and so no probe;
+    ``unasked`` what is not probed at all."""
 
     probes: tuple[Probe, ...] = ()
     lacking: tuple[str, ...] = ()
+    unasked: tuple[str, ...] = ()
 
 
 Answers = Callable[[IpFamily, int, int], Answer]
@@ -164,7 +168,7 @@ def plan_probes(
             for passes, missing in ((True, "lets nobody in"), (False, "keeps nobody out")):
                 if all(probe.answer.passes is not passes for probe in found):
                     lacking.append(f"{_NAMES[family]} TCP {port} {missing} of whom this node knows")
-    return Plan(tuple(probes), tuple(lacking))
+    return Plan(tuple(probes), tuple(lacking), (_OUTBOUND,) if demand.outbound else ())
 
 
 def chosen_ports(ports: IntSet, declared: Iterable[int], turn: int) -> list[int]:
@@ -225,11 +229,16 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A probe that became something else than it should; ``conclusive`` False: it may be that nobody could tell."""
+    """A probe that became something else than it should.
+
+    ``conclusive`` False: it may be that nobody could tell. ``datapath`` False: it was lost behind our programs, which
+    whoever rules in the pod's namespace can bring about.
+    """
 
     probe: Probe
     what: str
     conclusive: bool = True
+    datapath: bool = True
 
     def __str__(self) -> str:
         expected = "let in" if self.probe.answer.passes else f"dropped ({reason_name(self.probe.answer.reason)})"
@@ -251,11 +260,12 @@ class Outcome:
 
     @property
     def refutes(self) -> bool:
-        """Whether probes became something else than what was programmed says."""
-        return bool(self.findings) and self.status is Status.FALSE
+        """Whether the datapath does something else than what was programmed."""
+        return any(finding.conclusive and finding.datapath for finding in self.findings)
 
 
-NOTHING_TO_PROVE: Final = Outcome(Status.TRUE, "NothingToProve", "no inbound port of it bypasses an Envoy")
+NOTHING_TO_PROVE: Final = Outcome(Status.TRUE, "NothingToProve", "nothing of it bypasses an Envoy")
+ONLY_OUTBOUND: Final = Outcome(Status.UNKNOWN, "NotProbed", f"nothing is proved: {_OUTBOUND}")
 
 
 def judge(plan: Plan, seen: Mapping[Probe, Seen], counted: Mapping[int, int], *, lost: bool) -> Outcome:
@@ -271,7 +281,8 @@ def judge(plan: Plan, seen: Mapping[Probe, Seen], counted: Mapping[int, int], *,
     for probe in plan.probes:
         if wrong := list(_wrong(probe, seen[probe], lost=lost)):
             what = ", ".join(what for what, _ in wrong)
-            findings.append(Finding(probe, what, any(conclusive for _, conclusive in wrong)))
+            conclusive = any(certain for _, certain in wrong)
+            findings.append(Finding(probe, what, conclusive, datapath=[what for what, _ in wrong] != [_NOT_ARRIVED]))
     for reason, probes in _by_reason(plan.probes).items():
         if counted.get(reason, 0) < len(probes) and not findings:
             findings.append(Finding(probes[0], f"a counter that grew by {counted.get(reason, 0)}, not {len(probes)}"))
@@ -304,7 +315,7 @@ def _wrong(probe: Probe, seen: Seen, *, lost: bool) -> Iterator[tuple[str, bool]
     elif told.endpoint != seen.endpoint:
         yield f"judged as endpoint {told.endpoint} in place of {seen.endpoint}", True
     elif passes and (not seen.arrived or not seen.taken):
-        yield "let in by the datapath, but it did not arrive in the pod", True
+        yield _NOT_ARRIVED, True
     if seen.left:
         yield ("its flow stays open" if passes else "it opened a flow"), True
 
@@ -324,7 +335,8 @@ def _proved(plan: Plan) -> str:
         if names:
             text += f"; {words}: {_listed(names)}"
     ports = dict.fromkeys(f"{_NAMES[probe.family]} TCP {probe.port}" for probe in plan.probes)
-    return "; ".join([text, f"on {_listed(ports)}", *(f"not proved: {lack}" for lack in plan.lacking[:_SHOWN])])
+    lacking = (f"not proved: {lack}" for lack in plan.lacking[:_SHOWN])
+    return "; ".join([text, f"on {_listed(ports)}", *lacking, *plan.unasked])
 
 
 def _listed(names: Iterable[str]) -> str:

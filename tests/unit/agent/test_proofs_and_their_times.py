@@ -85,6 +85,8 @@ def test_without_a_policy_in_force_there_is_nothing_to_prove_and_it_is_not_enfor
         assert said(proofs) == (False, False, reason)
     assert proofs.update({"u": replace(WANTED, demand=Demand())}, 2) == []
     assert said(proofs) == (True, False, "NothingToProve")
+    proofs.update({"u": replace(WANTED, demand=Demand(outbound=True))}, 3)
+    assert said(proofs) == (False, True, "NotProbed")
 
 
 def test_a_proof_is_due_at_once_and_again_and_sooner_where_it_failed() -> None:
