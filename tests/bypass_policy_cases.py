@@ -6,6 +6,7 @@ REFUSED = {
     "unknown field": ("{acept: [l7]}", "spec.acept: unknown field 'acept'"),
     "unknown loss": ("{accept: [everything], reason: r}", "spec.accept[0]: unknown value 'everything'"),
     "unknown mode": ("{mode: off}", "spec.mode"),
+    "unknown mending": ("{fix: now}", "spec.fix: unknown value 'now'"),
     "a port of many digits": (f"{{routes: [{{direction: inbound, ports: ['{'9' * 5000}']}}]}}", "is no port"),
     "until before all time": (
         "{accept: [l7], reason: r, until: '0001-01-01T00:00:00+14:00'}",
@@ -42,7 +43,7 @@ TAKEN = {
         "{selector: {matchLabels: {app: api}, matchExpressions: [{key: tier, operator: In, values: [a, b]}]}, "
         'mode: audit, routes: [{direction: outbound, kinds: [excludeOutboundPorts], ports: [443, "8000-8999"], '
         'destinations: [10.0.0.0/8, "fd00::/8"]}, {direction: inbound}], accept: [encryption, l7], '
-        'until: "2027-06-30T00:00:00Z", reason: r, otherwise: deny, proof: true, readinessGate: true, '
+        'until: "2027-06-30T00:00:00Z", reason: r, otherwise: deny, fix: apply, proof: true, readinessGate: true, '
         "requireNodeEncryption: true}"
     ),
     "no route": "{routes: []}",

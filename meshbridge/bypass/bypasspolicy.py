@@ -84,6 +84,14 @@ class Otherwise(IntEnum):
     DENY = 2
 
 
+class Mending(IntEnum):
+    """Who applies what mends half a bypass; the higher is the stricter."""
+
+    APPLY = 0
+    """The controller, where the bypass is allowed and nothing is lost that nobody accepted."""
+    ADVISE = 1
+
+
 @dataclass(frozen=True, slots=True)
 class AllowedRoute:
     """A route round the sidecar that may be: ``networks`` are destinations, and mean nothing inbound."""
@@ -122,6 +130,7 @@ class BypassPolicy:
     reason: str = ""
     otherwise: Otherwise = Otherwise.WARN
     proof: bool = False
+    fix: Mending = Mending.ADVISE
     readiness_gate: bool = False
     require_node_encryption: bool = False
     refusal: Refusal | None = field(default=None, compare=False)
@@ -147,7 +156,8 @@ class Ruling:
     """What the policies make of one bypass.
 
     ``allowed`` False: policies select the pod and none allows the route. ``unaccepted`` are the guarantees lost that
-    nobody accepted; ``otherwise`` says what therefore happens, None: nothing is to be objected to.
+    nobody accepted; ``otherwise`` says what therefore happens, None: nothing is to be objected to. ``fix``: the
+    controller is to apply what mends connections that break because of it.
     """
 
     mode: Mode = Mode.ENFORCE
@@ -157,6 +167,7 @@ class Ruling:
     policies: tuple[Origin, ...] = ()
     notes: tuple[str, ...] = ()
     proof: bool = False
+    fix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +230,7 @@ class BypassPolicies:
             policies=tuple(policy.origin for policy in deciding),
             notes=tuple(self._notes(selecting, allowing, encrypted=encrypted)),
             proof=any(policy.proof for policy in deciding),
+            fix=not objects and all(policy.fix is Mending.APPLY for policy in deciding),
         )
 
     def _notes(
@@ -241,6 +253,7 @@ class BypassPolicies:
             ("mode", {policy.mode_at(self.now).name.lower() for policy in allowing}),
             ("accept", {"+".join(sorted(policy.accepted(self.now))) or "nothing" for policy in allowing}),
             ("otherwise", {policy.otherwise.name.lower() for policy in allowing}),
+            ("fix", {policy.fix.name.lower() for policy in allowing}),
         ):
             if len(values) > 1:
                 names = " and ".join(str(policy.origin) for policy in allowing)
@@ -281,7 +294,7 @@ def generation_of(document: Document) -> int:
 def _policy(document: Document) -> BypassPolicy:
     clusterwide = document.kind == CLUSTERWIDE
     known = (
-        "selector", "mode", "routes", "accept", "until", "reason", "otherwise", "proof", "readinessGate",
+        "selector", "mode", "routes", "accept", "until", "reason", "otherwise", "proof", "readinessGate", "fix",
         "requireNodeEncryption",
     )  # fmt: skip
     spec = Reader(spec_of(document), "spec").fields(*known, *(("namespaceSelector",) if clusterwide else ()))
@@ -312,6 +325,9 @@ def _policy(document: Document) -> BypassPolicy:
         reason,
         _otherwise(spec["otherwise"]) if "otherwise" in spec else Otherwise.WARN,
         proof,
+        Mending[spec["fix"].text([choice.name.lower() for choice in Mending]).upper()]
+        if "fix" in spec
+        else Mending.ADVISE,
         readiness_gate=gate,
         require_node_encryption=encryption,
     )

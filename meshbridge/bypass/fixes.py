@@ -7,7 +7,7 @@ Spec: ISTIO.md §b; istio: portLevelSettings of a DestinationRule, portLevelMtls
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -35,12 +35,16 @@ _REWRITE_PROBES = "sidecar.istio.io/rewriteAppHTTPProbers"
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """One way to mend what ``about`` names: an object to apply, or something only a person can do (``todo``)."""
+    """One way to mend what ``about`` names: an object to apply, or something only a person can do (``todo``).
+
+    ``causes`` are the servers' ports that it is for.
+    """
 
     about: str
     why: str
     apply: Object | None = None
     todo: str = ""
+    causes: frozenset[tuple[str, int]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +78,14 @@ def advice(inventory: Inventory) -> list[Advice]:
     return found
 
 
-def fixes(inventory: Inventory, documents: Iterable[Document]) -> list[Fix]:
+def fixes(
+    inventory: Inventory, documents: Iterable[Document], wanted: Callable[[str, int], bool] = lambda *_: True
+) -> list[Fix]:
     """What mends every half bypass that breaks, in an order that does not depend on the objects' order.
 
     Args:
         documents: all objects, among which those may stand that earlier fixes made.
+        wanted: whether a server's port is to be looked at.
     """
     ours = frozenset(
         (document.kind, document.namespace, document.name) for document in documents if is_made_here(document)
@@ -86,12 +93,12 @@ def fixes(inventory: Inventory, documents: Iterable[Document]) -> list[Fix]:
     mender = _Mender(inventory, ours)
     found: dict[str, Fix] = {}
     for half in half_bypasses(inventory):
-        if half.delivery.outcome is not Delivered.BROKEN:
+        if half.delivery.outcome is not Delivered.BROKEN or not wanted(half.server, half.port):
             continue
-        fix = mender.fix(half)
+        fix = replace(mender.fix(half), causes=frozenset([(half.server, half.port)]))
         key = repr((fix.apply["kind"], fix.apply["metadata"])) if fix.apply else fix.todo
-        found[key] = _both(found[key], fix) if key in found else fix
-    guards = [guard for fix in found.values() if (guard := mender.guard(fix)) is not None]
+        found[key] = both(found[key], fix) if key in found else fix
+    guards = [replace(guard, causes=fix.causes) for fix in found.values() if (guard := mender.guard(fix)) is not None]
     return [*guards, *found.values()]
 
 
@@ -100,14 +107,59 @@ def is_made_here(document: Document) -> bool:
     return document.kind in MADE and is_made_by_fix(document)
 
 
-def _both(one: Fix, other: Fix) -> Fix:
+def reached_beyond(fix: Fix, inventory: Inventory) -> tuple[str, ...]:
+    """The pods whose Envoys see a port that the fix's object would have clients send plaintext to, or take it on.
+
+    To apply it would take mutual TLS from them, which no plan says. What only denies reaches nobody so.
+    """
+    if fix.apply is None or fix.apply["kind"] == "AuthorizationPolicy":
+        return ()
+    namespace, spec = fix.apply["metadata"]["namespace"], fix.apply["spec"]
+    found: set[str] = set()
+    for workload in inventory.workloads:
+        if workload.namespace != namespace or workload.proxy is not ProxyClass.SIDECAR or workload.host_network:
+            continue
+        if "portLevelMtls" in spec:
+            reached = spec["selector"]["matchLabels"].items() <= workload.labels.items()
+            ports = {int(port) for port in spec["portLevelMtls"]} if reached else set()
+        else:
+            numbers = {item["port"]["number"] for item in spec["trafficPolicy"]["portLevelSettings"]}
+            ports = _targets(workload, spec["host"], numbers, inventory)
+        if any(not _is_excluded(workload, port, inventory) for port in ports):
+            found.add(workload.key)
+    return tuple(sorted(found))
+
+
+def _targets(workload: Workload, host: str, numbers: set[int], inventory: Inventory) -> set[int]:
+    """The ports of a workload that these ports of a Service lead to."""
+    return {
+        port
+        for service in inventory.services
+        if f"{service.name}.{service.namespace}.{CLUSTER_DOMAIN}" == host and service.selects(workload)
+        for entry in service.ports
+        if entry.port in numbers and (port := target_port(workload, entry.target)) is not None
+    }
+
+
+def _is_excluded(workload: Workload, port: int, inventory: Inventory) -> bool:
+    classes = inventory.states[workload.key].inbound(intended=inventory.predicted)
+    families = {IpFamily.of(address) for address in workload.addresses} or {IpFamily.IPV4}
+    return all(classes[family].at(port) is PortClass.EXCLUDED for family in families)
+
+
+def both(one: Fix, other: Fix) -> Fix:
     """Two fixes in one object: of two objects for one scope Istio would follow the older only."""
     about = one.about if other.about in one.about else f"{one.about}; {other.about}"
+    one = replace(one, causes=one.causes | other.causes)
     if one.apply is None or other.apply is None:
         return replace(one, about=about)
     spec, added = dict(one.apply["spec"]), other.apply["spec"]
     if "portLevelMtls" in spec:
         spec["portLevelMtls"] = {**spec["portLevelMtls"], **added["portLevelMtls"]}
+    elif "rules" in spec:
+        ports = {port for rules in (spec["rules"], added["rules"]) for port in rules[0]["to"][0]["operation"]["ports"]}
+        operation = {"operation": {"ports": sorted(ports, key=int)}}
+        spec["rules"] = [{**spec["rules"][0], "to": [operation]}]
     else:
         settings = [*spec["trafficPolicy"]["portLevelSettings"], *added["trafficPolicy"]["portLevelSettings"]]
         by_port = {item["port"]["number"]: item for item in settings}

@@ -103,6 +103,7 @@ def _ruling(ruling: Ruling | None) -> dict[str, Any] | None:
         "policies": [origin.record() for origin in ruling.policies],
         "notes": list(ruling.notes),
         "proof": ruling.proof,
+        "fix": ruling.fix,
     }
 
 

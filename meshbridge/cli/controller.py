@@ -20,13 +20,14 @@ from meshbridge.cli.certificates import CHECK_S, CONTROLLER_SECRET, Pair, contro
 from meshbridge.controller.bypassreports import Reports
 from meshbridge.controller.controller import Controller
 from meshbridge.controller.events import Events
+from meshbridge.controller.fixing import Fixes
 from meshbridge.controller.http import serve_http
 from meshbridge.controller.leading import lead
 from meshbridge.controller.podgates import PodGates
 from meshbridge.controller.policystatus import PolicyStatus
 from meshbridge.controller.replicas import OwnService
 from meshbridge.controller.tokenreviews import TokenReviews
-from meshbridge.controller.writer import ClusterWriter
+from meshbridge.controller.writer import ClusterWriter, Part
 from meshbridge.errors import SettingsError
 from meshbridge.kube.api import Api, ClusterError
 from meshbridge.kube.cluster import ISTIO_NAMESPACE, connect, own_namespace
@@ -253,10 +254,16 @@ async def _renew(certificate: ServerCertificate, pair: Callable[[], Pair]) -> No
 
 def _writer(controller: Controller, election: Election) -> ClusterWriter:
     api = election.api
+
+    def parts() -> list[Part]:
+        fixes = Fixes(api)
+        events = Events(api, election.identity, more=fixes.notices)
+        return [fixes, PolicyStatus(api, fixes.of), PodGates(api), events, Reports(api)]
+
     return ClusterWriter(
         controller.picture,
         controller.picture_stale,
-        lambda: [PolicyStatus(api), PodGates(api), Events(api, election.identity), Reports(api)],
+        parts,
         lambda: election.held_for_s,
         partial(controller.report_write_problems, "objects"),
     )

@@ -40,17 +40,22 @@ class Selected:
 
 
 def policy_conditions(
-    policy: BypassPolicy, selected: Selected, reports: Mapping[str, NodeReport], now: datetime
+    policy: BypassPolicy,
+    selected: Selected,
+    reports: Mapping[str, NodeReport],
+    now: datetime,
+    unfixed: Iterable[str] = (),
 ) -> tuple[Condition, ...]:
     """Accepted, Programmed, Enforced and Degraded, of the generation that ``policy`` is.
 
     Args:
         reports: what nodes say of their own pods, by node.
+        unfixed: why what it asks to be applied is not.
     """
     accepted = _accepted(policy, now)
     programmed = _programmed(policy, selected.pods, reports)
     told = _Told(selected, reports)
-    found = (accepted, programmed, _enforced(policy, programmed, told, now), _degraded(policy, told))
+    found = (accepted, programmed, _enforced(policy, programmed, told, now), _degraded(policy, told, sorted(unfixed)))
     return tuple(replace(c, message=_cut(c.message), generation=policy.generation) for c in found)
 
 
@@ -157,19 +162,20 @@ def _enforced(policy: BypassPolicy, programmed: Condition, told: _Told, now: dat
     return Condition("Enforced", _TRUE, "Proved", f"probes proved it for {len(told.bypassing)} bypassing pods")
 
 
-def _degraded(policy: BypassPolicy, told: _Told) -> Condition:
+def _degraded(policy: BypassPolicy, told: _Told, unfixed: Sequence[str]) -> Condition:
     if policy.refusal is not None:
         return Condition("Degraded", _TRUE, "Refused", "see Accepted")
     causes = [
-        (reason, pods)
+        (reason, _of_pods(pods))
         for reason, pods in (
             ("PodsNotEnforced", told.unenforced), ("ProofFailed", told.disproved), ("GhostBypass", told.ghosts),
         )
         if pods
     ]  # fmt: skip
+    causes += [("FixNotApplied", "; ".join(unfixed))] if unfixed else []
     if not causes:
         return Condition("Degraded", _FALSE, "AsExpected")
-    return Condition("Degraded", _TRUE, causes[0][0], "; ".join(_of_pods(pods) for _, pods in causes))
+    return Condition("Degraded", _TRUE, causes[0][0], "; ".join(text for _, text in causes))
 
 
 def _of_pods(told: Mapping[str, PodCondition]) -> str:

@@ -115,15 +115,25 @@ class Events:
     and one every half hour.
     """
 
-    def __init__(self, api: Api, instance: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._api, self._instance, self._clock = api, instance, clock
+    def __init__(
+        self,
+        api: Api,
+        instance: str,
+        clock: Callable[[], float] = time.monotonic,
+        more: Callable[[], Iterable[Notice]] = tuple,
+    ) -> None:
+        """
+        Args:
+            more: what else is to be said.
+        """
+        self._api, self._instance, self._clock, self._more = api, instance, clock, more
         self._written: dict[str, _Written] = {}
         self._since: dict[str, float] = {}
         self._tried: dict[str, float] = {}
 
     def write(self, picture: Picture, out: Outbox, now: datetime) -> None:
         """Everything to be said stands in an Event."""
-        wanted = {notice.name: notice for notice in notices(picture)}
+        wanted = {notice.name: notice for notice in (*notices(picture), *self._more())}
         clock_s = self._clock()
         self._written = {name: written for name, written in self._written.items() if name in wanted}
         self._since = {name: self._since.get(name, clock_s) for name in wanted}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -10,6 +10,7 @@ from typing import Final
 
 from meshbridge.bypass.bypasspolicy import BypassPolicy
 from meshbridge.bypass.capture import bypasses_sidecar
+from meshbridge.bypass.encryption import node_encryption
 from meshbridge.controller.cluster import TERMINAL_PHASES
 from meshbridge.controller.scene import Scene, maker_of
 from meshbridge.identity.model import Peer, Workload
@@ -44,7 +45,14 @@ class Picture:
     @cached_property
     def scene(self) -> Scene:
         """The same as a report on bypasses sees it."""
-        return Scene(self.enforced, self.parsed, self.services, self.policies, self.mesh, self.now, self._maker_of)
+        return self.scene_of(self.parsed)
+
+    def scene_of(self, parsed: Sequence[Parsed]) -> Scene:
+        """The same with other objects of policies and the registry."""
+        encryption = node_encryption(document for held in self.documents.values() for document in held)
+        return Scene(
+            self.enforced, parsed, self.services, self.policies, self.mesh, self.now, self._maker_of, encryption
+        )
 
     def _maker_of(self, pod: Workload) -> str:
         return maker_of(pod, next(iter(self.documents.get(("", "Pod", pod.namespace, pod.name), ())), None))

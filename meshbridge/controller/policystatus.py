@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import partial
 from typing import Any, Final
@@ -28,8 +28,12 @@ class PolicyStatus:
     Cost: one write for each change of a policy's conditions, none for a look that finds the same.
     """
 
-    def __init__(self, api: Api) -> None:
-        self._api = api
+    def __init__(self, api: Api, unfixed: Callable[[BypassPolicy], Iterable[str]] = lambda _: ()) -> None:
+        """
+        Args:
+            unfixed: why what a policy asks to be applied is not.
+        """
+        self._api, self._unfixed = api, unfixed
         self._written: dict[Key, tuple[str, object]] = {}
         """The version we wrote to, and what it says since: until the follower has seen that."""
 
@@ -63,7 +67,7 @@ class PolicyStatus:
 
     def _conditions(self, policy: BypassPolicy, picture: Picture, now: datetime) -> tuple[Condition, ...]:
         selected = Selected(picture.selected(policy), picture.bypassing)
-        return policy_conditions(policy, selected, picture.reports, now)
+        return policy_conditions(policy, selected, picture.reports, now, self._unfixed(policy))
 
 
 def _status(policy: BypassPolicy, records: tuple[dict[str, Any], ...]) -> dict[str, Any]:

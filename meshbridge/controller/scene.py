@@ -14,6 +14,7 @@ from typing import Any, Final
 from meshbridge.bypass.bypasspolicy import BypassPolicies, BypassPolicy
 from meshbridge.bypass.capture import bypasses_sidecar, capture_state
 from meshbridge.bypass.clients import Registry
+from meshbridge.bypass.encryption import NodeEncryption
 from meshbridge.bypass.inventory import Inventory
 from meshbridge.identity.model import IpFamily, Workload
 from meshbridge.identity.networks import NetworkIndex
@@ -62,13 +63,14 @@ class Scene:
         mesh: MeshSettings,
         now: datetime,
         maker_of: Callable[[Workload], str],
+        encryption: NodeEncryption | None = None,
     ) -> None:
         """
         Args:
             maker_of: who made a pod, which outlives it, as ``namespace/name``; empty where nobody did.
         """
         self._pods, self._parsed, self._services = tuple(pods), tuple(parsed), tuple(services)
-        self._mesh, self._maker_of = mesh, maker_of
+        self._mesh, self._maker_of, self._encryption = mesh, maker_of, encryption
         self._bypass_policies = BypassPolicies(tuple(sorted(policies, key=lambda policy: policy.origin)), now)
 
     @cached_property
@@ -78,10 +80,14 @@ class Scene:
         found: dict[tuple[Any, ...], list[Workload]] = {}
         for pod in sorted(self._pods, key=lambda pod: pod.key):
             within = frozenset().union(*map(networks.containing, pod.addresses))
-            found.setdefault((self._maker_of(pod), within, *_told_apart(pod)), []).append(pod)
+            key = (self._maker_of(pod), within, self._is_encrypted(pod), *_told_apart(pod))
+            found.setdefault(key, []).append(pod)
         return tuple(
             Kind(key, key[0] or alike[0].key, tuple(alike), bypasses_sidecar(alike[0])) for key, alike in found.items()
         )
+
+    def _is_encrypted(self, pod: Workload) -> bool:
+        return self._encryption is not None and self._encryption.covers(pod.node, map(IpFamily.of, pod.addresses))
 
     def is_like(self, other: Scene) -> bool:
         """Whether the same holds of every kind of pods in both, however many pods there are."""
@@ -89,7 +95,7 @@ class Scene:
         return (
             len(mine) == len(theirs)
             and all(one is another for one, another in zip(mine, theirs, strict=True))
-            and self._mesh == other._mesh
+            and (self._mesh, self._encryption) == (other._mesh, other._encryption)
             and self._bypass_policies.next_change == other._bypass_policies.next_change
             and {kind.key: kind.name for kind in self.kinds} == {kind.key: kind.name for kind in other.kinds}
         )
@@ -107,6 +113,7 @@ class Scene:
             bypass_policies=self._bypass_policies,
             registry=Registry(known, self._services, self._mesh, policies.peer_authentication),
             registry_only=self._mesh.registry_only,
+            encryption=self._encryption,
         )
 
     @cached_property

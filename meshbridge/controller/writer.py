@@ -31,6 +31,7 @@ IDLE_RATIO: Final = 4.0
 """A look that took long is followed by a pause this many times as long: serving xDS comes first."""
 WRITES_PER_S: Final = 20.0
 BURST: Final = 100.0
+TOO_MANY, BROKEN = 429, 500
 
 WRITES = Counter("meshbridge_controller_writes_total", "Objects written into the cluster.", ["what", "result"])
 
@@ -111,7 +112,7 @@ class Outbox:
                 self.problems.add(Problem(ProblemReason.UNWRITABLE, text.replace("may not be written", kind, 1)))
             return
         log.info("write.refused", what=what, object=where, code=refused.code, reason=refused.message)
-        self.unfinished = True
+        self.unfinished |= refused.code == TOO_MANY or refused.code >= BROKEN  # any other answer stays the same
 
     def _wait_for_turn(self) -> None:
         while True:
