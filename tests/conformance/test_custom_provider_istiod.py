@@ -16,6 +16,7 @@ from api_server import missing
 from authz_world import OTHER_PORT, TCP, Endpoint, World, endpoint_slice, service, token, until, world
 from envoy.service.auth.v3.external_auth_pb2 import CheckRequest, CheckResponse
 from envoy.service.auth.v3.external_auth_pb2_grpc import AuthorizationServicer, add_AuthorizationServicer_to_server
+from envoy_world import ROOT_NAMESPACE
 from meshnet import Pod, in_netns, run
 
 from meshbridge.xds.istio import NAMESPACE, PORT, Authz, custom_policy, envoy_filter
@@ -177,6 +178,22 @@ def test_plaintext_where_it_is_asked_for(mesh: World) -> None:
     until(lambda: str(two.v4) not in _endpoints(mesh.config_dump(mesh.server), Authz().cluster), "the one is back")
     running.kill()
     assert mesh.ask(scope="transactions")[0] == 200
+
+
+def test_a_policy_in_the_root_namespace_is_for_the_whole_mesh(mesh: World) -> None:
+    """Our server's own pods have no Envoy, so nothing loops."""
+    everybody = custom_policy(ROOT_NAMESPACE, {})
+    mesh.put(everybody)
+    mesh.api.delete(OURS)
+    try:
+        until(
+            lambda: "ns[finance]-policy[meshbridge-ext-authz]" not in mesh.config_dump(mesh.server), "it alone is left"
+        )
+        assert [mesh.ask(scope=scope)[0] for scope in ("transactions", "other")] == [200, 403]
+        assert "x-meshbridge-reason: policy" in mesh.ask(scope="other")[1]
+    finally:
+        mesh.put(OURS)
+        mesh.api.delete(everybody)
 
 
 def test_two_providers_at_one_workload_make_istio_deny_everything(mesh: World) -> None:

@@ -173,3 +173,19 @@ def test_the_injector_comes_after_us_by_name(cluster: Webhook) -> None:
     server: ApiServer = cluster.server
     _, found = server.call("GET", "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations")
     assert [each["metadata"]["name"] for each in found["items"]] == ["bypass.meshbridge.io", "istio-sidecar-injector"]
+
+
+def test_our_own_server_gets_the_meshs_certificates_and_no_envoy(cluster: Webhook) -> None:
+    """By the labels and annotations of deploy/istio, which have the injector take its template ``grpc-agent``."""
+    patch = yaml.safe_load((REPO / "deploy/istio/authz-with-mesh-certificates.yaml").read_text())["spec"]["template"]
+    each = pod("authz", patch["metadata"]["annotations"], patch["metadata"]["labels"])
+    each["spec"]["containers"][0] |= {"name": "authz", "args": patch["spec"]["containers"][0]["args"]}
+    made, _ = applied(cluster, each)
+    containers = {container["name"]: container for container in made["spec"]["containers"]}
+    assert arguments(made) == {}
+    environment = {variable["name"]: variable.get("value") for variable in containers["istio-proxy"]["env"]}
+    assert (environment["DISABLE_ENVOY"], environment["OUTPUT_CERTS"]) == ("true", "/var/lib/istio/data")
+    mounted = {mount["mountPath"] for mount in containers["authz"]["volumeMounts"]}
+    files = {argument.partition("=")[2] for argument in containers["authz"]["args"] if argument.endswith(".pem")}
+    assert {str(Path(file).parent) for file in files} <= mounted
+    assert made["metadata"]["labels"]["security.istio.io/tlsMode"] == "istio"

@@ -37,10 +37,10 @@ def network_of(netns: str) -> NodeNetwork:
 
 
 def test_a_link_has_the_kernels_kind(netns: str) -> None:
-    for words in ("cilium_wg0 type dummy", "pair0 type veth peer name pair1", "wireguard.cali type bridge"):
+    for words in ("cilium_wg0 type veth peer name pair1", "wireguard.cali type bridge"):
         subprocess.run(["ip", "-n", netns, "link", "add", *words.split()], check=True)
     links = {link.name: link.kind for link in network_of(netns).links.values()}
-    assert links.items() >= {"lo": "", "cilium_wg0": "dummy", "pair0": "veth", "wireguard.cali": "bridge"}.items()
+    assert links.items() >= {"lo": "", "cilium_wg0": "veth", "wireguard.cali": "bridge"}.items()
     assert encryption_of_links("a", links.items()) is None
 
 
