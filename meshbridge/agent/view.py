@@ -23,7 +23,7 @@ from meshbridge.policy.parse import Parsed, parse
 from meshbridge.policy.policybook import PolicyBook
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.selectors import PeerSelector, Selector
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.client import Update
 from meshbridge.xds.messages import (
     HolderReader,

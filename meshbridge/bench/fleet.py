@@ -24,7 +24,7 @@ from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, Delt
 from meshbridge.xds.auth import load_key, mint_token, node_caller
 from meshbridge.xds.bearer import bearer
 from meshbridge.xds.client import CHANNEL_OPTIONS, MESSAGES
-from meshbridge.xds.snapshot import REVISION
+from meshbridge.xds.types import REVISION
 
 METHOD: Final = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 RETRY_S: Final = 0.5

@@ -26,7 +26,7 @@ from meshbridge.authz.view import CurrentView
 from meshbridge.cli.connection import connection
 from meshbridge.errors import SettingsError
 from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.client import ControllerClient, Update
 from meshbridge.xds.messages import MessageError, document_of, holder_of, mesh_of, workload_of
 

@@ -28,7 +28,7 @@ from meshbridge.policy.model import Document
 from meshbridge.policy.parse.cluster import Service
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.protos.agent_pb2 import Revision
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.auth import Caller, CallerKind
 from meshbridge.xds.nodereport import NO_REPORT, NodeReport
 from meshbridge.xds.resources import sidecar_resources

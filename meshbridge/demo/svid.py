@@ -21,7 +21,7 @@ from meshbridge.demo.layout import APPLICATION_UID, CONTROLLER_SOCKET, SECRETS
 from meshbridge.demo.records import PodRecord
 from meshbridge.xds.bearer import bearer
 from meshbridge.xds.names import SECRET_CERTIFICATE, SECRET_ROOT_CA
-from meshbridge.xds.snapshot import SECRET
+from meshbridge.xds.types import SECRET
 
 _TIMEOUT_S = 10.0
 

@@ -24,7 +24,7 @@ from meshbridge.errors import MeshBridgeError, SettingsError
 from meshbridge.protos import reports_pb2_grpc
 from meshbridge.protos.agent_pb2 import Address, Endpoint, Mesh, Policy, Problem, Revision, Service
 from meshbridge.protos.reports_pb2 import NodeReport as ReportMessage
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.bearer import bearer
 from meshbridge.xds.nodereport import NodeReport, report_message
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from meshbridge.xds.clusters import build_clusters
 from meshbridge.xds.listeners import inbound_listener, outbound_listener
 from meshbridge.xds.sidecar import Sidecar
-from meshbridge.xds.snapshot import CLUSTER, LISTENER
+from meshbridge.xds.types import CLUSTER, LISTENER
 
 
 def sidecar_resources(sidecar: Sidecar) -> Mapping[str, Mapping[str, bytes]]:

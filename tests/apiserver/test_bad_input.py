@@ -18,7 +18,7 @@ from api_server import ADMIN, NOBODY, REPLICAS, ApiServer, running_api_server, w
 from controllers import KEY, controller, installation, roles
 
 from meshbridge.protos.agent_pb2 import Policy
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.auth import mint_token, node_caller
 from meshbridge.xds.client import ControllerClient, Update
 

@@ -41,8 +41,8 @@ from meshbridge.identity.model import ProxyClass, Workload
 from meshbridge.xds.bootstrap import BootstrapInputs, bootstrap, static_cluster
 from meshbridge.xds.filters import router
 from meshbridge.xds.names import CLUSTER_INBOUND
-from meshbridge.xds.snapshot import CLUSTER, LISTENER, SECRET
 from meshbridge.xds.transport import downstream_tls, socket_address
+from meshbridge.xds.types import CLUSTER, LISTENER, SECRET
 
 UPSTREAM = ("127.0.0.1", 18000)
 CLIENT_THREADS = 4

@@ -23,7 +23,7 @@ from envoy_proxy import Chains, echo
 from envoy_world import HTTP_PORTS, ROOT_NAMESPACE, UNDECLARED, Server, World
 
 from meshbridge.xds.names import CLUSTER_INBOUND
-from meshbridge.xds.snapshot import LISTENER
+from meshbridge.xds.types import LISTENER
 
 INBOUND = "virtualInbound"
 STARTED_S = 90

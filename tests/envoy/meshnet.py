@@ -35,7 +35,8 @@ from meshbridge.xds.names import SECRET_CERTIFICATE, SECRET_ROOT_CA
 from meshbridge.xds.resources import sidecar_resources
 from meshbridge.xds.server import DeltaServer, start_server
 from meshbridge.xds.sidecar import Sidecar
-from meshbridge.xds.snapshot import SECRET, Resource, Snapshot
+from meshbridge.xds.snapshot import Resource, Snapshot
+from meshbridge.xds.types import SECRET
 
 ENVOY = Path(envoy.__path__[0]) / "_bin" / "envoy"
 PROXY_UID = 1337

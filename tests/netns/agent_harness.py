@@ -27,7 +27,7 @@ from meshbridge.observe.client import AgentUnreachable
 from meshbridge.observe.flow import Flow
 from meshbridge.policy.model import Document, Source
 from meshbridge.protos import agent_pb2, observer_pb2
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.auth import Caller, TokenKey, mint_token, node_caller
 from meshbridge.xds.server import DeltaServer, start_server
 from meshbridge.xds.snapshot import Resource, Snapshot

@@ -18,7 +18,7 @@ from meshbridge.policy.frontends import Backend, FrontendPort
 from meshbridge.policy.model import Document
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.protos import agent_pb2
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.client import MESSAGES, Update
 from meshbridge.xds.messages import ServiceFrontends, ServicePort
 

@@ -13,7 +13,7 @@ from meshbridge.agent.view import Announced, Changes, NodeView
 from meshbridge.controller.messages import address_message, endpoint_message
 from meshbridge.identity.model import Peer, Workload
 from meshbridge.protos import agent_pb2
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.client import MESSAGES, Update
 
 WEB = Peer("shop", {"app": "web"}, service_account="web")

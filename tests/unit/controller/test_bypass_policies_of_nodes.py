@@ -14,7 +14,7 @@ from meshbridge.controller.cluster import Cluster
 from meshbridge.controller.controller import Controller
 from meshbridge.policy.model import Document, Source
 from meshbridge.protos.agent_pb2 import Policy
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.auth import node_caller
 from meshbridge.xds.client import MESSAGES, Update
 from meshbridge.xds.secrets import SecretStore, load_or_create_authority

@@ -10,7 +10,7 @@ from test_cluster_views import A, B, World, document, pod
 
 from meshbridge.identity.model import Entity
 from meshbridge.protos import agent_pb2
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.server import Feed
 
 

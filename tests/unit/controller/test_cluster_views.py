@@ -21,7 +21,7 @@ from meshbridge.policy.model import Document, Source
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.protos import agent_pb2
 from meshbridge.xds import messages
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.auth import Caller, node_caller, pod_caller
 from meshbridge.xds.secrets import SVID_LIFETIME, SecretStore, load_or_create_authority
 from meshbridge.xds.select import mtls_destinations

@@ -21,7 +21,7 @@ from envoy.service.discovery.v3 import ads_pb2_grpc
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest
 
 from meshbridge.protos.agent_pb2 import Policy
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.auth import load_key, mint_token, node_caller
 from meshbridge.xds.bearer import bearer
 from meshbridge.xds.client import ControllerClient, Update

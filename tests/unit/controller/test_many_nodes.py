@@ -9,7 +9,7 @@ from test_cluster_views import NOW, World, cnp, pod
 
 from meshbridge.controller import controller
 from meshbridge.kube.problems import Problem, ProblemReason
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.auth import node_caller
 from meshbridge.xds.secrets import SecretStore, load_or_create_authority
 from meshbridge.xds.server import Feed

@@ -13,7 +13,7 @@ from meshbridge.kube.problems import ProblemReason
 from meshbridge.policy import parse as parsers
 from meshbridge.policy.parse import Parsed
 from meshbridge.policy.parse.ciliumnetworkpolicy import parse_cilium_network_policy
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 
 CNP = ("cilium.io", "CiliumNetworkPolicy")
 

@@ -10,7 +10,7 @@ from test_cluster_views import World, cnp, document, pod
 from meshbridge.bypass.annotations import EXCLUDE_OUTBOUND_PORTS
 from meshbridge.policy.model import Document
 from meshbridge.protos import agent_pb2
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.auth import node_caller
 from meshbridge.xds.server import Feed
 

@@ -12,7 +12,7 @@ from meshbridge.kube.objects import read_objects
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.selectors import CidrPeers, Selector
 from meshbridge.protos import agent_pb2 as pb
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.client import Update
 
 CLUSTER = """

@@ -12,7 +12,7 @@ from meshbridge.controller.controller import Controller
 from meshbridge.controller.replicas import MAX_REPLICAS, OwnService
 from meshbridge.policy.model import Document
 from meshbridge.protos.agent_pb2 import Revision
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.secrets import SecretStore, load_or_create_authority
 from meshbridge.xds.server import Feed
 

@@ -20,7 +20,7 @@ from test_delta_grpc import KEY, Source, run, token, until
 from meshbridge.errors import SettingsError
 from meshbridge.identity.model import IpFamily, TcpPorts
 from meshbridge.protos.agent_pb2 import Policy
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.auth import TokenKey
 from meshbridge.xds.client import ControllerClient, read_ca
 from meshbridge.xds.nodereport import NodeReport

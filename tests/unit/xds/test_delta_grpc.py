@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from meshbridge.errors import SettingsError
 from meshbridge.protos.agent_pb2 import Address, Policy, Revision
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.auth import Caller, TokenKey, bearer, mint_token, node_caller, pod_caller
 from meshbridge.xds.client import ControllerClient, Update
 from meshbridge.xds.server import DeltaServer, Refusals, start_server

@@ -37,7 +37,8 @@ from meshbridge.xds.nodereport import (
 )
 from meshbridge.xds.reports import ReportServer
 from meshbridge.xds.server import DeltaServer, Refusals, start_server
-from meshbridge.xds.snapshot import REVISION, Resource, Resources, Snapshot
+from meshbridge.xds.snapshot import Resource, Resources, Snapshot
+from meshbridge.xds.types import REVISION
 
 KEY = b"k" * 32
 NODE, POD = node_caller("node-a"), pod_caller("node-a", "shop", "web", "sa", "uid")

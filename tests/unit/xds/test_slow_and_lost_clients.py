@@ -18,7 +18,7 @@ from test_delta_grpc import KEY, Source, run, serving, token, until
 from meshbridge.protos.agent_pb2 import Policy
 from meshbridge.xds import client as xds_client
 from meshbridge.xds import server as xds_server
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.auth import TokenKey, bearer
 from meshbridge.xds.client import ControllerClient
 from meshbridge.xds.server import DeltaServer, start_server

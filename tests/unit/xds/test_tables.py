@@ -9,7 +9,7 @@ from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshbridge.xds import snapshot as xds
+from meshbridge.xds import types as xds
 from meshbridge.xds.snapshot import DeltaSession, Snapshot
 from meshbridge.xds.tables import NOTHING, Resource, Table, differing
 

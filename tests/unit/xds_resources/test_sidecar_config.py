@@ -24,7 +24,7 @@ from meshbridge.xds.clusters import build_clusters
 from meshbridge.xds.listeners import inbound_listener, outbound_listener
 from meshbridge.xds.resources import sidecar_resources
 from meshbridge.xds.sidecar import MtlsDestination, Sidecar
-from meshbridge.xds.snapshot import CLUSTER, LISTENER
+from meshbridge.xds.types import CLUSTER, LISTENER
 
 for module in (
     "filters.http.ext_authz.v3.ext_authz_pb2",
