@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import yaml
-from api_server import ADMIN, NOBODY, ApiServer, definition, path_of, plural, wait_for
+from api_server import ADMIN, NOBODY, READER, ApiServer, definition, path_of, plural, wait_for
 from click.testing import CliRunner, Result
 from policygen import cilium_policy, cluster_policy
 
 from meshbridge.cli import cli
+from meshbridge.cli.certificates import controller_pair
 from meshbridge.install.cluster import Cluster
 from meshbridge.install.manifests import Options, is_definition, packaged, render
-from meshbridge.kube.api import Api
+from meshbridge.kube.api import Api, ClusterError
+from meshbridge.kube.lease import Election
 from meshbridge.kube.objects import read_objects
+from meshbridge.kube.ownobjects import keep_secret, trust_webhook
 from meshbridge.policy.model import Document
 from meshbridge.policy.parse import parse
 
@@ -187,6 +190,33 @@ def test_a_field_that_somebody_changed_is_told_of_and_taken_over_only_when_asked
     assert "--force-conflicts" in str(refused.exception)
     assert run(server, "install", "--force-conflicts").exit_code == 0
     assert server.call("GET", path)[1]["spec"]["replicas"] == 2
+
+
+def test_components_fill_what_is_made_empty_with_the_rights_that_are_installed_and_no_more(server: ApiServer) -> None:
+    assert run(server, "install").exit_code == 0
+    rbac = "rbac.authorization.k8s.io"
+    bindings = [
+        {
+            "apiVersion": f"{rbac}/v1", "kind": f"{kind}Binding",
+            "metadata": {"name": f"test-{component}", **({"namespace": SYSTEM} if kind == "Role" else {})},
+            "roleRef": {"apiGroup": rbac, "kind": kind, "name": f"meshbridge-{component}"},
+            "subjects": [{"apiGroup": rbac, "kind": "User", "name": READER}],
+        }
+        for component in ("controller", "webhook") for kind in ("Role", "ClusterRole")
+    ]  # fmt: skip
+    server.create(*bindings)
+    api = Api(server.client(READER))
+    try:
+        controller_pair(api, SYSTEM, "meshbridge-controller-tls")
+        keep_secret(api, SYSTEM, "meshbridge-webhook-tls", lambda _: {"ca.pem": b"x"})
+        assert trust_webhook(api, "bypass.meshbridge.io", (SYSTEM, "meshbridge-webhook"), b"x")
+        election = Election(api, SYSTEM, "meshbridge-controller", "replica-1")
+        election.attempt()
+        assert election.held_for_s > 0, election.problem
+        with pytest.raises(ClusterError, match="forbidden"):
+            keep_secret(api, SYSTEM, "another", lambda _: {"ca.pem": b"x"})
+    finally:
+        server.delete(*bindings)
 
 
 def test_a_dry_run_leaves_nothing(server: ApiServer) -> None:
