@@ -103,13 +103,13 @@ class Outbox:
     def _refused(self, what: str, where: str, refused: RefusedError) -> None:
         WRITES.labels(what, str(refused.code)).inc()
         if refused.code == FORBIDDEN and "being terminated" not in refused.message:
-            text = (
-                f"{where}: may not be written ({what}): {refused.message[:200]}; give the controller's role "
-                "the verb, as in deploy/kustomize/base; until then only /problems tells, and policy is in force"
-            )
             kind = f"may not {what}"
             if not any(kind in problem.text for problem in self.problems):  # one of each kind says it all
-                self.problems.add(Problem(ProblemReason.UNWRITABLE, text.replace("may not be written", kind, 1)))
+                text = (
+                    f"{where}: {kind}: {refused.message[:200]}; give the controller's role the verb, as in "
+                    "deploy/kustomize/base; until then only /problems tells, and policy is in force"
+                )
+                self.problems.add(Problem(ProblemReason.UNWRITABLE, text))
             return
         log.info("write.refused", what=what, object=where, code=refused.code, reason=refused.message)
         self.unfinished |= refused.code == TOO_MANY or refused.code >= BROKEN  # any other answer stays the same
