@@ -37,6 +37,8 @@ KINDS: Final = (
 )  # fmt: skip
 """What an installation may consist of, in this version or another."""
 
+_HELM_RELEASE: Final = "meta.helm.sh/release-name"
+
 Tell = Callable[[str], None]
 
 
@@ -56,8 +58,10 @@ class Cluster:
         """Every object is there and is what it says. Definitions that others brought stay as they are.
 
         Raises:
-            InstallError: the server refuses one; what came before it is there.
+            InstallError: the server refuses one; what came before it is there. Or all of it is a Helm release's.
         """
+        if not force:
+            self._check_not_helms(objects)
         fresh: list[Object] = []
         for each in objects:
             if is_foreign(each) and (owner := self._owner(each)):
@@ -196,6 +200,18 @@ class Cluster:
         if found is None:
             raise InstallError(f"does not know {kind} of {group or 'the core group'}", where=self.api.where)
         return found
+
+    def _check_not_helms(self, objects: Iterable[Object]) -> None:
+        """Two installers of one thing would undo each other's work."""
+        for each in objects:
+            if each["kind"] not in ("Deployment", "DaemonSet"):
+                continue
+            annotations = (self.find(each) or {}).get("metadata", {}).get("annotations") or {}
+            if release := annotations.get(_HELM_RELEASE):
+                raise InstallError(
+                    f"is of the Helm release {release!r}", where=f"{self.api.where}, {name_of(each)}",
+                    fix="use 'helm upgrade', or take all of it over with --force-conflicts",
+                )  # fmt: skip
 
     def _owner(self, definition: Object) -> str:
         """Who brought a definition that is there; empty: nobody, or we."""

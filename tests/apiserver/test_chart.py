@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 from api_server import ADMIN, REPO, ApiServer, definition, path_of, wait_for
+from click.testing import CliRunner
 
+from meshbridge.cli import cli
 from meshbridge.install.manifests import Options, key_of, packaged, render
 
 CHART = REPO / "deploy/helm/meshbridge"
@@ -168,6 +170,8 @@ def test_a_release_brings_definitions_where_absent_keeps_them_and_leaves_the_res
         helm("install", "meshbridge", *options)
         assert at_server(workload(kustomize(), "meshbridge-agent")) is not None
         assert at_server(ours) is not None
+        refused = CliRunner().invoke(cli, ["install", "--kubeconfig", str(api_server.kubeconfig(ADMIN))])
+        assert (refused.exit_code, "'helm upgrade'" in str(refused.exception)) == (1, True), refused.exception
         helm("upgrade", "meshbridge", *options, "--set", "controller.replicas=3")
         now = at_server(workload(kustomize(), "meshbridge-controller"))
         assert now is not None
