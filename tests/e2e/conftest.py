@@ -13,7 +13,7 @@ import pytest
 from cluster import Cluster
 from installed import Installed
 from installed import image as meshbridge_image
-from kubectl import Kubectl
+from kubectl import Kubectl, wait_until
 from workloads import namespace
 
 LOGS = Path(os.environ.get("MESHBRIDGE_E2E_LOGS", "/var/cache/meshbridge/e2e/logs"))
@@ -62,6 +62,7 @@ def make_namespace(kubectl: Kubectl) -> Iterator[Callable[..., str]]:
         name = f"{prefix}-{os.getpid()}-{next(_numbers)}"
         kubectl.apply(namespace(name, injected=injected))
         made.append(name)
+        wait_until(lambda: kubectl.exists("serviceaccount", "default", name), f"{name} takes pods")
         return name
 
     yield make

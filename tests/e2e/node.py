@@ -17,6 +17,7 @@ from pki import Authority
 SERVICES = ("containerd", "kubelet", "kube-proxy")
 SOCKET = "/run/containerd/containerd.sock"
 PAUSE = "registry.local/pause:1"
+CNI_CONFIGURATION = "/etc/cni/net.d/10-pods.conflist"
 STARTED_S = 60
 
 # restrict_oom_score_adj: without it runc ends with "can't get final child's PID from pipe" where the machine does not
@@ -78,7 +79,8 @@ def start_node(host: Host, authority: Authority) -> None:
     host.write("/etc/kubernetes/kubelet.conf", kubelet, 0o600)
     host.write("/etc/kubernetes/kube-proxy.conf", authority.kubeconfig("system:kube-proxy", server), 0o600)
     host.write("/etc/kubernetes/kubelet.yaml", yaml.safe_dump(_kubelet_configuration(host.name)))
-    host.write("/etc/cni/net.d/10-pods.conflist", json.dumps(_network(mine.pods)))
+    if not (host.root / CNI_CONFIGURATION.lstrip("/")).exists():  # after a reboot, others may have chained plugins in it
+        host.write(CNI_CONFIGURATION, json.dumps(_network(mine.pods)))
     host.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
     for other in topology.NODES:
         if other != mine:
