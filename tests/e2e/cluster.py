@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import shutil
@@ -20,12 +19,12 @@ import images
 import istio
 import topology
 import trees
-from host import Host, remove_cgroups, remove_directory
+from host import NAME, Host, remove_cgroups, remove_directory
 from kubectl import Kubectl, Object, is_ready, starts, wait_until
 from node import boot_node, import_images, start_containerd, start_node
 from pki import Authority
 
-DIRECTORY = trees.CACHE / "run"
+DIRECTORY = trees.CACHE / NAME
 STATE = DIRECTORY / "cluster.json"
 READY_S = 120
 
@@ -143,18 +142,21 @@ class Cluster:
 
 @contextlib.contextmanager
 def only_one() -> Iterator[None]:
-    """Two clusters at once would be too much for a machine: wait for the other one's end."""
-    trees.CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (trees.CACHE / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Wait for the end of another process's cluster of this name."""
+    with trees.alone(NAME):
         yield
 
 
 def start(*, lives_on: bool = False, say: Callable[[str], None] = lambda _: None) -> Cluster:
-    """Start everything; nodes, DNS and Istio are ready when this returns. What was left of another is removed first.
+    """Start everything; nodes, DNS and Istio are ready when this returns. What a dead one left is removed first.
 
     The cluster ends with this process unless it ``lives_on``.
     """
+    if attach():
+        raise AssertionError(
+            f"a cluster {NAME!r} is running: end it with tests/e2e/up.py down, use it with MESHBRIDGE_E2E_REUSE=1, "
+            "or name another with MESHBRIDGE_E2E_NAME"
+        )
     began = time.monotonic()
     disk, tree = images.disk(), trees.node()
     remove_left_over()

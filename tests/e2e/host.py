@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 INIT = Path(__file__).parent / "host_init.py"
-CGROUP = "meshbridge-e2e"
+NAME = os.environ.get("MESHBRIDGE_E2E_NAME", "run")
+"""Of the cluster: two of different names do not meet."""
+CGROUP = f"meshbridge-e2e-{NAME}"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 STOPPED_S = 20
 

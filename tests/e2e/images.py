@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Iterable
@@ -68,22 +69,33 @@ def images() -> tuple[Image, ...]:
 
 def disk() -> Path:
     """A containerd's files with all images loaded, made once for each set of images. Only to be copied from."""
-    archive = _archive(images())
-    ready = archive.with_suffix(".disk")
-    if not ready.exists():
-        print("e2e: loading the images into a node's disk, once (half a minute)", flush=True)
-        making = ready.with_suffix(".making")
-        shutil.rmtree(making, ignore_errors=True)
-        host = boot_node("images", making, trees.node(), built("kubernetes") / "bin", lives_on=False)
-        try:
-            start_containerd(host)
-            import_images(host, archive)
-            host.stop("containerd")
-        finally:
-            host.shut_down()
-        (making / "containerd").rename(ready)
-        shutil.rmtree(making)
-    return ready
+    with trees.alone("images"):
+        wanted = images()
+        ready = IMAGES / f"{_version(wanted)}.disk"
+        if not ready.exists():
+            _make_disk(wanted, ready)
+        os.utime(ready)
+        trees.forget_old(IMAGES, "*.disk")
+        return ready
+
+
+def _make_disk(wanted: tuple[Image, ...], ready: Path) -> None:
+    print("e2e: packing the images and loading them into a node's disk, once (a minute)", flush=True)
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    making, archive = ready.with_suffix(".making"), ready.with_suffix(".tar")
+    shutil.rmtree(making, ignore_errors=True)
+    with tarfile.open(archive, "w") as packed:
+        _pack(packed, trees.base(), wanted)
+    host = boot_node("images", making, trees.node(), built("kubernetes") / "bin", lives_on=False)
+    try:
+        start_containerd(host)
+        import_images(host, archive)
+        host.stop("containerd")
+    finally:
+        host.shut_down()
+    archive.unlink()
+    (making / "containerd").rename(ready)
+    shutil.rmtree(making)
 
 
 def copy_disk(source: Path, target: Path) -> None:
@@ -106,32 +118,19 @@ def _envoy() -> Path:
     return next(each for each in found if each.is_file())
 
 
-def _archive(wanted: Iterable[Image]) -> Path:
-    wanted = tuple(wanted)
-    base = trees.base()
-    text = json.dumps([_PACKED_BY, base.name, *(_described(each) for each in wanted)])
-    archive = IMAGES / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.tar"
-    if not archive.exists():
-        print("e2e: packing the images, once", flush=True)
-        IMAGES.mkdir(parents=True, exist_ok=True)
-        making = archive.with_suffix(".making-tar")
-        with tarfile.open(making, "w") as packed:
-            _pack(packed, base, wanted)
-        making.rename(archive)
-    return archive
+def _version(wanted: Iterable[Image]) -> str:
+    """What tells one set of images from another."""
+    described = [
+        [each.name, each.entrypoint, each.user, each.directories, {to: _digest(of) for to, of in each.files.items()}]
+        for each in wanted
+    ]
+    text = json.dumps([_PACKED_BY, trees.base().name, described])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _described(image: Image) -> list[object]:
-    files = {name: _stamp(path) for name, path in image.files.items()}
-    return [image.name, image.entrypoint, image.user, image.directories, files]
-
-
-def _stamp(path: Path) -> str:
-    """What tells one version of a file from another; a large one is not read for it."""
-    status = path.stat()
-    if status.st_size < 1 << 20:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    return f"{path.name}:{status.st_size}:{status.st_mtime_ns}"
+def _digest(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _pack(packed: tarfile.TarFile, base: Path, wanted: Iterable[Image]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,14 +94,15 @@ def image() -> tuple[str, Path]:
     """The image of this source, built when it is not there yet: its name and an archive."""
     name = f"localhost/meshbridge:e2e-{_version()}"
     archive = trees.CACHE / "meshbridge" / f"{name.rpartition('-')[2]}.tar"
-    if not archive.exists():
-        print("e2e: building MeshBridge's image", flush=True)
-        archive.parent.mkdir(exist_ok=True)
-        for old in archive.parent.iterdir():
-            old.unlink()
-        making = archive.with_suffix(".making")
-        run([REPO / "scripts/image", "--tag", name, "-o", making], timeout_s=BUILT_S, where="image")
-        making.rename(archive)
+    with trees.alone("meshbridge"):
+        if not archive.exists():
+            print("e2e: building MeshBridge's image", flush=True)
+            archive.parent.mkdir(exist_ok=True)
+            making = archive.with_suffix(".making")
+            run([REPO / "scripts/image", "--tag", name, "-o", making], timeout_s=BUILT_S, where="image")
+            making.rename(archive)
+        os.utime(archive)
+        trees.forget_old(archive.parent, "*.tar")
     return name, archive
 
 

@@ -79,7 +79,7 @@ def start_node(host: Host, authority: Authority) -> None:
     host.write("/etc/kubernetes/kubelet.conf", kubelet, 0o600)
     host.write("/etc/kubernetes/kube-proxy.conf", authority.kubeconfig("system:kube-proxy", server), 0o600)
     host.write("/etc/kubernetes/kubelet.yaml", yaml.safe_dump(_kubelet_configuration(host.name)))
-    if not (host.root / CNI_CONFIGURATION.lstrip("/")).exists():  # after a reboot, others may have chained plugins in it
+    if not (host.root / CNI_CONFIGURATION.lstrip("/")).exists():  # a reboot keeps plugins that were chained in
         host.write(CNI_CONFIGURATION, json.dumps(_network(mine.pods)))
     host.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
     for other in topology.NODES:

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from host import run
 
 CACHE = Path("/var/cache/meshbridge/e2e")
+KEPT = 3
+"""How many of what is made anew with each version of its sources stay in the cache."""
 MIRROR, SUITE = "http://deb.debian.org/debian", "bookworm"
 _BASE = ("ca-certificates", "curl", "iproute2", "iptables", "iputils-ping", "procps", "python3")
 _NODE = (
     "conntrack", "containerd", "containernetworking-plugins", "ethtool", "ipset", "kmod", "nftables", "runc", "socat",
     "util-linux",
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def alone(what: str) -> Iterator[None]:
+    """Nobody else on this machine makes, or runs, the same meanwhile."""
+    CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (CACHE / f".{what}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def forget_old(directory: Path, pattern: str) -> None:
+    """Remove all but the newest that match."""
+    found = sorted(directory.glob(pattern), key=lambda each: each.stat().st_mtime, reverse=True)
+    for each in found[KEPT:]:
+        shutil.rmtree(each) if each.is_dir() else each.unlink()
 
 
 def base() -> Path:
