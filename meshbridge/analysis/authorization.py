@@ -29,6 +29,7 @@ from meshbridge.policy.mesh import (
     RequestAuthentication,
 )
 from meshbridge.policy.model import Origin, Severity, Verdict
+from meshbridge.policy.parse.cluster import Service
 
 Known = Callable[[Condition], Verdict]
 
@@ -137,9 +138,11 @@ def providers(scene: Scene) -> Iterator[Finding]:
             if unasked:
                 text = f"provider {policy.provider!r} speaks HTTP, so nobody asks it about {listed(unasked)}"
                 yield finding("MB0104", policy.origin, text)
+    servers = [s for s in scene.services if OUR_SERVER.items() <= (s.selector or {}).items()]
     for pods in scene.pods:
         yield from _several_providers(pods)
         yield from _asks_itself(pods)
+        yield from _cannot_ask(scene, pods, servers)
 
 
 def _several_providers(pods: Pods) -> Iterator[Finding]:
@@ -158,6 +161,21 @@ def _asks_itself(pods: Pods) -> Iterator[Finding]:
         if policy.action is Action.CUSTOM and policy.provider == OUR_PROVIDER:
             text = f"selects {pods}, the server it asks, which has a sidecar: every check waits for itself"
             yield finding("MB0118", policy.origin, text)
+
+
+def _cannot_ask(scene: Scene, pods: Pods, servers: list[Service]) -> Iterator[Finding]:
+    if pods.pod.proxy is not ProxyClass.SIDECAR:
+        return
+    for policy in pods.selected.authorization:
+        if policy.action is not Action.CUSTOM or policy.provider != OUR_PROVIDER:
+            continue
+        for server in servers:
+            hiding = [scene.cluster.registry.hides(pods.pod, server, port.port) for port in server.ports]
+            if hiding and (by := hiding[0]) is not None:
+                text = (
+                    f"{pods} cannot ask: Sidecar {by.namespace}/{by.name} leaves out {server.namespace}/{server.name}"
+                )
+                yield finding("MB0119", policy.origin, text, related=[by.origin])
 
 
 def left_out_by_ztunnel(scene: Scene) -> Iterator[Finding]:

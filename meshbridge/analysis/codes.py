@@ -183,6 +183,13 @@ _CODES: Final = (
         "manifests do.",
     ),
     Code(
+        "MB0119", "CannotAsk", _ERROR,
+        "Pods have to ask MeshBridge's ext_authz server, and a Sidecar hides it from them.",
+        "Their Envoys do not know the Service, so nobody answers: every request that the CUSTOM policy covers gets "
+        "503, or with `failOpen: true` passes unjudged.",
+        "List `meshbridge-system/*` among the Sidecar's egress hosts.",
+    ),
+    Code(
         "MB0201", "SeveralOfOneScope", _WARNING,
         "Two PeerAuthentications of one scope select the same workload.",
         "Only the oldest counts. Which that is cannot be seen in the files, and changes when one is created anew.",

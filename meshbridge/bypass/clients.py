@@ -118,6 +118,12 @@ class Registry:
         by_labels = [scope for scope in own if scope.selector and scope.selects(client.labels)]
         return next(iter([*by_labels, *(scope for scope in own if not scope.selector), *of_mesh]), None)
 
+    def hides(self, client: Workload, service: Service, port: int) -> SidecarScope | None:
+        """The Sidecar by which a client's Envoy does not know a Service's port; None: it does."""
+        scope = self.scope_of(client)
+        known = scope is None or _knows(scope, client.namespace, service.namespace, _host(service), port)
+        return None if known else scope
+
     def entry_at(self, address: IpAddress) -> WorkloadEntry | None:
         """The workload outside of the cluster that has an address."""
         return self._entries.get(address)

@@ -11,7 +11,8 @@ import pytest
 from api_server import missing
 from authz_world import TCP, World, until, world
 
-from meshbridge.bypass.desired import desired_objects
+from meshbridge.bypass.fixes import fixes
+from meshbridge.bypass.inventory import inventory
 from meshbridge.kube.objects import read_objects
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(600)]
@@ -77,7 +78,10 @@ def comes_in(mesh: World) -> bool:
 
 
 def test_what_a_fix_opens_its_guard_closes(mesh: World) -> None:
-    guard, authentication = desired_objects(read_objects(CAUSE.encode(), "").documents).objects
+    documents = read_objects(CAUSE.encode(), "").documents
+    guard, authentication = (fix.apply for fix in fixes(inventory(documents), documents))
+    assert guard is not None
+    assert authentication is not None
     assert (guard["kind"], authentication["kind"]) == ("AuthorizationPolicy", "PeerAuthentication")
     assert comes_in(mesh)  # PERMISSIVE
     mesh.put(STRICT)

@@ -63,7 +63,11 @@ def test_there_is_no_case_and_no_page_without_a_code() -> None:
 def test_every_notice_has_a_code_of_the_table() -> None:
     missing = []
     for path in (REPO / "meshbridge").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        if not any(i.module == "meshbridge.policy.model" and "Notice" in {n.name for n in i.names} for i in imports):
+            continue  # others have notices of their own
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Notice":
                 given = [k.value for k in node.keywords if k.arg == "code"] + node.args[4:5]
                 literals = [value.value for value in given if isinstance(value, ast.Constant)]

@@ -11,7 +11,6 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from meshbridge.bypass.desired import Desired, desired_objects
 from meshbridge.bypass.fixes import Fix, advice, fixes
 from meshbridge.bypass.inventory import inventory
 from meshbridge.bypass.report import rows_of
@@ -260,40 +259,3 @@ def test_the_kernel_lets_in_the_same_whether_the_fix_is_applied_or_not(policy: s
 def test_where_plaintext_was_let_in_before_nobody_is_kept_out() -> None:
     permissive = tuple(text for text in HALF if text is not STRICT)
     assert set(applied(*permissive)) == {"PeerAuthentication"}
-
-
-def desired(*texts: str) -> Desired:
-    return desired_objects(read_objects("".join(texts).encode(), "all.yaml").documents)
-
-
-def test_what_is_desired_does_not_change_by_being_applied() -> None:
-    for texts in (HALF, tuple(text for text in HALF if text is not MINE)):
-        first = desired(*texts)
-        assert first.objects
-        again = desired(*texts, dumped({str(number): made for number, made in enumerate(first.objects)}))
-        assert (again.objects, again.stale) == (first.objects, ())
-
-
-GONE = {
-    "the exclusion": tuple(pod("ledger", "10.0.0.1") if text is LEDGER else text for text in HALF),
-    "the client": tuple(text for text in HALF if text is not CLIENT),
-    "the server": tuple(text for text in HALF if text is not LEDGER),
-}
-
-
-@pytest.mark.parametrize("texts", GONE.values(), ids=GONE.keys())
-def test_what_is_desired_goes_with_its_cause_and_what_opens_goes_first(texts: tuple[str, ...]) -> None:
-    made = dumped({str(number): each for number, each in enumerate(desired(*HALF).objects)})
-    found = desired(*texts, made)
-    assert found.objects == ()
-    assert [kind for kind, _, _ in found.stale] == ["PeerAuthentication", "AuthorizationPolicy"]
-
-
-def test_nobody_elses_object_is_stale() -> None:
-    labelled = {"app.kubernetes.io/managed-by": "meshbridge"}
-    others = [
-        {"apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
-         "metadata": {"name": name, "namespace": "finance", "labels": labels}, "spec": {"mtls": {"mode": "UNSET"}}}
-        for name, labels in (("mine", labelled), ("meshbridge-mine", {}))
-    ]  # fmt: skip
-    assert desired(NAMESPACE, dumped({each["metadata"]["name"]: each for each in others})).stale == ()
