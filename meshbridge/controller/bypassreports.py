@@ -77,7 +77,8 @@ class _Names:
         return replace(row, compensation=replace(compensation, allowed=allowed, refused=refused))
 
     def half(self, half: HalfBypass) -> HalfBypass:
-        return replace(half, server=self._of(half.server), clients=self._all(half.clients))
+        # without when one was last seen: that changes with every connection
+        return replace(half, server=self._of(half.server), clients=self._all(half.clients), observed_ns=0)
 
     def _all(self, names: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(set(map(self._of, names))))

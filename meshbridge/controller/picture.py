@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Final
 
 from meshbridge.bypass.bypasspolicy import BypassPolicy
-from meshbridge.bypass.capture import bypasses_sidecar
 from meshbridge.bypass.encryption import node_encryption
 from meshbridge.controller.cluster import TERMINAL_PHASES
 from meshbridge.controller.scene import Scene, maker_of
@@ -73,7 +72,7 @@ class Picture:
     @cached_property
     def bypassing(self) -> frozenset[str]:
         """Those among them whose specifications let something pass by their sidecars, by UID."""
-        return frozenset(pod.uid for pod in self.enforced if bypasses_sidecar(pod))
+        return frozenset(pod.uid for kind in self.scene.kinds if kind.bypasses for pod in kind.pods)
 
     @cached_property
     def _alike(self) -> Iterable[tuple[Peer, list[Workload]]]:

@@ -17,7 +17,7 @@ from prometheus_client import Counter
 
 from meshbridge.controller.picture import Picture
 from meshbridge.errors import MeshBridgeError
-from meshbridge.kube.api import FORBIDDEN, RefusedError
+from meshbridge.kube.api import CONFLICT, FORBIDDEN, NOT_FOUND, RefusedError
 from meshbridge.kube.problems import Problem, ProblemReason
 
 log = structlog.get_logger()
@@ -112,6 +112,13 @@ class Outbox:
                 self.problems.add(Problem(ProblemReason.UNWRITABLE, text))
             return
         log.info("write.refused", what=what, object=where, code=refused.code, reason=refused.message)
+        if refused.code not in (CONFLICT, FORBIDDEN, NOT_FOUND):
+            text = (
+                f"{where}: cannot be written ({what}): the API server answers {refused.code}: {refused.message[:300]}"
+            )
+            self.problems.add(
+                Problem(ProblemReason.UNWRITABLE, f"{text}; are the definitions of this version installed?")
+            )
         self.unfinished |= refused.code == TOO_MANY or refused.code >= BROKEN  # any other answer stays the same
 
     def _wait_for_turn(self) -> None:

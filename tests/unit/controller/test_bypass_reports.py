@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from test_cluster_views import World, document, pod
 
 from meshbridge.bypass.annotations import EXCLUDE_INBOUND_PORTS, EXCLUDE_OUTBOUND_PORTS
@@ -170,6 +171,46 @@ def test_long_lists_of_names_end_and_are_counted(world: World) -> None:
     world.put(server("api", "10.0.0.1"), STRICT, *others)
     compensation = status(world, "api")["bypasses"][0]["compensation"]
     assert (len(compensation["allowed"]), compensation["allowedCount"]) == (MAX_NAMES, 79)
+
+
+CRD = yaml.safe_load((Path(__file__).parents[3] / "deploy/crds/meshbridge.io_bypassreports.yaml").read_text())
+SCHEMA = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
+TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int}
+
+
+def undeclared(value: Any, schema: Mapping[str, Any], path: str = "status") -> list[str]:
+    """What of a value an API server would refuse, as its definition does not declare it so."""
+    if not isinstance(value, TYPES[schema["type"]]) or value not in schema.get("enum", [value]):
+        return [f"{path}: {value!r}"]
+    if isinstance(value, dict):
+        known = schema["properties"]
+        unknown = [f"{path}.{key}" for key in value.keys() - known.keys()]
+        return unknown + [
+            e for key in value.keys() & known.keys() for e in undeclared(value[key], known[key], f"{path}.{key}")
+        ]
+    if isinstance(value, list):
+        return [e for item in value for e in undeclared(item, schema["items"], f"{path}[]")]
+    return []
+
+
+def test_the_definition_declares_all_that_is_written(world: World) -> None:
+    """An API server refuses a report as a whole for one field that it does not know."""
+    accepting = Document(
+        "BypassPolicy", "meshbridge.io/v1alpha1", "shop", "scrape",
+        {"metadata": {"name": "scrape"},
+         "spec": {"accept": ["telemetry"], "reason": "r", "proof": True, "fix": "apply"}},
+    )  # fmt: skip
+    allow = document(
+        "AuthorizationPolicy", "who", "shop", spec={"rules": [{"from": [{"source": {"namespaces": ["shop"]}}]}]}
+    )
+    service = document("Service", "api", "shop", spec={"selector": {"app": "api"}, "ports": [{"port": 9090}]})
+    client = pod("client", "10.0.0.2", annotations={EXCLUDE_OUTBOUND_PORTS: "9090,443"})
+    world.put(server("api", "10.0.0.1"), client, pod("web", "10.0.0.3"), service, STRICT, allow, accepting)
+    for name in ("api", "client"):
+        found = {**status(world, name), "node": "n", "conditions": []}
+        assert found["bypasses"]
+        assert undeclared(found, SCHEMA) == []
+    assert status(world, "api")["halfBypasses"]
 
 
 class Server:
