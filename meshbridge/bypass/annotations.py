@@ -35,6 +35,8 @@ STATUS: Final = "sidecar.istio.io/status"
 NATIVE_SIDECAR: Final = "sidecar.istio.io/nativeSidecar"
 AMBIENT_REDIRECTION: Final = "ambient.istio.io/redirection"
 AMBIENT_BYPASS_INBOUND: Final = "ambient.istio.io/bypass-inbound-capture"
+AMBIENT_DNS_CAPTURE: Final = "ambient.istio.io/dns-capture"
+_TRUE: Final = frozenset({"1", "t", "T", "TRUE", "true", "True"})
 DATAPLANE_MODE: Final = "istio.io/dataplane-mode"
 
 ISTIO_PORTS: Final = ("15020", "15021", "15090")
@@ -72,6 +74,11 @@ class MeshDefaults:
     dns_capture: bool = False
     dual_stack: bool = False
     inject_by_default: bool = True
+
+
+def is_true(value: str) -> bool:
+    """Whether Go's strconv.ParseBool takes a text for true; what it does not take counts as not said."""
+    return value in _TRUE
 
 
 def check_injector(annotations: Mapping[str, str]) -> tuple[Finding, ...]:

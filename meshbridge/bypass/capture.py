@@ -16,12 +16,12 @@ from typing import Final
 
 from meshbridge.bypass import annotations as asked
 from meshbridge.bypass.annotations import MeshDefaults
-from meshbridge.bypass.classify import classified_spans, guards, universe
+from meshbridge.bypass.classify import ambient_guards, classified_spans, universe
 from meshbridge.bypass.expected import expected_redirection, families_with_rules, family_findings
 from meshbridge.bypass.findings import Finding, FindingCode, Severity
 from meshbridge.bypass.redirect_config import RedirectConfig, istio_rules
 from meshbridge.bypass.rules import Hook, SeenRules
-from meshbridge.bypass.sets import IntSet, union
+from meshbridge.bypass.sets import IntSet, NameSet, union
 from meshbridge.bypass.state import CaptureState, Route, RouteKind, Span, Truth
 from meshbridge.bypass.walk import Outcome, regions
 from meshbridge.identity.model import IpFamily, ProxyClass, Workload
@@ -30,10 +30,6 @@ from meshbridge.policy.model import Direction
 
 _KEPT: Final = 128
 _ISTIO_PORTS: Final = IntSet.of(*ISTIO_PORTS)
-_AMBIENT_PROBES: Final = {
-    IpFamily.IPV4: IntSet.of(0xA9FE077F),  # 169.254.7.127
-    IpFamily.IPV6: IntSet.of(0xFD16_9254_7127_1337_FFFF_FFFF_FFFF_FFFF),
-}
 
 
 def capture_state(
@@ -186,41 +182,36 @@ def _ambient(workload: Workload, seen: SeenRules | None) -> CaptureState:
         for name in workload.annotations
         if name.startswith(asked.TRAFFIC)
     ]
-    config = RedirectConfig()
-    without_inbound = workload.annotations.get(asked.AMBIENT_BYPASS_INBOUND) == "true"
-    detail = f'annotation {asked.AMBIENT_BYPASS_INBOUND}: "true"' if without_inbound else ""
+    without_inbound = asked.is_true(workload.annotations.get(asked.AMBIENT_BYPASS_INBOUND, ""))
+    rerouted = [name.strip() for name in workload.annotations.get(asked.REROUTE_INTERFACES, "").split(",")]
+    kept = NameSet.of(*(name for name in rerouted if name))
     intended = []
     for family in IpFamily:
         for direction in Direction:
-            for box, baseline, kind in guards(direction, family, config):
-                if direction is Direction.INGRESS and kind is RouteKind.ISTIO_PORT:
-                    baseline = PortClass.CAPTURED
-                bypassed = baseline is PortClass.CAPTURED and direction is Direction.INGRESS and without_inbound
-                route = Route(RouteKind.AMBIENT, detail) if bypassed else Route(kind)
-                intended.append(Span(direction, family, box, PortClass.EXCLUDED if bypassed else baseline, route))
+            for box, baseline, kind in ambient_guards(direction, family):
+                span = Span(direction, family, box, baseline, Route(kind))
+                bypasses = direction is Direction.INGRESS and baseline is PortClass.CAPTURED and without_inbound
+                intended += _without_inbound(span, workload, kept) if bypasses else [span]
     if seen is None:
         return CaptureState(
             workload.key, Truth.ANNOTATIONS, _not_seen(tuple(intended)), tuple(intended), tuple(findings)
         )
-    spans = []
-    for family in IpFamily:
-        for span in classified_spans(
-            seen.of(family), family, config, Route(RouteKind.RULES_MISSING, "no rule redirects it")
-        ):
-            spans += _probes_apart(span)
+    absent = Route(RouteKind.RULES_MISSING, "no rule redirects it")
+    spans = [
+        span
+        for family in IpFamily
+        for span in classified_spans(seen.of(family), family, RedirectConfig(), absent, tuple(intended), ambient=True)
+    ]
     return CaptureState(workload.key, Truth.RULES, tuple(spans), tuple(intended), tuple(findings))
 
 
-def _probes_apart(span: Span) -> list[Span]:
-    """The kubelet's probes, which ambient's own rules let past ztunnel from one link-local source."""
-    probes = span.box._replace(source=span.box.source & _AMBIENT_PROBES[span.family])
-    if span.direction is not Direction.INGRESS or span.port_class is not PortClass.EXCLUDED or probes.empty:
-        return [span]
-    rest = span.box._replace(source=span.box.source - _AMBIENT_PROBES[span.family])
-    apart = replace(
-        span, box=probes, port_class=PortClass.UNGUARDED, route=Route(RouteKind.AMBIENT, "the kubelet's probes")
-    )
-    return [apart] if rest.empty else [apart, replace(span, box=rest)]
+def _without_inbound(span: Span, workload: Workload, kept: NameSet) -> list[Span]:
+    """What arrives at a pod that asked for no inbound redirection; that on rerouted interfaces counts as sent."""
+    value = workload.annotations[asked.AMBIENT_BYPASS_INBOUND]
+    route = Route(RouteKind.AMBIENT, f'annotation {asked.AMBIENT_BYPASS_INBOUND}: "{value}"')
+    boxes = [span.box._replace(input=span.box.input - kept), span.box._replace(input=span.box.input & kept)]
+    parts = [replace(span, box=boxes[0], port_class=PortClass.EXCLUDED, route=route), replace(span, box=boxes[1])]
+    return [part for part in parts if not part.box.empty]
 
 
 def compare(pod: str, intended: Iterable[Span], spans: Iterable[Span], seen: SeenRules) -> list[Finding]:

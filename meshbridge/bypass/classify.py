@@ -17,6 +17,11 @@ from meshbridge.policy.model import Direction
 
 _INBOUND_PORT, _OUTBOUND_PORT, _DNS_PORT = 15006, 15001, 15053
 _LONGEST_OWNER: Final = 10
+_ZTUNNELS: Final = ("Envoy's", "ztunnel's")
+AMBIENT_PROBES: Final = {
+    IpFamily.IPV4: IntSet.of(0xA9FE077F),  # 169.254.7.127
+    IpFamily.IPV6: IntSet.of(0xFD16_9254_7127_1337_FFFF_FFFF_FFFF_FFFF),
+}
 _ROUTE_OF_FIELD: Final = {
     "exclude_inbound_ports": RouteKind.EXCLUDE_INBOUND_PORTS,
     "include_inbound_ports": RouteKind.INCLUDE_INBOUND_PORTS,
@@ -54,18 +59,22 @@ def classified_spans(
     config: RedirectConfig,
     absent: Route,
     intended: tuple[Span, ...] = (),
+    *,
+    ambient: bool = False,
 ) -> list[Span]:
     found: list[Span] = []
     rule_sets = tuple(rule_sets)
     for direction, hook in ((Direction.INGRESS, Hook.PREROUTING), (Direction.EGRESS, Hook.OUTPUT)):
         explained = [span for span in intended if span.direction is direction and span.family is family]
-        guarded = guards(direction, family, config)
+        guarded = ambient_guards(direction, family) if ambient else guards(direction, family, config)
         spans: list[Span] = []
         for region in _merged(regions(rule_sets, hook, universe(direction, family))):
             for guard, baseline, kind in guarded:
                 box = region.box.both(guard)
                 if box is not None:
                     port_class, route, listener = _class_of(region, baseline, kind, direction, config, absent)
+                    if ambient:
+                        route = replace(route, detail=route.detail.replace(*_ZTUNNELS))
                     span = Span(direction, family, box, port_class, route, listener)
                     spans += _explained(span, explained) if explained else [span]
         found += coalesced_spans(spans)
@@ -112,6 +121,34 @@ def guards(direction: Direction, family: IpFamily, config: RedirectConfig) -> li
         (others._replace(gid=OWNERS - gids), PortClass.CAPTURED, RouteKind.REDIRECTED),
     ]
     return [part for part in found if not part[0].empty]
+
+
+def ambient_guards(direction: Direction, family: IpFamily) -> list[tuple[Box, PortClass, RouteKind]]:
+    """The same in ambient mode: ztunnel is let go by a mark, not by its user, and Istio's ports are the pod's own.
+
+    The kubelet's probes, which the node gives an address of their own, are no traffic of the mesh.
+    """
+    every = universe(direction, family)
+    tcp, probes = every._replace(protocol=TCP), AMBIENT_PROBES[family]
+    found = [(every._replace(protocol=PROTOCOLS - TCP), PortClass.UNGUARDED, RouteKind.NOT_TCP)]
+    if direction is Direction.INGRESS:
+        others = tcp._replace(source=every.source - probes)
+        return [
+            *found,
+            (tcp._replace(source=probes, port=PORTS - _TUNNEL), PortClass.UNGUARDED, RouteKind.AMBIENT),
+            (tcp._replace(port=_TUNNEL), PortClass.TUNNEL, RouteKind.TUNNEL),
+            (others._replace(port=PORTS - _TUNNEL), PortClass.CAPTURED, RouteKind.REDIRECTED),
+        ]
+    lo = NameSet.of(LOOPBACK_INTERFACE)
+    away = tcp._replace(output=~lo)
+    sent = ADDRESSES[family] - LOOPBACK[family]
+    return [
+        *found,
+        (tcp._replace(output=lo), PortClass.UNGUARDED, RouteKind.LOOPBACK),
+        (away._replace(destination=LOOPBACK[family]), PortClass.UNGUARDED, RouteKind.LOOPBACK),
+        (away._replace(destination=probes), PortClass.UNGUARDED, RouteKind.AMBIENT),
+        (away._replace(destination=sent - probes), PortClass.CAPTURED, RouteKind.REDIRECTED),
+    ]
 
 
 def _numbers(texts: Iterable[str]) -> IntSet:

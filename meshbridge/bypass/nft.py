@@ -27,6 +27,7 @@ _PLAIN: Final = {
 _WITHOUT_EFFECT = frozenset({"counter", "log", "continue", "ct helper", "ct timeout"})
 _DIVERTING = frozenset({"dnat", "snat", "masquerade", "queue", "fwd", "dup", "synproxy"})
 MAX_ELEMENTS: Final = 4096
+_ALL_BITS: Final = 0xFFFFFFFF
 
 
 def parse_nft_json(text: str, family: IpFamily, skip: Collection[tuple[str, str]] = ()) -> RuleSet:
@@ -142,6 +143,13 @@ def _mangle(rule: Rule, value: Any) -> Rule:
 def _match(rule: Rule, value: Any, family: IpFamily) -> Rule:
     left, right, operator = value["left"], value["right"], value["op"]
     kind, selector = next(iter(left.items()))
+    mask = _ALL_BITS
+    if kind == "&":
+        (left, mask), kind = selector, ""
+        if isinstance(mask, int) and isinstance(right, int) and operator in ("==", "!="):
+            kind, selector = next(iter(left.items()))
+        if kind not in ("ct", "meta") or selector.get("key") != "mark":
+            raise ValueError(left)
     if kind == "ct" and selector.get("key") == "state":
         return _when(rule, ("new" in _list(right)) != (operator == "!="), family)
     if kind == "ct" and selector.get("key") == "mark":
@@ -154,7 +162,7 @@ def _match(rule: Rule, value: Any, family: IpFamily) -> Rule:
     if name == "mark" and kind == "meta":
         if rule.mark is not None or operator not in ("==", "!=") or not isinstance(right, int):
             raise ValueError(right)
-        return replace(rule, mark=MarkMatch(right, negated=operator == "!="))
+        return replace(rule, mark=MarkMatch(right, mask, negated=operator == "!="))
     axis, read = _SELECTORS[name]
     whole = getattr(Box.everything(family), axis)
     if name in ("ip daddr", "ip saddr", "ip6 daddr", "ip6 saddr"):
