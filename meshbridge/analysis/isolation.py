@@ -87,12 +87,14 @@ def _lost(scene: Scene, pods: Pods, before: Reach, direction: Direction) -> tupl
 
 def _unreachable(scene: Scene, pods: Pods, before: Reach, after: Reach) -> list[str]:
     """``pod:port`` of what the pods reached before."""
+    gone: dict[int, list[tuple[int, str]]] = {}
+    for (port, protocol), declaring in scene.declaring.items():
+        number = PROTOCOLS[protocol]
+        for other in (before.passing(number, port) - after.passing(number, port)) & declaring - {pods.number}:
+            gone.setdefault(other, []).append((port, protocol))
     found = []
-    for other in scene.pods:
-        for port, protocol in scene.declared_ports(other) if other is not pods else ():
-            number = PROTOCOLS[protocol]
-            if other.number in before.passing(number, port) and other.number not in after.passing(number, port):
-                found.append(f"{other.names[0]}:{port}")
+    for number in sorted(gone):  # numbers are in the order of the pods
+        found += [f"{scene.pod_of(number).names[0]}:{port}" for port, _ in sorted(gone[number])]
     return found
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Final
 
 from meshbridge.analysis.finding import Finding, finding, listed
-from meshbridge.analysis.scene import Pods, Scene, without_effect
-from meshbridge.identity.model import Peer
+from meshbridge.analysis.scene import Pods, Reach, Scene
 from meshbridge.policy.model import Anything, Direction, Document, NetworkRule, Origin, PortMatch, Tier, Verdict
 from meshbridge.policy.parse.ports import ICMP, ICMPV6, LAST_PORT, PROTOCOLS
 
@@ -21,6 +20,9 @@ _TRIED: Final = 64
 
 Probe = tuple[int, int, int]
 """A peer's number, a protocol, a port."""
+
+Masked = tuple[int, NetworkRule]
+"""A rule behind the mask of its peers."""
 
 
 def never_matching(scene: Scene) -> Iterator[Finding]:
@@ -74,19 +76,35 @@ def _decided_by_others(scene: Scene, rules: list[NetworkRule], selected: list[Po
     origin, direction = rules[0].origin, rules[0].direction
     denying: dict[Origin, None] = {}
     allowing: dict[Origin, None] = {}
+    mask = 0
+    for rule in rules:
+        mask |= scene.peers_of(rule)
     for pods in selected:
         reach = scene.reach(pods, direction)
         if not reach.isolates:
             return None  # nothing has to be allowed
-        if _decides_alone(scene, rules, pods, direction):
+        near = [one for one in scene.rules_on(pods, direction) if one[0] & mask and one[1].origin != origin]
+        if _decides_alone(scene, rules, near, pods, direction):
             return None
-        others = tuple(without_effect(r) if r.origin == origin else r for r in pods.selected.network)
-        without = scene.reach(pods, direction, others)
-        for number, protocol, port in _probes(scene, rules, pods, direction):
-            decision = without.decide(number, protocol, port).network
-            if decision.verdict is not reach.decide(number, protocol, port).network.verdict:
+        without: Reach | None = None
+        seen: set[tuple[int, Verdict]] = set()  # entries that say the same have the same origins, as one object
+        for number, protocol, port in _probes(scene, rules, near, pods, direction):
+            now = reach.decide(number, protocol, port).network
+            verdict, origins = now.verdict, now.origins
+            if (id(origins), verdict) in seen:
+                continue
+            if now.key is not None and origin in origins:
+                origins = tuple(other for other in origins if other != origin)
+            if not origins and origin in now.origins:  # no other rule is in the entry that decides
+                if without is None:
+                    without = _without(scene, near, pods, direction)
+                decision = without.decide(number, protocol, port).network
+                verdict, origins = decision.verdict, decision.origins
+            else:
+                seen.add((id(now.origins), now.verdict))
+            if verdict is not now.verdict:
                 return None
-            (denying if decision.verdict is Verdict.DENY else allowing).update(dict.fromkeys(decision.origins))
+            (denying if verdict is Verdict.DENY else allowing).update(dict.fromkeys(origins))
     if denying and not allowing:
         text = f"everything it allows is denied by {listed(denying)}"
         return finding("MB0502", origin, text, related=denying)
@@ -97,34 +115,43 @@ def _decided_by_others(scene: Scene, rules: list[NetworkRule], selected: list[Po
     return finding("MB0503", origin, text, related=[*denying, *allowing])
 
 
-def _decides_alone(scene: Scene, rules: list[NetworkRule], pods: Pods, direction: Direction) -> bool:
-    """Whether some flow the rules match is matched by no other rule: without them, default deny has it."""
-    others = [r for r in pods.selected.network if r.direction is direction and r.origin != rules[0].origin]
-    for number, protocol, port in islice(_probes(scene, rules, pods, direction), _TRIED):
-        peer = scene.identities[number]
-        if not any(_may_match(rule, peer, protocol, port) for rule in others):
+def _without(scene: Scene, near: list[Masked], pods: Pods, direction: Direction) -> Reach:
+    """What is left to ``near``; all other rules are about other peers: they isolate, and decide none of these flows."""
+    kept = {id(rule) for _, rule in near}
+    others = tuple(rule if id(rule) in kept else scene.emptied(rule) for rule in pods.selected.network)
+    return scene.reach(pods, direction, others)
+
+
+def _decides_alone(
+    scene: Scene, rules: list[NetworkRule], near: list[Masked], pods: Pods, direction: Direction
+) -> bool:
+    """Whether some flow the rules match is matched by no other rule: without them, default deny has it.
+
+    Args:
+        near: those of the others that are about one of their peers.
+    """
+    for number, protocol, port in islice(_probes(scene, rules, near, pods, direction), _TRIED):
+        peer = scene.bits[number]
+        if not any(mask & peer and _may_match_port(rule, protocol, port) for mask, rule in near):
             return True
     return False
 
 
-def _may_match(rule: NetworkRule, peer: Peer, protocol: int, port: int) -> bool:
-    ports = isinstance(rule.ports, Anything) or any(
+def _may_match_port(rule: NetworkRule, protocol: int, port: int) -> bool:
+    return isinstance(rule.ports, Anything) or any(
         match.name or (match.protocol in (0, protocol) and match.first <= port <= match.last) for match in rule.ports
     )
-    return ports and (isinstance(rule.peers, Anything) or any(selector.matches(peer) for selector in rule.peers))
 
 
-def _probes(scene: Scene, rules: list[NetworkRule], pods: Pods, direction: Direction) -> Iterator[Probe]:
-    """A flow of every kind that the rules match: each peer, each stretch of ports that no rule of the pods divides."""
-    index = scene.compiler.index
-    cuts = sorted({cut for rule in pods.selected.network for match in _matches(rule) for cut in _ends(match)})
+def _probes(
+    scene: Scene, rules: list[NetworkRule], near: list[Masked], pods: Pods, direction: Direction
+) -> Iterator[Probe]:
+    """A flow of every kind that the rules match: each peer, each stretch of ports that none of them divides."""
+    cuts = sorted({cut for rule in (*rules, *(r for _, r in near)) for match in _matches(rule) for cut in _ends(match)})
     for rule in rules:
-        numbers = list(scene.identities)
+        numbers: Iterable[int] = scene.identities
         if not isinstance(rule.peers, Anything):
-            mask = 0
-            for selector in rule.peers:
-                mask |= index.matching(selector)
-            numbers = index.numbers(mask)
+            numbers = scene.compiler.index.numbers(scene.peers_of(rule))
         for number in numbers:
             ports = pods.pod.ports if direction is Direction.INGRESS else scene.identities[number].ports
             if isinstance(rule.ports, Anything):

@@ -23,7 +23,7 @@ from meshbridge.policy.capture import Capture
 from meshbridge.policy.compile import Compiler
 from meshbridge.policy.evaluate import Decision, Lookup
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
-from meshbridge.policy.model import Direction, Document, NetworkRule, Origin, PolicyMap, Verdict
+from meshbridge.policy.model import Anything, Direction, Document, NetworkRule, Origin, PolicyMap, Verdict
 from meshbridge.policy.parse import parse
 from meshbridge.policy.parse.cluster import Node, Service
 from meshbridge.policy.parse.ports import PROTOCOLS
@@ -50,6 +50,11 @@ _DNS_NAMESPACE: Final = "kube-system"
 _WORLDS: Final = (9, 10)
 _DENY: Final = {Verdict.DENY}
 _CLOSE_ENOUGH: Final = 0.75
+EVERYBODY: Final = -1
+"""The mask of all peers, those included that are not known."""
+
+MAX_SUPPOSED: Final = 1_000
+"""How many maps of rules that are not in force are kept, since other kinds of pods may ask for the same."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +91,13 @@ class Scene:
         self.cluster = Cluster(self.documents, mesh)
         self.policies = self.cluster.policies
         self._compiled: dict[tuple[object, ...], tuple[tuple[NetworkRule, ...], Reach]] = {}
+        self._supposed: dict[tuple[object, ...], tuple[tuple[NetworkRule, ...], Reach]] = {}
+        self._declared: dict[int, dict[tuple[int, str], str]] = {}
+        self._rules_on: dict[tuple[int, Direction], list[tuple[int, NetworkRule]]] = {}
+        self._labels: dict[frozenset[str] | None, list[str]] = {}
+        self._close: dict[tuple[str, frozenset[str] | None], str] = {}
+        self._masks: dict[int, tuple[NetworkRule, int]] = {}
+        self._emptied: dict[int, tuple[NetworkRule, NetworkRule]] = {}
 
     @property
     def services(self) -> tuple[Service, ...]:
@@ -148,6 +160,9 @@ class Scene:
     @property
     def _by_number(self) -> Mapping[int, Pods]:
         return self._numbering[1]
+
+    def pod_of(self, number: int) -> Pods:
+        return self._by_number[number]
 
     @cached_property
     def _numbering(self) -> tuple[Mapping[int, Peer], Mapping[int, Pods]]:
@@ -220,14 +235,48 @@ class Scene:
         family = self.family_of(pods.pod)
         own = tuple(r for r in (pods.selected.network if rules is None else rules) if r.direction is direction)
         key = (tuple(map(id, own)), direction, family, pods.pod.ports, self.capture(pods).inbound[family])
-        known = self._compiled.get(key)
+        compiled = self._compiled if rules is None else self._supposed
+        known = compiled.get(key)
         if known is None:
+            if len(self._supposed) > MAX_SUPPOSED:
+                self._supposed.clear()
             selected = replace(
                 pods.selected, network=own, authorization=(), peer_authentication=(), request_authentication=(),
                 refusals=(),
             )  # fmt: skip
             policy_map = self.compiler.map(pods.pod, selected, selected, self.capture(pods), direction, family)
-            known = self._compiled[key] = (own, Reach(policy_map, self.identities))  # ids are keys while the rules live
+            known = compiled[key] = (own, Reach(policy_map, self.identities))  # ids are keys while the rules live
+        return known[1]
+
+    def peers_of(self, rule: NetworkRule) -> int:
+        """Everybody whom the rule's peers pick, as ``compiler.index`` has them."""
+        known = self._masks.get(id(rule))
+        if known is not None:
+            return known[1]
+        mask = EVERYBODY if isinstance(rule.peers, Anything) else 0
+        for selector in () if isinstance(rule.peers, Anything) else rule.peers:
+            mask |= self.compiler.index.matching(selector)
+        self._masks[id(rule)] = rule, mask  # ids are keys while the rules live
+        return mask
+
+    def rules_on(self, pods: Pods, direction: Direction) -> list[tuple[int, NetworkRule]]:
+        """The network rules that select the pods in a direction, each behind the mask of its peers."""
+        found = self._rules_on.get((pods.number, direction))
+        if found is None:
+            rules = (rule for rule in pods.selected.network if rule.direction is direction)
+            found = self._rules_on[pods.number, direction] = [(self.peers_of(rule), rule) for rule in rules]
+        return found
+
+    @cached_property
+    def bits(self) -> Mapping[int, int]:
+        """Each number's bit in the masks."""
+        return {number: 1 << position for position, number in enumerate(self.identities)}
+
+    def emptied(self, rule: NetworkRule) -> NetworkRule:
+        """The rule without effect; the same one for the same rule, so that maps with it are known again."""
+        known = self._emptied.get(id(rule))
+        if known is None:
+            known = self._emptied[id(rule)] = rule, without_effect(rule)
         return known[1]
 
     def capture(self, pods: Pods) -> Capture:
@@ -307,10 +356,16 @@ class Scene:
     def close_to(self, label: str, namespaces: Iterable[str] | None) -> str:
         """The ``key=value`` of some pod's labels most like ``label``; empty when none is like it."""
         where = None if namespaces is None else frozenset(namespaces)
-        near = difflib.get_close_matches(label, self._labels(where), 1, _CLOSE_ENOUGH)
-        return near[0] if near else ""
+        known = self._close.get((label, where))
+        if known is None:
+            labels = self._labels.get(where)
+            if labels is None:
+                labels = self._labels[where] = self._count_labels(where)
+            near = difflib.get_close_matches(label, labels, 1, _CLOSE_ENOUGH)
+            known = self._close[label, where] = near[0] if near else ""
+        return known
 
-    def _labels(self, namespaces: frozenset[str] | None) -> list[str]:
+    def _count_labels(self, namespaces: frozenset[str] | None) -> list[str]:
         counted = Counter(
             f"{key}={value}"
             for workload in self.workloads
@@ -319,11 +374,32 @@ class Scene:
         )
         return [label for label, _ in counted.most_common()]
 
-    def declared_ports(self, pods: Pods) -> dict[tuple[int, str], str]:
+    def declared_ports(self, pods: Pods) -> Mapping[tuple[int, str], str]:
         """The (port, protocol)s that containers and Services declare, with their names."""
-        pod = pods.pod
-        found = {(port.port, port.protocol): port.name for port in pod.ports if port.protocol in PROTOCOLS}
+        found = self._declared.get(pods.number)
+        if found is None:
+            found = self._declared[pods.number] = self._declared_by(pods.pod)
+        return found
+
+    @cached_property
+    def _services_in(self) -> Mapping[str, list[Service]]:
+        found: dict[str, list[Service]] = {}
         for service in self.services:
+            found.setdefault(service.namespace, []).append(service)
+        return found
+
+    @cached_property
+    def declaring(self) -> Mapping[tuple[int, str], frozenset[int]]:
+        """By (port, protocol) the numbers of the pods that declare it."""
+        found: dict[tuple[int, str], set[int]] = {}
+        for pods in self.pods:
+            for port in self.declared_ports(pods):
+                found.setdefault(port, set()).add(pods.number)
+        return {port: frozenset(numbers) for port, numbers in found.items()}
+
+    def _declared_by(self, pod: Workload) -> dict[tuple[int, str], str]:
+        found = {(port.port, port.protocol): port.name for port in pod.ports if port.protocol in PROTOCOLS}
+        for service in self._services_in.get(pod.namespace, ()):
             if service.selects(pod):
                 for port in service.ports:
                     target = port.target_at(pod.ports)
