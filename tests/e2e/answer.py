@@ -19,7 +19,7 @@ class Answer(BaseHTTPRequestHandler):
             return
         length = int(self.headers.get("content-length") or 0)
         seen = {
-            "pod": socket.gethostname(), "port": self.server.server_address[1], "from": self.client_address[0],
+            "pod": socket.gethostname(), "port": self.connection.getsockname()[1], "from": self.client_address[0],
             "method": self.command, "path": self.path, "length": len(self.rfile.read(length)),
             "headers": {name.lower(): value for name, value in self.headers.items()},
         }  # fmt: skip

@@ -33,16 +33,17 @@ def outcomes(host: str, port: int, path: str, until: float, *, keep: bool) -> di
         except (OSError, http.client.HTTPException) as error:
             seen["failed"] += 1
             first_failure = first_failure or f"{time.time():.3f} {type(error).__name__}: {error}"
-            connection = close(connection)
+            connection = closed(connection)
         if not keep:
-            connection = close(connection)
+            connection = closed(connection)
         time.sleep(PAUSE_S)
     return {**seen, "opened": opened, "first_failure": first_failure}
 
 
-def close(connection: http.client.HTTPConnection | None) -> None:
+def closed(connection: http.client.HTTPConnection | None) -> http.client.HTTPConnection | None:
     if connection is not None:
         connection.close()
+    return None
 
 
 def main(host: str, port: int, seconds: float, path: str = "/") -> None:

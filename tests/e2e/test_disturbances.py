@@ -120,13 +120,18 @@ def test_a_reused_address_never_inherits(cluster: Cluster, kubectl: Kubectl, gua
         )
         kubectl.wait_for_pods(ns, f"app={name}")
         assert address_of(kubectl, name, ns) == address
-        wait_until(lambda name=name: kubectl("logs", name, "-n", ns).count("\n") >= 15, f"{name} has asked", 60)  # type: ignore[misc]
-        assert set(kubectl("logs", name, "-n", ns).split()) == {NO_ANSWER}
+        assert answers_seen(kubectl, name, ns, 15) == {NO_ANSWER}
         kubectl.delete("pod", name, ns)
         hand_out_next(node, address)
         kubectl.apply(pod(FRIEND, ns, node=NODE_1))
         kubectl.wait_for_pods(ns, f"app={FRIEND}")
         assert address_of(kubectl, FRIEND, ns) == address
+
+
+def answers_seen(kubectl: Kubectl, pod: str, ns: str, count: int) -> set[str]:
+    """What a pod's requests were answered, of which it makes so many and prints the code of each."""
+    wait_until(lambda: kubectl("logs", pod, "-n", ns).count("\n") >= count, f"{pod} has asked", 60)
+    return set(kubectl("logs", pod, "-n", ns).split())
 
 
 def hand_out_next(node: Host, address: str) -> None:

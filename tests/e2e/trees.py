@@ -66,7 +66,7 @@ def _tree(name: str, packages: tuple[str, ...]) -> Path:
         )  # fmt: skip
     finally:
         shutil.rmtree(packed)
-    for each in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale", "usr/share/man"):
-        shutil.rmtree(making / each, ignore_errors=True)
+    for unneeded in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale", "usr/share/man"):
+        shutil.rmtree(making / unneeded, ignore_errors=True)
     making.rename(tree)
     return tree

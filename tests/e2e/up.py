@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import cluster
 from kubectl import PROGRAM
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
         print("no cluster is running: start one with up", file=sys.stderr)
         return 1
     if command == "logs":
-        found.collect(cluster.Path(rest[0]))
+        found.collect(Path(rest[0]))
         return 0
     if command == "kubectl":
         entered = found.control_plane.in_network(PROGRAM, "--kubeconfig", found.kubeconfig, *rest)
