@@ -393,8 +393,9 @@ class Agent:
         network, netns = network_of(call), host_path(call.netns)
         announced = Announced(call.pod, call.container, network.addresses)
         await self._in_worker(partial(self._node.add_pod, call.uid, announced, netns, network.interfaces))
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._onlooker, self._redirects.announce, call.uid, netns)
+        self._onlooker.submit(
+            self._redirects.announce, call.uid, netns
+        )  # a slow pod may hold that thread, and no other
         ready = await self._wait_ready(call.uid, ADD_WAIT_S if self.connected else 0.0)
         took_ms = round((time.monotonic() - started) * 1e3)
         log.info("cni.added", pod=call.pod, uid=call.uid, ready=ready, duration_ms=took_ms)

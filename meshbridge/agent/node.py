@@ -321,9 +321,9 @@ class Node:
 
     def keep_pods(self, containers: frozenset[str]) -> None:
         """Of what was announced only these containers are left."""
-        for uid, announced in list(self._view.announced.items()):
-            if announced.container not in containers:
-                self.release_pod(uid, announced.container)
+        for uid, container in self._view.containers().items():
+            if container not in containers:
+                self.release_pod(uid, container)
 
     def _links_into(self, netns: str) -> list[Link]:
         number = namespace_number(netns)
@@ -413,6 +413,11 @@ class Node:
         abandoned = self._endpoints.abandoned(self._view.pods.keys())
         if abandoned:
             self._see(read_network())  # a route read too early would give the device of a dying pod to its successor
+        adopted, changes = self._view.adopt()
+        self._pending |= changes
+        for told, uid in adopted.items():
+            for hooked in self._endpoints.of_pod(told):
+                self._endpoints.resume(hooked.ifindex, uid, hooked.mac)
         fresh = []
         found = find_interfaces(self._view.pods, self._endpoints, self._network, pinned, abandoned)
         matched = list(found)

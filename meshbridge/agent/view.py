@@ -14,7 +14,7 @@ from meshbridge.abi import address_bytes
 from meshbridge.agent.services import Services
 from meshbridge.bypass.bypasspolicy import BypassPolicies, BypassPolicy, is_bypass_policy, parse_bypass_policy
 from meshbridge.errors import MeshBridgeError
-from meshbridge.identity.model import IpAddress, Peer, Workload
+from meshbridge.identity.model import Entity, IpAddress, Peer, Workload
 from meshbridge.identity.numbering import class_of
 from meshbridge.policy.egressregistry import REGISTRY_ONLY_KINDS, Known, known_of
 from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
@@ -36,6 +36,7 @@ from meshbridge.xds.messages import (
 )
 
 GONE_PHASES = frozenset({"Succeeded", "Failed"})
+MIRROR = "kubernetes.io/config.mirror"
 MAX_PARTS = 1 << 14
 PeerSelectorT = TypeVar("PeerSelectorT", bound=PeerSelector)
 
@@ -73,6 +74,10 @@ class Holder:
     peer: Peer
     name: str
     node: str
+
+
+VACANT = Holder(Peer(entities=frozenset({Entity.UNMANAGED})), "", "")
+"""Who holds the address of a pod whose network is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +125,10 @@ class NodeView:
     _peers: dict[int, Peer] = field(default_factory=dict)
     """By the hash of their class."""
     _parts: dict[Any, Any] = field(default_factory=dict)
+    _containers: dict[str, str] = field(default_factory=dict)
+    """By UID: the container whose network was announced last."""
+    _vacant: dict[bytes, tuple[str, str]] = field(default_factory=dict)
+    """Addresses of pods whose network is gone, with namespace and name of who the controller says still holds each."""
     _told: dict[str, tuple[IpAddress, ...]] = field(default_factory=dict)
     """By UID: what the controller tells of pods that have the addresses announced in place of it."""
     _superseded: dict[str, tuple[IpAddress, ...]] = field(default_factory=dict)
@@ -141,6 +150,7 @@ class NodeView:
                     with suppress(ValueError):  # such a name was never taken in
                         addresses.add(key := address_bytes(ip_address(name)))
                         self.holders.pop(key, None)
+                        self._vacant.pop(key, None)
                 else:
                     self._remove(type_url, name)
         everything = bool(_touched(update, xds.MESH))
@@ -173,17 +183,55 @@ class NodeView:
         """The pod has these addresses, until the controller tells others than it does now."""
         self._withdraw(uid)
         self.announced[uid] = announced
+        self._containers[uid] = announced.container
+        for address in announced.addresses:
+            self._vacant.pop(address_bytes(address), None)
         pod = self.pods.get(uid)
         self._superseded[uid] = pod.workload.addresses if pod is not None else ()
         return Changes(addresses=frozenset(self._complete_pods()))
 
     def withdraw(self, uid: str, container: str) -> Changes:
-        """What was announced for this container of the pod counts no more."""
-        announced = self.announced.get(uid)
-        if announced is None or announced.container != container:
-            return Changes()
+        """The container's network is gone: its addresses are nobody's until announced, or told to be another's.
+
+        Whoever gets one of them next would else be taken for this pod until the controller tells.
+        """
+        uid = next((known for known, latest in self._containers.items() if latest == container), uid)
+        if self._containers.get(uid) != container:
+            return Changes()  # of a sandbox before, or from before this agent
+        pod = self.pods.get(uid)
+        touched = {address_bytes(address) for address in pod.workload.addresses} if pod is not None else set()
+        if pod is not None:
+            self._vacant |= dict.fromkeys(touched, (pod.workload.namespace, pod.workload.name))
+        del self._containers[uid]
         self._withdraw(uid)
-        return Changes(addresses=frozenset(self._complete_pods()))
+        return Changes(addresses=frozenset(self._complete_pods() | touched))
+
+    def containers(self) -> dict[str, str]:
+        """Those whose network was announced and is not gone, by the UID of their pod."""
+        return dict(self._containers)
+
+    def adopt(self) -> tuple[dict[str, str], Changes]:
+        """Static pods that were announced and are told of now: their UIDs as a kubelet has them, and as all others do.
+
+        A kubelet gives a static pod the hash of its manifest for a UID, and so its CNI plugins; its mirror in the API
+        server has another, and the hash in an annotation.
+        """
+        waiting = self.announced.keys() - self.pods.keys()
+        if not waiting:
+            return {}, Changes()
+        mirrors = {pod.workload.annotations.get(MIRROR): uid for uid, pod in self.pods.items()}
+        found = {
+            old: new
+            for old in waiting
+            if (new := mirrors.get(old)) and self.pods[new].workload.key == self.announced[old].pod
+        }
+        changes = Changes()
+        for old, new in found.items():
+            announced = self.announced[old]
+            self._withdraw(old)
+            del self._containers[old]
+            changes |= self.announce(new, announced)
+        return found, changes
 
     def _withdraw(self, uid: str) -> None:
         self.announced.pop(uid, None)
@@ -213,7 +261,10 @@ class NodeView:
 
     def holder(self, address: bytes) -> Holder | None:
         """Who holds an address: a pod of this node that a CNI plugin gave it to, else who the controller says."""
-        return self.announced_holders.get(address) or self.holders.get(address)
+        announced, told = self.announced_holders.get(address), self.holders.get(address)
+        if announced is not None or told is None:
+            return announced
+        return VACANT if self._vacant.get(address) == (told.peer.namespace, told.name) else told
 
     @property
     def known(self) -> Known | None:
@@ -263,6 +314,8 @@ class NodeView:
         if str(held.address) != name:
             raise MessageError(f"it is about {held.address}", where=f"Address {name!r}")
         key = address_bytes(held.address)
+        if self._vacant.get(key, (held.peer.namespace, held.name)) != (held.peer.namespace, held.name):
+            del self._vacant[key]
         self.holders[key] = Holder(self._shared(held.peer), held.name, intern(held.node))
         return key
 
@@ -271,6 +324,7 @@ class NodeView:
             self._told.pop(name, None)
             if self.pods.pop(name, None) is not None:
                 self._withdraw(name)
+                self._containers.pop(name, None)
         elif type_url == xds.POLICY:
             self.policies.put(name, None)
             self.bypass_policies.pop(name, None)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,28 @@ def test_a_pod_that_the_controller_does_not_know_is_closed(node: NodeHarness, tm
     pods.told(server)
     node.sync()
     assert node.reaches(friend.netns, FIRST, PORT)
+
+
+def test_a_static_pod_is_enforced_once_its_mirror_is_told(node: NodeHarness, tmp_path: Path) -> None:
+    """The kubelet's UID of it is the hash of its manifest; the API server's is another."""
+    node.start_agent()
+    node.apply(ALLOW_FRIEND)
+    friend, stranger = node.add_pod("shop", "friend", app="friend"), node.add_pod("shop", "stranger", app="stranger")
+    node.sync()
+    pods = runtime(node, tmp_path)
+    static = pods.sandbox("shop", "server", app="server")
+    node.pods.pop(static.key)
+    static = pods.plug(static)
+    node.listen(static, PORT)
+    assert not node.reaches(friend.netns, FIRST, PORT)
+    mirror = {"kubernetes.io/config.mirror": static.workload.uid}
+    workload = replace(static.workload, uid="mirror", annotations=mirror, addresses=())
+    node.pods[static.key] = replace(static, workload=workload)
+    node.sync()
+    assert node.reaches(friend.netns, FIRST, PORT)
+    assert not node.reaches(stranger.netns, FIRST, PORT)
+    pods.unplug(static)
+    run("ip", "netns", "del", static.netns)
 
 
 def test_without_an_agent_no_pod_gets_a_network_but_every_one_can_go(node: NodeHarness, tmp_path: Path) -> None:

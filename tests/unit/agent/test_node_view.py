@@ -179,6 +179,50 @@ def test_a_pod_whose_sandbox_is_made_anew_has_its_new_address_at_once() -> None:
     assert (told(view), view.announced) == (["10.0.0.2"], {})
 
 
+def test_a_static_pod_is_known_by_its_mirror() -> None:
+    view, one = NodeView(), ip_address("10.0.0.1")
+    view.announce("hash", Announced("shop/web-0", "c", (one,)))
+    assert view.adopt() == ({}, Changes())
+    of_another = agent_pb2.Endpoint(namespace="shop", name="web-1", uid="v", node="n", proxy="none")
+    mirror = agent_pb2.Endpoint(namespace="shop", name="web-0", uid="u", node="n", proxy="none")
+    for pod in (of_another, mirror):
+        pod.annotations["kubernetes.io/config.mirror"] = "hash"
+    view.apply(update(1, endpoint={"v": of_another}))
+    assert view.adopt() == ({}, Changes()), "whoever only says so"
+    view.apply(update(2, removed={xds.ENDPOINT: {"v"}}, endpoint={"u": mirror}))
+    adopted, changes = view.adopt()
+    assert (adopted, told(view)) == ({"hash": "u"}, ["10.0.0.1"])
+    assert address_bytes(one) in changes.addresses
+    assert address_bytes(one) in view.withdraw("hash", "c").addresses, "DEL comes with the kubelet's UID"
+    assert told(view) == []
+
+
+def test_the_address_of_a_pod_whose_network_is_gone_is_nobodys() -> None:
+    view, one = NodeView(), ip_address("10.0.0.1")
+    key = address_bytes(one)
+
+    def holder() -> str:
+        found = view.holder(key)
+        return found.name or ",".join(sorted(found.peer.entities)) if found else "nobody told of"
+
+    def address(name: str) -> dict[str, Any]:
+        return {"10.0.0.1": agent_pb2.Address(address=one.packed, namespace="shop", name=name, proxy="none")}
+
+    view.announce("u", Announced("shop/web-0", "c", (one,)))
+    view.apply(update(1, endpoint={"u": endpoint("10.0.0.1")}, address=address("web-0")))
+    assert holder() == "web-0"
+    assert view.withdraw("u", "another") == Changes()
+    assert key in view.withdraw("u", "c").addresses
+    assert holder() == "unmanaged"
+    view.apply(update(2, address=address("web-0")))
+    assert holder() == "unmanaged", "what is told is of before"
+    view.apply(update(3, address=address("web-1")))
+    assert holder() == "web-1"
+    view.apply(update(4, removed={xds.ADDRESS: {"10.0.0.1"}}))
+    view.apply(update(5, address=address("web-0")))
+    assert holder() == "web-0"
+
+
 def test_an_announcement_goes_with_its_pod() -> None:
     view, one = NodeView(), ip_address("10.0.0.1")
     view.apply(update(1, endpoint={"u": endpoint()}))
