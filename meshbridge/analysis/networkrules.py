@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Final
 
 from meshbridge.analysis.finding import Finding, finding, listed
 from meshbridge.analysis.scene import Pods, Reach, Scene
-from meshbridge.policy.model import Anything, Direction, Document, NetworkRule, Origin, PortMatch, Tier, Verdict
-from meshbridge.policy.parse.ports import ICMP, ICMPV6, LAST_PORT, PROTOCOLS
+from meshbridge.policy.model import Anything, Direction, Document, NetworkRule, Origin, Tier, Verdict
+from meshbridge.policy.parse.ports import ICMP, ICMPV6, PROTOCOLS
 
 _OTHER_PROTOCOL: Final = 47
 """GRE, for rules that speak of every protocol."""
@@ -88,7 +89,7 @@ def _decided_by_others(scene: Scene, rules: list[NetworkRule], selected: list[Po
             return None
         without: Reach | None = None
         seen: set[tuple[int, Verdict]] = set()  # entries that say the same have the same origins, as one object
-        for number, protocol, port in _probes(scene, rules, near, pods, direction):
+        for number, protocol, port in _probes(scene, rules, pods, direction):
             now = reach.decide(number, protocol, port).network
             verdict, origins = now.verdict, now.origins
             if (id(origins), verdict) in seen:
@@ -130,7 +131,7 @@ def _decides_alone(
     Args:
         near: those of the others that are about one of their peers.
     """
-    for number, protocol, port in islice(_probes(scene, rules, near, pods, direction), _TRIED):
+    for number, protocol, port in islice(_probes(scene, rules, pods, direction), _TRIED):
         peer = scene.bits[number]
         if not any(mask & peer and _may_match_port(rule, protocol, port) for mask, rule in near):
             return True
@@ -143,11 +144,9 @@ def _may_match_port(rule: NetworkRule, protocol: int, port: int) -> bool:
     )
 
 
-def _probes(
-    scene: Scene, rules: list[NetworkRule], near: list[Masked], pods: Pods, direction: Direction
-) -> Iterator[Probe]:
-    """A flow of every kind that the rules match: each peer, each stretch of ports that none of them divides."""
-    cuts = sorted({cut for rule in (*rules, *(r for _, r in near)) for match in _matches(rule) for cut in _ends(match)})
+def _probes(scene: Scene, rules: list[NetworkRule], pods: Pods, direction: Direction) -> Iterator[Probe]:
+    """A flow of every kind that the rules match: each peer, each stretch of ports that no rule of the pods divides."""
+    cuts = scene.cuts_of(pods)
     for rule in rules:
         numbers: Iterable[int] = scene.identities
         if not isinstance(rule.peers, Anything):
@@ -165,14 +164,6 @@ def _probes(
                     )
                     yield from ((number, match.protocol, port) for port in named)
                 else:
-                    inside = (cut for cut in cuts if match.first <= cut <= match.last)
+                    inside = cuts[bisect_left(cuts, match.first) : bisect_right(cuts, match.last)]
                     for port in dict.fromkeys((match.first, *inside)):
                         yield number, match.protocol, port
-
-
-def _matches(rule: NetworkRule) -> tuple[PortMatch, ...]:
-    return () if isinstance(rule.ports, Anything) else tuple(match for match in rule.ports if not match.name)
-
-
-def _ends(match: PortMatch) -> tuple[int, ...]:
-    return tuple(cut for cut in (match.first, match.last + 1) if cut <= LAST_PORT)

@@ -26,7 +26,7 @@ from meshbridge.policy.mesh import DEFAULT_MESH, MeshSettings
 from meshbridge.policy.model import Anything, Direction, Document, NetworkRule, Origin, PolicyMap, Verdict
 from meshbridge.policy.parse import parse
 from meshbridge.policy.parse.cluster import Node, Service
-from meshbridge.policy.parse.ports import PROTOCOLS
+from meshbridge.policy.parse.ports import LAST_PORT, PROTOCOLS
 from meshbridge.policy.policyset import PolicySet
 from meshbridge.policy.selectors import label_keys
 
@@ -94,6 +94,7 @@ class Scene:
         self._supposed: dict[tuple[object, ...], tuple[tuple[NetworkRule, ...], Reach]] = {}
         self._declared: dict[int, dict[tuple[int, str], str]] = {}
         self._rules_on: dict[tuple[int, Direction], list[tuple[int, NetworkRule]]] = {}
+        self._cuts: dict[int, list[int]] = {}
         self._labels: dict[frozenset[str] | None, list[str]] = {}
         self._close: dict[tuple[str, frozenset[str] | None], str] = {}
         self._masks: dict[int, tuple[NetworkRule, int]] = {}
@@ -265,6 +266,21 @@ class Scene:
         if found is None:
             rules = (rule for rule in pods.selected.network if rule.direction is direction)
             found = self._rules_on[pods.number, direction] = [(self.peers_of(rule), rule) for rule in rules]
+        return found
+
+    def cuts_of(self, pods: Pods) -> list[int]:
+        """Where the ports that rules of the pods name by number begin, and where the others go on behind them."""
+        found = self._cuts.get(pods.number)
+        if found is None:
+            matches = (
+                match
+                for rule in pods.selected.network
+                if not isinstance(rule.ports, Anything)
+                for match in rule.ports
+                if not match.name
+            )
+            ends = {end for match in matches for end in (match.first, match.last + 1) if end <= LAST_PORT}
+            found = self._cuts[pods.number] = sorted(ends)
         return found
 
     @cached_property
