@@ -33,14 +33,15 @@ from meshbridge.xds.certificates import new_authority, serving_certificate
 
 LIMIT_S: Final = 2.0
 _FULL: Final = Size(1_000, 20_000, 2_000)
+_MIDDLE: Final = Size(300, 20_000, 2_000)
 _SMALL: Final = Size(100, 2_000, 200)
 _SIZES: Final = {
     "100 agents": Size(100, 20_000, 2_000),
-    "300 agents": Size(300, 20_000, 2_000),
-    "2,000 pods": Size(1_000, 2_000, 2_000),
-    "200 policies": Size(1_000, 20_000, 200),
+    "300 agents": _MIDDLE,
+    "300 agents, 2,000 pods": replace(_MIDDLE, pods=2_000),
+    "300 agents, 200 policies": replace(_MIDDLE, policies=200),
+    "300 agents, a label key for each namespace": replace(_MIDDLE, own_keys=True),
     "1,000 agents": _FULL,
-    "1,000 agents, a label key for each namespace": replace(_FULL, own_keys=True),
 }
 _QUIET_S: Final = 0.3
 _TIMEOUT_S: Final = 300.0
