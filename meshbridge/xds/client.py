@@ -53,8 +53,9 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # A controller whose machine is gone says so to nobody, and a node that only listens would believe in it for ever.
     ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # which is what counts; a minute by default
+    # A minute: of a thousand agents that come at once many wait longer than ten seconds, and must not begin anew.
+    ("grpc.keepalive_timeout_ms", 60_000),
+    ("grpc.http2.ping_timeout_ms", 60_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
 

@@ -53,8 +53,8 @@ SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 30_000),  # nodes that are gone are let go
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 60_000),
+    ("grpc.http2.ping_timeout_ms", 60_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # clients ask every 20 s whether we are there
 )
 SOCKET_MODE = 0o666  # every call carries a token; Envoys run as other users
