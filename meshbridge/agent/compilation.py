@@ -81,6 +81,9 @@ class Compilation:
     bypass_policies: BypassPolicies = NO_BYPASS_POLICIES
     impostors: Mapping[str, Impostors] = field(default_factory=dict)
     """Processes of these pods, by UID, that send as if they were the pods' proxies."""
+    several: frozenset[str] = frozenset()
+    """Pods, by UID, with more than one interface under our programs: their rules may tell interfaces apart, and a port
+    that bypasses Envoy on one of them is judged so on all."""
     known: Known | None = None
     """What REGISTRY_ONLY lets pods send to past their Envoys."""
     mesh: MeshSettings = DEFAULT_MESH
@@ -184,7 +187,10 @@ class Compilation:
             state = with_impostors(captured.state, self.impostors.get(uid, NO_IMPOSTORS))
             if self.bypass_policies.policies:
                 state = with_audits(state, workload.peer(), self.bypass_policies)
-            capture = capture if state is captured.state else capture_of(state, judges=_JUDGES)
+            if uid in self.several:
+                capture = capture_of(state, judges=_JUDGES, interface=None)
+            elif state is not captured.state:
+                capture = capture_of(state, judges=_JUDGES)
         if capture.outbound and self.known is not None:
             capture = replace(capture, registry=self.known.registry_of(workload, self.mesh))
         return capture.anywhere() if self._anywhere else capture

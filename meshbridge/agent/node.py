@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -380,6 +381,8 @@ class Node:
         self._number_peers(pods)
         view, pending = self._view, self._pending
         touched = None if pending.everything else view.policies.among(pending.policies, view.mesh)
+        interfaces = Counter(hooked.uid for hooked in self._endpoints.hooked.values())
+        self._compilation.several = frozenset(uid for uid, count in interfaces.items() if count > 1)
         compiled = self._compilation.update(
             pods, self._policies, self._peers.identities, touched, self._seen.rules,
             self._view.services.frontends(self._peers.number),

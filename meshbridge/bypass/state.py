@@ -9,7 +9,7 @@ from typing import Final
 
 from meshbridge.bypass.findings import Finding
 from meshbridge.bypass.sets import ADDRESSES, LOOPBACK, PORTS, Box, IntSet, NameSet, networks
-from meshbridge.identity.model import IpFamily, IpNetwork, TcpPorts
+from meshbridge.identity.model import IpAddress, IpFamily, IpNetwork, TcpPorts
 from meshbridge.policy.capture import AppProtocol, Capture, OutboundBypass, PortClass, PortClasses, PortRange
 from meshbridge.policy.model import ANY, Anything, Direction, Judge
 
@@ -103,17 +103,18 @@ class CaptureState:
         source = self.intended if intended else self.spans
         return tuple(span for span in source if span.direction is direction and span.family is family)
 
-    def inbound(self, interface: str = INTERFACE, *, intended: bool = False) -> dict[IpFamily, PortClasses]:
-        """The class of every TCP port for what arrives on one interface, by family.
+    def inbound(self, interface: str | None = INTERFACE, *, intended: bool = False) -> dict[IpFamily, PortClasses]:
+        """The class of every TCP port for what arrives on one interface, by family; None: on any but the loopback.
 
         A port that only some flows reach through Envoy is excluded as a whole.
         """
-        return {family: self._classes(family, interface, intended) for family in IpFamily}
+        on = ~NameSet.of(LOOPBACK_INTERFACE) if interface is None else NameSet.of(interface)
+        return {family: self._classes(family, on, intended) for family in IpFamily}
 
-    def _classes(self, family: IpFamily, interface: str, intended: bool) -> PortClasses:
+    def _classes(self, family: IpFamily, on: NameSet, intended: bool) -> PortClasses:
         ports: dict[PortClass, IntSet] = dict.fromkeys(PortClass, IntSet())
         for span in self.of(Direction.INGRESS, family, intended=intended):
-            if 6 in span.box.protocol and interface in span.box.input and not _only_probes(span):
+            if 6 in span.box.protocol and span.box.input & on and not _only_probes(span):
                 ports[span.port_class] |= span.box.port
         taken = IntSet()
         cuts: list[PortRange] = []
@@ -122,6 +123,35 @@ class CaptureState:
             taken |= ports[port_class]
         cuts += [PortRange(first, last, PortClass.UNGUARDED) for first, last in PORTS - taken]
         return PortClasses(tuple(sorted(cuts)))
+
+    def span_at(
+        self,
+        direction: Direction,
+        family: IpFamily,
+        port: int,
+        *,
+        interface: str = INTERFACE,
+        uid: int | None = None,
+        address: IpAddress | None = None,
+        intended: bool = False,
+    ) -> Span | None:
+        """The TCP flows that one is among; None where the pod has none like it.
+
+        Args:
+            uid: of the sender; None: of an application that the rules do not know.
+            address: the destination's; None: whichever.
+        """
+        for span in self.of(direction, family, intended=intended):
+            box = span.box
+            if (
+                6 in box.protocol
+                and port in box.port
+                and interface in (box.output if direction is Direction.EGRESS else box.input)
+                and (uid in box.uid if uid is not None else span.route.kind is not RouteKind.PROXY_OWNER)
+                and (address is None or int(address) in box.destination)
+            ):
+                return span
+        return None
 
     def outbound_bypasses(self, family: IpFamily, *, intended: bool = False) -> tuple[Span, ...]:
         """What the application sends past Envoy although the mesh would have captured it."""
@@ -141,10 +171,10 @@ def capture_of(
     *,
     judges: frozenset[Judge],
     protocols: Mapping[int, AppProtocol] | None = None,
-    interface: str = INTERFACE,
+    interface: str | None = INTERFACE,
     intended: bool = False,
 ) -> Capture:
-    """What the compiler reads of a capture state, for one interface of the pod.
+    """What the compiler reads of a capture state, for one interface of the pod, or None: all of them at once.
 
     Args:
         judges: Who answers a NEEDS_L7 on captured ports.
@@ -161,11 +191,12 @@ def capture_of(
     )
 
 
-def _audited(state: CaptureState, family: IpFamily, interface: str) -> list[TcpPorts]:
+def _audited(state: CaptureState, family: IpFamily, interface: str | None) -> list[TcpPorts]:
     """The inbound ports on which everything that bypasses Envoy is audited."""
+    on = ~NameSet.of(LOOPBACK_INTERFACE) if interface is None else NameSet.of(interface)
     ports = {True: IntSet(), False: IntSet()}
     for span in state.of(Direction.INGRESS, family):
-        if span.port_class is PortClass.EXCLUDED and 6 in span.box.protocol and interface in span.box.input:
+        if span.port_class is PortClass.EXCLUDED and 6 in span.box.protocol and span.box.input & on:
             ports[span.audit] |= span.box.port
     return [TcpPorts(family, first, last) for first, last in ports[True] - ports[False]]
 

@@ -32,8 +32,9 @@ def command(documents: DocumentSource, flows: BinaryIO) -> None:
     A flow has dst ("ns/pod", an address, or {"namespace", "labels"}), port, protocol (TCP), src ("ns/pod", an address,
     "node/NAME", "entity:world"), and where given src_ip, dst_ip, remote_ip, sni, peer_principal (null: plaintext),
     app_protocol, http {method, path, host, headers}, claims, token (absent, valid, bad), proxy (sidecar, ztunnel,
-    none). For ICMP the port is the type. The answer is the flow with network, mesh, path, delivery, kernel, verdict and
-    reasons; a line that cannot be answered comes back with an error.
+    none), interface (of the pods: eth0), src_uid (the sending process's: an application's). For ICMP the port is the
+    type. The answer is the flow with network, mesh, path, delivery, kernel, verdict and reasons; a line that cannot be
+    answered comes back with an error.
 
     delivery is what the two ends' sidecars make of a TCP connection, whatever policies say: mtls, plaintext, broken
     (nothing arrives, or a TLS hello: DENY), or null where nobody can tell. A pod is reached by the Services in front of

@@ -12,7 +12,7 @@ from meshbridge.bypass.annotations import MeshDefaults
 from meshbridge.bypass.capture import capture_state
 from meshbridge.bypass.clients import Registry
 from meshbridge.bypass.inventory import workloads_of
-from meshbridge.bypass.state import CaptureState, Truth, capture_of
+from meshbridge.bypass.state import INTERFACE, CaptureState, Truth, capture_of
 from meshbridge.evaluation.question import LabelledPod, Question, QuestionError, address_of
 from meshbridge.identity.model import Entity, IpAddress, IpFamily, ProxyClass, Workload
 from meshbridge.policy.capture import AppProtocol, Capture
@@ -77,7 +77,8 @@ class Cluster:
         self._predicted: dict[tuple[object, ...], bool] = {}
         self._given: dict[tuple[int, ProxyClass], Workload] = {}
         self._labelled: dict[LabelledPod, Workload] = {}
-        self._captures: dict[int, tuple[Workload, Capture]] = {}
+        self._captures: dict[tuple[int, str], tuple[Workload, Capture]] = {}
+        self._states: dict[int, tuple[Workload, CaptureState]] = {}
 
     def _labels_of(self, namespace: str) -> Mapping[str, str]:
         found = self._namespaces.get(namespace)
@@ -228,20 +229,26 @@ class Cluster:
         found = dict.fromkeys(address for part in parts for address in part.addresses)
         return [self._at(a) for a in found if IpFamily.of(a) is family and a not in self._services_at]
 
-    def capture(self, workload: Workload) -> Capture:
-        """How the pod's TCP will reach its Envoy once its redirect rules are seen."""
+    def capture(self, workload: Workload, interface: str = INTERFACE) -> Capture:
+        """How the pod's TCP on one of its interfaces will reach its Envoy once its redirect rules are seen."""
         if workload.proxy is ProxyClass.NONE:
             return Capture.none()
-        known = self._captures.get(id(workload))
+        key = (id(workload), interface)
+        known = self._captures.get(key)
         if known is None:
-            capture = capture_of(self.capture_state(workload), judges=JUDGES, intended=True)
-            known = self._captures[id(workload)] = (workload, capture)
+            state = self.capture_state(workload)
+            capture = capture_of(state, judges=JUDGES, interface=interface, intended=True)
+            known = self._captures[key] = (workload, capture)
         return known[1]
 
     def capture_state(self, workload: Workload) -> CaptureState:
         """Which of the pod's flows its Envoy sees, and why it does not see others."""
-        shown = workload if workload.addresses else replace(workload, addresses=_EXAMPLES[:1])
-        return capture_state(shown, mesh=MeshDefaults(interception_mode=self.policies.mesh.interception))
+        known = self._states.get(id(workload))
+        if known is None:
+            shown = workload if workload.addresses else replace(workload, addresses=_EXAMPLES[:1])
+            state = capture_state(shown, mesh=MeshDefaults(interception_mode=self.policies.mesh.interception))
+            known = self._states[id(workload)] = (workload, state)
+        return known[1]
 
     def protocols(self, workload: Workload) -> dict[int, AppProtocol]:
         """What Envoy takes the pod's ports for, where a Service says it, or a Gateway or Sidecar in its place."""

@@ -10,6 +10,7 @@ from ipaddress import IPv4Address
 from typing import Final
 
 from meshbridge.bypass.halves import Delivered, Delivery
+from meshbridge.bypass.state import INTERFACE
 from meshbridge.evaluation.ambient import ztunnel_guard, ztunnel_mtls
 from meshbridge.evaluation.cluster import Cluster, Party
 from meshbridge.evaluation.deliveries import delivery_of
@@ -27,7 +28,7 @@ from meshbridge.policy.frontends import Backend, FrontendPort, with_frontends
 from meshbridge.policy.l7 import Request, RequestJudge
 from meshbridge.policy.lowering import guard_of
 from meshbridge.policy.mesh import Attribute, EffectiveMtls, JwtRule, MtlsMode, scopes_of
-from meshbridge.policy.model import Anything, Direction, Judge, Layer, PolicyMap, Verdict
+from meshbridge.policy.model import Direction, Judge, Layer, PolicyMap, Verdict
 from meshbridge.policy.parse.ports import PROTOCOLS
 from meshbridge.policy.paths import normalized
 from meshbridge.policy.policyset import PolicySet
@@ -128,7 +129,7 @@ class Evaluator:
         self._backends: dict[tuple[int, int, int], list[tuple[Party, int]]] = {}
         self._compiler: Compiler | None = None
         self._selected: dict[int, PolicySet] = {}
-        self._lookups: dict[tuple[int, Direction, IpFamily], Lookup] = {}
+        self._lookups: dict[tuple[int, Direction, IpFamily, str], Lookup] = {}
         self._by_map: dict[int, tuple[PolicyMap, Lookup]] = {}
         self._judges: dict[int, RequestJudge] = {}
         self._guards: dict[int, Guarded] = {}
@@ -209,10 +210,11 @@ class Evaluator:
         port_class = PortClass.UNGUARDED
         if receiver is not None:
             localhost = Entity.HOST in self._numbers.peers[leg.source].entities
-            lookup = self._lookup(receiver, Direction.INGRESS, leg.family)
+            interface = leg.question.interface or INTERFACE
+            lookup = self._lookup(receiver, Direction.INGRESS, leg.family, interface)
             ingress = lookup.decide(leg.source, leg.question.protocol, leg.port, localhost=localhost)
             if tcp:
-                port_class = self._cluster.capture(receiver).inbound[leg.family].at(leg.port)
+                port_class = self._cluster.capture(receiver, interface).inbound[leg.family].at(leg.port)
                 if receiver.proxy is ProxyClass.GATEWAY:
                     port_class = PortClass.CAPTURED  # Envoy itself listens there
         decisions = [decision for decision in (egress, ingress) if decision is not None]
@@ -260,14 +262,12 @@ class Evaluator:
         workload = leg.sender.endpoint
         if workload is None or workload.proxy not in (ProxyClass.SIDECAR, ProxyClass.AMBIENT):
             return None
-        address = leg.question.destination_ip or leg.receiver.address
-        for bypass in self._cluster.capture(workload).outbound.get(leg.family, ()):
-            if bypass.first <= leg.question.port <= bypass.last and (
-                isinstance(bypass.networks, Anything)
-                or (address is not None and any(address in network for network in bypass.networks))
-            ):
-                return "bypassed"
-        return "captured"
+        question = leg.question
+        span = self._cluster.capture_state(workload).span_at(
+            Direction.EGRESS, leg.family, question.port, interface=question.interface or INTERFACE,
+            uid=question.src_uid, address=question.destination_ip or leg.receiver.address, intended=True,
+        )  # fmt: skip
+        return "captured" if span is not None and span.port_class is PortClass.CAPTURED else "bypassed"
 
     def _broken(self, leg: Leg, port_class: PortClass, delivery: Delivery | None) -> Reason | None:
         """Why nothing of what the kernel passes is delivered; None where it is."""
@@ -371,12 +371,13 @@ class Evaluator:
         key = (guarded, tuple(sorted(mtls.ports.items())))  # which its hash and comparison leave out
         return self._equal_guards.setdefault(key, guarded)
 
-    def _lookup(self, workload: Workload, direction: Direction, family: IpFamily) -> Lookup:
+    def _lookup(self, workload: Workload, direction: Direction, family: IpFamily, interface: str = INTERFACE) -> Lookup:
         if self._compiler is None:
             self._compiler = self._new_compiler()
-        found = self._lookups.get((id(workload), direction, family))
+        key = (id(workload), direction, family, interface)
+        found = self._lookups.get(key)
         if found is None:
-            policies, capture = self._cluster.policies, self._cluster.capture(workload)
+            policies, capture = self._cluster.policies, self._cluster.capture(workload, interface)
             selected = self._selecting(workload)
             policy_map = self._compiler.map(workload, policies, selected, capture, direction, family)
             known = self._by_map.get(id(policy_map))
@@ -385,7 +386,7 @@ class Evaluator:
                 if direction is Direction.EGRESS:
                     answering = with_frontends(policy_map, self._frontends)
                 known = self._by_map[id(policy_map)] = (policy_map, Lookup.of(answering))
-            found = self._lookups[id(workload), direction, family] = known[1]
+            found = self._lookups[key] = known[1]
         return found
 
     def _selecting(self, workload: Workload) -> PolicySet:

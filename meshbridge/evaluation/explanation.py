@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from meshbridge.bypass.halves import AUTOMATIC, Delivered, Delivery, Sending, Side, delivery
+from meshbridge.bypass.state import INTERFACE
 from meshbridge.evaluation.cluster import Cluster, Party
 from meshbridge.evaluation.deliveries import sendings
 from meshbridge.evaluation.evaluator import UNSPECIFIED, Evaluator, Leg, Trace
@@ -225,14 +226,22 @@ class _Explainer:
         self, pod: Workload, direction: Direction, port: int, port_class: PortClass, address: IpAddress | None
     ) -> str:
         """Why the pod's redirect rules do what they do to the flow."""
-        for span in self._cluster.capture_state(pod).of(direction, self._leg.family, intended=True):
+        state, question = self._cluster.capture_state(pod), self._leg.question
+        interface = question.interface or INTERFACE
+        if direction is Direction.EGRESS and question.src_uid is not None:
+            sent = state.span_at(
+                direction, self._leg.family, port, interface=interface, uid=question.src_uid, address=address,
+                intended=True,
+            )  # fmt: skip
+            return str(sent.route) if sent is not None else "as the pod's redirect rules say"
+        for span in state.of(direction, self._leg.family, intended=True):
             box = span.box
             interfaces = box.output if direction is Direction.EGRESS else box.input
             if (
                 span.port_class is port_class
                 and _TCP in box.protocol
                 and port in box.port
-                and "eth0" in interfaces
+                and interface in interfaces
                 and (address is None or int(address) in box.destination)
             ):
                 return str(span.route)

@@ -16,6 +16,8 @@ from meshbridge.policy.parse.ports import LAST_PORT
 
 PROTOCOLS: Final = {"TCP": 6, "UDP": 17, "SCTP": 132, "ICMP": 1, "ICMPV6": 58}
 LAST_ICMP_TYPE: Final = 255
+LAST_UID: Final = (1 << 32) - 2
+LONGEST_INTERFACE: Final = 15
 MAX_TEXT: Final = 65_536
 
 _PROXIES: Final = {"sidecar": ProxyClass.SIDECAR, "ztunnel": ProxyClass.AMBIENT, "none": ProxyClass.NONE}
@@ -72,7 +74,8 @@ class HttpFields:
 class Question:
     """What is asked; what is None was not said. ``port`` is the type of an ICMP message.
 
-    ``principal`` None is plaintext, UNDECIDED whatever the source may present.
+    ``principal`` None is plaintext, UNDECIDED whatever the source may present. ``interface`` is the pods' own that the
+    flow leaves and comes in by (eth0), ``src_uid`` the user who sends (none that the redirect rules know).
     """
 
     destination: str | LabelledPod
@@ -89,6 +92,8 @@ class Question:
     token: Token | None = None
     claims: Mapping[str, Any] | None = field(default=None, hash=False)
     proxy: ProxyClass | None = None
+    interface: str | None = None
+    src_uid: int | None = None
 
 
 def parse_question(data: Any) -> Question:
@@ -120,6 +125,8 @@ def parse_question(data: Any) -> Question:
         token=_choice(data, "token", {token.value.upper(): token for token in Token}),
         claims=_claims(data),
         proxy=_choice(data, "proxy", {name.upper(): proxy for name, proxy in _PROXIES.items()}),
+        interface=_interface(data),
+        src_uid=_uid(data),
     )
 
 
@@ -157,6 +164,22 @@ def address_of(text: str) -> IpAddress | None:
     except ValueError:
         return None
     return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+
+
+def _interface(data: Mapping[str, Any]) -> str | None:
+    name = _text(data, "interface")
+    if name is not None and not 0 < len(name.encode("utf-8", "surrogatepass")) <= LONGEST_INTERFACE:
+        raise _error("interface", f"{_shown(name)} is no interface", "write its name in the pod, such as eth0")
+    return name
+
+
+def _uid(data: Mapping[str, Any]) -> int | None:
+    value = data.get("src_uid")
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LAST_UID:
+        raise _error("src_uid", f"{_shown(value)} is no user id", f"write a number from 0 to {LAST_UID}")
+    return value
 
 
 def _choice(data: Mapping[str, Any], name: str, choices: Mapping[str, _Value]) -> _Value | None:

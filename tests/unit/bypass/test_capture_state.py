@@ -357,6 +357,14 @@ def test_the_excluded_interface_lets_inbound_pass_only_there() -> None:
     assert (inbound(state, 80, interface="eth0"), inbound(state, 80, interface="net1")) == (CAPTURED, EXCLUDED)
 
 
+def test_what_bypasses_envoy_on_one_of_several_interfaces_counts_for_all_that_are_not_told_apart() -> None:
+    one = capture_state(init_pod({a.EXCLUDE_INTERFACES: "net1", a.EXCLUDE_INBOUND_PORTS: "9090"}))
+    ports = {port: one.inbound(None)[V4].at(port) for port in (80, 9090, 15008)}
+    assert ports == {80: EXCLUDED, 9090: EXCLUDED, 15008: PortClass.TUNNEL}
+    captured = capture_state(init_pod())
+    assert captured.inbound(None) == captured.inbound()
+
+
 def test_owner_groups_let_processes_out() -> None:
     arguments = a.render_init_args({}, MeshDefaults())
     state = capture_state(init_pod(arguments=arguments, init_env={"ISTIO_OUTBOUND_OWNER_GROUPS_EXCLUDE": "2000"}))

@@ -309,3 +309,45 @@ def test_a_line_that_cannot_be_answered_says_why_and_the_others_are_answered(lin
 
 def test_blank_lines_are_no_questions() -> None:
     assert len(list(answer_lines(cluster(), [b"\n", dumped(GOOD), b"  \n"]))) == 1
+
+
+SECOND_NETWORK = """
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: both
+  namespace: shop
+  labels: {app: api}
+  annotations: {traffic.sidecar.istio.io/excludeInterfaces: net1}
+spec: {nodeName: two, containers: [{name: app}]}
+status: {phase: Running, podIPs: [{ip: 10.1.0.3}]}
+"""
+
+
+def test_an_excluded_interface_is_a_way_past_envoy() -> None:
+    policy = SECOND_NETWORK + GET
+    by_default = ask(policy, dst="shop/both", http={"method": "POST"})
+    assert (by_default["path"]["ingress"], by_default["kernel"], by_default["verdict"]) == ("captured", "PASS", "DENY")
+    excluded = ask(policy, dst="shop/both", interface="net1", http={"method": "GET"})
+    assert (excluded["path"]["ingress"], excluded["kernel"], excluded["verdict"]) == ("bypassed", "DROP", "DENY")
+    assert ask(policy, src="shop/both", dst="shop/api", interface="net1")["path"]["egress"] == "bypassed"
+    assert ask(policy, src="shop/both", dst="shop/api")["path"]["egress"] == "captured"
+
+
+def test_who_sends_as_the_proxys_user_passes_by_its_envoy() -> None:
+    asked = {uid: ask(STRICT, src="shop/web", dst="shop/api", src_uid=uid) for uid in (1000, 1337)}
+    assert {uid: record["path"]["egress"] for uid, record in asked.items()} == {1000: "captured", 1337: "bypassed"}
+    assert asked[1337]["verdict"] == "DENY", "plaintext, which STRICT resets"
+    assert asked[1000]["verdict"] != "DENY"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"interface": ""}, {"interface": "a-name-of-17-chars"}, {"interface": 1}, {"src_uid": -1},
+              {"src_uid": True}, {"src_uid": "1337"}, {"src_uid": 1 << 32}],
+)  # fmt: skip
+def test_an_interface_or_user_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
+    flow = {"src": "shop/web", "dst": "shop/api", "port": 8080, **wrong}
+    (line,) = answer_lines(cluster(), [dumped(flow)])
+    assert not line.answered
+    assert next(iter(wrong)) in str(line.record["error"])
