@@ -12,7 +12,7 @@ import yaml
 
 from meshbridge.demo import istio_init, network, node_agent, sidecar, store
 from meshbridge.demo.errors import DemoError
-from meshbridge.demo.layout import APPLICATION_UID, DEMO, HOSTS, KUBELET, LOGS, NETNS, PROJECT, PROXY_UID, python
+from meshbridge.demo.layout import APPLICATION_UID, DEMO, HOSTS, KUBELET, LOGS, NETNS, PROJECT, python
 from meshbridge.demo.netns import Answer, http_get
 from meshbridge.demo.processes import Command, end, in_netns, start
 from meshbridge.demo.records import PodRecord, Stage
@@ -177,7 +177,8 @@ def _command(record: PodRecord, name: str) -> Command:
     if name == STATUS_AGENT:
         env = container_env({"ISTIO_KUBE_APP_PROBERS": _probers(record)})
         argv = ["python3", "-m", "meshbridge.demo.apps.status_agent"]
-        return Command(argv, record.netns, _log(record, name), PROXY_UID, env, _mounts())
+        # Istio's runs as Envoy's user, in its container. Here are no containers, so nobody but Envoy may be that user.
+        return Command(argv, record.netns, _log(record, name), APPLICATION_UID, env, _mounts())
     container = next(container for container in record.containers if container["name"] == name)
     env = container_env({item["name"]: str(item.get("value", "")) for item in container.get("env", ())})
     argv = [*map(str, container.get("command", ())), *map(str, container.get("args", ()))]
