@@ -58,6 +58,8 @@ class Chain:
     def remove(self) -> int:
         """Our plugin is in no configuration any more, and configurations that became lists are what they were.
 
+        Program and socket are gone too; a socket outlives an agent that was killed.
+
         How many there were.
         """
         count = 0
@@ -75,6 +77,7 @@ class Chain:
                 else:
                     _write(path, without, stat.S_IMODE(path.stat().st_mode))
         (self.programs / PLUGIN).unlink(missing_ok=True)
+        self.socket.unlink(missing_ok=True)
         return count
 
     def _look(self) -> tuple[Any, ...]:

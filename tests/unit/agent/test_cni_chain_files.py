@@ -96,7 +96,10 @@ def test_a_single_plugin_becomes_a_list_and_is_given_back(chain: Chain) -> None:
     assert names(chain) == ["10-a.conf.meshbridge-original", "10-a.conflist"]
     assert json.loads((chain.configurations / "10-a.conflist").read_bytes())["plugins"][0]["mtu"] == 1400
     write(chain, "10-a.conf.meshbridge-original", before)
+    chain.socket = chain.programs.parent / "cni.sock"
+    chain.socket.touch()
     assert chain.remove() == 1
+    assert not chain.socket.exists()
     assert names(chain) == ["10-a.conf"]
     assert path.read_bytes() == before
 
@@ -105,7 +108,10 @@ def test_what_is_taken_out_leaves_the_rest(chain: Chain) -> None:
     path = write(chain, "10-a.conflist", LIST)
     broken = write(chain, "30-c.conflist", b"{")
     chain.keep()
+    chain.socket = chain.programs.parent / "cni.sock"
+    chain.socket.touch()
     assert chain.remove() == 1
+    assert not chain.socket.exists()
     assert json.loads(path.read_bytes()) == LIST
     assert broken.read_bytes() == b"{"
     assert list(chain.programs.iterdir()) == []
