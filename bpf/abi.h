@@ -323,8 +323,8 @@ struct flow_event {
 	__u8 match_type; /* enum match_type of the layer that decided */
 	__u8 is_reply;   /* 0 request, 1 reply, 2 unknown */
 	__be16 ethertype;
-	__u8 audit;    /* 1: policy would have dropped it */
-	__u8 rejudged; /* 1: an open flow judged again */
+	__u8 audit;      /* 1: policy would have dropped it */
+	__u8 rejudged;   /* 1: an open flow judged again */
 	__u64 cgroup_id; /* of cgroup v2, of the sending socket where visible (egress), else 0 */
 };
 
