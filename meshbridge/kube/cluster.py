@@ -24,6 +24,7 @@ from meshbridge.policy.model import Document
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
 
+KEEPALIVE_S: Final = 5
 ISTIO_NAMESPACE: Final = "istio-system"
 OWN_NAMESPACE: Final = "meshbridge-system"
 MAX_RESTARTS: Final = 3
@@ -50,10 +51,13 @@ def connect(kubeconfig: Path | None = None, context: str | None = None) -> ApiCl
     """
     from kubernetes import config  # here, since only who reads a cluster needs its 35 MB
     from kubernetes.client import ApiClient, Configuration
+    from kubernetes.utils.keepalive import tcp_keepalive_socket_options
 
     location = str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG") or os.path.expanduser("~/.kube/config")
     settings = Configuration()
     settings.retries = 1
+    # An idle watch of a pod that was there before its node's agent has no flow in the kernel's tables until it sends.
+    settings.socket_options = tcp_keepalive_socket_options(idle=KEEPALIVE_S, interval=KEEPALIVE_S)
     try:
         if kubeconfig or context or os.environ.get("KUBECONFIG") or os.path.exists(location):
             config.load_kube_config(location, context, settings, persist_config=False)
