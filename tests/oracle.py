@@ -53,21 +53,26 @@ def network_allows(objects: list[dict[str, Any]], flow: Flow) -> bool:
     if decided is not None:
         return decided
     isolated = allowed = denied = False
+    understood = False  # whether some object that is not refused isolates
     for each in objects:
+        isolates = False
         if each["kind"] == "NetworkPolicy":
-            selected, passes = _kubernetes(each, flow)
-            isolated, allowed = isolated or selected, allowed or passes
+            isolates, passes = _kubernetes(each, flow)
+            allowed = allowed or passes
         elif each["kind"] in ("CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy"):
             for verdict in _cilium(each, flow):
-                isolated = isolated or verdict == "isolated"
+                isolates = isolates or verdict == "isolated"
                 allowed = allowed or verdict == "allowed"
                 denied = denied or verdict == "denied"
         elif _is_refused(each) and _cluster_selects(each, flow) and _may_only_accept(each, flow):
-            isolated = True
+            isolates = True
+        isolated = isolated or isolates
+        understood = understood or (isolates and not _is_refused(each))
     if denied:
         return False
     if isolated:
-        return allowed or (flow.localhost and flow.direction == INGRESS)
+        localhost = flow.localhost and flow.direction == INGRESS
+        return allowed or (localhost and (understood or not _baseline_denies(objects, flow)))
     if allowed:
         return True
     return _cluster_tier(objects, "Baseline", flow) is not False
@@ -170,6 +175,15 @@ def _cluster_tier(objects: list[dict[str, Any]], tier: str, flow: Flow) -> bool 
             if action is not None:
                 return {"Accept": True, "Allow": True, "Deny": False}.get(action)
     return None
+
+
+def _baseline_denies(objects: list[dict[str, Any]], flow: Flow) -> bool:
+    """Whether any rule of the Baseline tier would deny the flow: it stands for what a refused object does not say."""
+    return any(
+        _cluster_tier([{**each, "spec": {**each["spec"], flow.direction: [rule]}}], "Baseline", flow) is False
+        for each in objects if each["kind"] in _CLUSTER_KINDS
+        for rule in each["spec"].get(flow.direction) or []
+    )  # fmt: skip
 
 
 def _may_only_accept(policy: dict[str, Any], flow: Flow) -> bool:
