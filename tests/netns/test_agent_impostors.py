@@ -85,6 +85,9 @@ def start(
     return process
 
 
+NAME = Path(sys.executable).name
+"""What the kernel calls it."""
+
 ENVOY = f"""
 os.setgid(1337);os.setuid(1337)
 def listen(p): return socket.create_server(('::',p),family=socket.AF_INET6,dualstack_ipv6=True,reuse_port=True)
@@ -122,7 +125,7 @@ def test_a_process_that_runs_as_the_proxy_is_told_until_it_ends_and_nobody_else_
     ghost = start(web, "os.setuid(1337)", processes)
     took = eventually(lambda: bool(events(node)), FOUND_S)
     (told,) = set(events(node))
-    route = f"proxy uid or gid (process {ghost.pid} (python3) runs as uid 1337)"
+    route = f"proxy uid or gid (process {ghost.pid} ({NAME}) runs as uid 1337)"
     assert told == ("ghost-bypass-found", "web", "egress", route), took
     (condition,) = conditions(node, web)
     assert (condition.type, condition.status, condition.reason) == ("Captured", False, "GhostBypass")
@@ -134,11 +137,11 @@ def test_a_process_that_runs_as_the_proxy_is_told_until_it_ends_and_nobody_else_
         if row["class"] == "excluded" and row["direction"] == "egress"
     ]
     assert (row["pod"], row["route"]["kind"]) == ("shop/web", "proxy uid or gid")
-    assert row["route"]["detail"] == f"process {ghost.pid} (python3) runs as uid 1337"
+    assert row["route"]["detail"] == f"process {ghost.pid} ({NAME}) runs as uid 1337"
     assert row["compensation"]["enforced"] is False
     assert [g["kind"] for g in row["guarantees"] if g["fate"] == "lost"]
     shown = CliRunner().invoke(cli, ["bypass", "show", "shop/web", "--socket", str(node.socket)])
-    assert f"process {ghost.pid} (python3) runs as uid 1337" in shown.output
+    assert f"process {ghost.pid} ({NAME}) runs as uid 1337" in shown.output
     ghost.kill()
     ghost.wait(5)
     eventually(lambda: {event[0] for event in events(node)} == {"ghost-bypass-found", "ghost-bypass-gone"}, FOUND_S)
