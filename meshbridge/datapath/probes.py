@@ -139,7 +139,22 @@ def _checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-class Sender:
+class _OpenSocket:
+    """Whatever holds a packet socket, until it is closed."""
+
+    _socket: socket.socket
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Sender(_OpenSocket):
     """Puts frames onto an interface of the calling thread's network namespace, on their way to the pod behind it."""
 
     def __init__(self, ifindex: int) -> None:
@@ -171,17 +186,8 @@ class Sender:
                 return False
             raise ProbeError(f"no probe can be sent: {error.strerror}", where=f"interface {self._ifindex}") from error
 
-    def close(self) -> None:
-        self._socket.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Tap:
+class Tap(_OpenSocket):
     """Sees the probes of one ``magic`` that arrive on an interface inside of a pod, and no other packet."""
 
     def __init__(self, netns: str, ifindex: int) -> None:
@@ -218,15 +224,6 @@ class Tap:
                 ) from error
             if found.issuperset(awaited):
                 timeout_s, deadline = 0.0, time.monotonic()
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _tap_socket(ifindex: int, magic: bytes) -> socket.socket:

@@ -15,7 +15,6 @@ MAX_CONDITIONS: Final = 8
 MAX_POLICIES: Final = 4_096
 MAX_WORD: Final = 128
 MAX_MESSAGE: Final = 1_024
-MAX_GENERATION: Final = (1 << 63) - 1
 
 ENFORCED: Final = "Enforced"
 """The pod's interfaces are hooked and hold its policies. Told while it does not hold."""
