@@ -62,14 +62,17 @@ def installed() -> list[dict[str, Any]]:
 
 
 @contextmanager
-def installation(server: ApiServer) -> Iterator[ApiServer]:
+def installation(server: ApiServer, *more: dict[str, Any]) -> Iterator[ApiServer]:
+    """The server with MeshBridge's objects, and ``more``; all of them are gone afterwards."""
     objects = installed()
     server.create(*objects)
     for definition in crds():
         listed = f"/apis/meshbridge.io/v1alpha1/{definition['spec']['names']['plural']}"
         wait_for(lambda listed=listed: server.call("GET", listed)[0] == 200, f"{listed} is served")
     try:
+        server.create(*more)
         yield server
+        server.delete(*reversed(more))
     finally:
         server.delete(*reversed(objects))
         for definition in crds():

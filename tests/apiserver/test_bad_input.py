@@ -44,10 +44,8 @@ OBJECTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def cluster(api_server: ApiServer) -> Iterator[ApiServer]:
-    with installation(api_server) as server:
-        server.create(*OBJECTS)
+    with installation(api_server, *OBJECTS) as server:
         yield server
-        server.delete(*reversed(OBJECTS))
 
 
 def policy(name: str, spec: dict[str, Any], version: str = "networking.k8s.io/v1", kind: str = "NetworkPolicy") -> Any:

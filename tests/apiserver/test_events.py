@@ -32,10 +32,8 @@ ODD = {"endpointSelector": {}, "egress": [{"toFQDNs": [{"matchName": "example.co
 
 @pytest.fixture(scope="module")
 def cluster(api_server: ApiServer) -> Iterator[ApiServer]:
-    with installation(api_server) as server:
-        server.create(*OBJECTS)
+    with installation(api_server, *OBJECTS) as server:
         yield server
-        server.delete(*reversed(OBJECTS))
 
 
 def cilium(name: str, spec: dict[str, Any], kind: str = "CiliumNetworkPolicy") -> dict[str, Any]:

@@ -41,10 +41,8 @@ OBJECTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def cluster(api_server: ApiServer) -> Iterator[ApiServer]:
-    with installation(api_server) as server:
-        server.create(*OBJECTS)
+    with installation(api_server, *OBJECTS) as server:
         yield server
-        server.delete(*reversed(OBJECTS))
 
 
 def conditions(server: ApiServer, name: str) -> dict[str, dict[str, Any]]:

@@ -31,10 +31,8 @@ OBJECTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def cluster(api_server: ApiServer) -> Iterator[ApiServer]:
-    with installation(api_server) as server:
-        server.create(*OBJECTS)
+    with installation(api_server, *OBJECTS) as server:
         yield server
-        server.delete(*reversed(OBJECTS))
 
 
 def policy(name: str, spec: dict[str, Any], kind: str = "BypassPolicy") -> dict[str, Any]:

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from ipaddress import ip_address
@@ -413,3 +413,15 @@ class Stream:
 
 
 NODE_PEER = Peer(entities=frozenset({Entity.REMOTE_NODE}))
+
+
+@contextmanager
+def running_node(directory: Path, **settings: Any) -> Iterator[NodeHarness]:
+    """A node with its agent, as of ``NodeHarness``; nothing of it is left afterwards."""
+    harness = NodeHarness(directory, **settings)
+    try:
+        harness.open()
+        harness.start_agent()
+        yield harness
+    finally:
+        harness.close()

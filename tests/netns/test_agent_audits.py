@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from agent_harness import NodeHarness, Pod
+from agent_harness import NodeHarness, Pod, running_node
 from click.testing import CliRunner
 from test_agent_capture import ENVOY_PORT, STRICT_AND_A_PATH, bypasses, eventually, excluded, redirect, with_sidecar
 
@@ -28,13 +28,8 @@ spec: {spec}
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[NodeHarness]:
-    harness = NodeHarness(tmp_path, subnet=78)
-    try:
-        harness.open()
-        harness.start_agent()
+    with running_node(tmp_path, subnet=78) as harness:
         yield harness
-    finally:
-        harness.close()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_harness import NodeHarness, Pod, inside, run
+from agent_harness import NodeHarness, Pod, inside, run, running_node
 
 from meshbridge import abi
 from meshbridge.bypass import annotations as a
@@ -40,13 +40,8 @@ ENVOY_PORT = 15006
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[NodeHarness]:
-    harness = NodeHarness(tmp_path)
-    try:
-        harness.open()
-        harness.start_agent()
+    with running_node(tmp_path) as harness:
         yield harness
-    finally:
-        harness.close()
 
 
 def with_sidecar(node: NodeHarness, namespace: str, name: str, **annotations: str) -> Pod:

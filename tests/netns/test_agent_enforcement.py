@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agent_harness import GATEWAY4, MESHBRIDGE, NodeHarness, inside, run
+from agent_harness import GATEWAY4, MESHBRIDGE, NodeHarness, inside, run, running_node
 
 from meshbridge.observe.flow import Flow, FlowKind
 from meshbridge.observe.monitor import monitor_lines
@@ -35,13 +35,8 @@ both_ways = pytest.mark.parametrize("node", ["tcx", "clsact"], indirect=True)
 
 @pytest.fixture
 def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[NodeHarness]:
-    harness = NodeHarness(tmp_path, attach=getattr(request, "param", "tcx"))
-    try:
-        harness.open()
-        harness.start_agent()
+    with running_node(tmp_path, attach=getattr(request, "param", "tcx")) as harness:
         yield harness
-    finally:
-        harness.close()
 
 
 def drops(node: NodeHarness, source: str) -> list[Flow]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agent_harness import NodeHarness
+from agent_harness import NodeHarness, running_node
 
 pytestmark = pytest.mark.root
 
@@ -15,13 +15,8 @@ FAULT = "a.yaml:3: Pod shop/api, spec: unreadable"
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[NodeHarness]:
-    harness = NodeHarness(tmp_path)
-    try:
-        harness.open()
-        harness.start_agent()
+    with running_node(tmp_path) as harness:
         yield harness
-    finally:
-        harness.close()
 
 
 @pytest.mark.parametrize("announced", [True, False], ids=["announced", "found by its route"])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agent_harness import NodeHarness, Pod, inside, run
+from agent_harness import NodeHarness, Pod, inside, run, running_node
 from click.testing import CliRunner
 from test_agent_capture import ENVOY_PORT, STRICT_AND_A_PATH, eventually, redirect, with_sidecar
 
@@ -32,13 +32,8 @@ spec: {mode: audit}
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[NodeHarness]:
-    harness = NodeHarness(tmp_path, subnet=79)
-    try:
-        harness.open()
-        harness.start_agent()
+    with running_node(tmp_path, subnet=79) as harness:
         yield harness
-    finally:
-        harness.close()
 
 
 def told(node: NodeHarness) -> list[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from agent_harness import NodeHarness, Pod, inside
+from agent_harness import NodeHarness, Pod, inside, running_node
 from click.testing import CliRunner
 from test_agent_capture import ENVOY_PORT, STRICT_AND_A_PATH, eventually, redirect, with_sidecar
 from test_agent_ghosts import conditions, given_away
@@ -32,13 +32,8 @@ LOOKS_S = 5.0
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[NodeHarness]:
-    harness = NodeHarness(tmp_path, subnet=83)
-    try:
-        harness.open()
-        harness.start_agent()
+    with running_node(tmp_path, subnet=83) as harness:
         yield harness
-    finally:
-        harness.close()
 
 
 @pytest.fixture

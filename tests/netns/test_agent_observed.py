@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_harness import NodeHarness
+from agent_harness import NodeHarness, running_node
 from test_agent_capture import ENVOY_PORT, eventually, redirect, with_sidecar
 
 pytestmark = pytest.mark.root
@@ -23,13 +23,8 @@ spec: {mtls: {mode: STRICT}}
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[NodeHarness]:
-    harness = NodeHarness(tmp_path, subnet=85)
-    try:
-        harness.open()
-        harness.start_agent()
+    with running_node(tmp_path, subnet=85) as harness:
         yield harness
-    finally:
-        harness.close()
 
 
 def halves(node: NodeHarness) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_harness import NodeHarness, Pod, inside, run
+from agent_harness import NodeHarness, Pod, inside, run, running_node
 from click.testing import CliRunner
 from test_agent_capture import ENVOY_PORT, STRICT_AND_A_PATH, eventually, excluded, redirect, with_sidecar
 
@@ -38,13 +38,8 @@ spec: {proof: true, selector: {matchLabels: {app: api}}}
 
 @pytest.fixture(params=["auto", "clsact"])
 def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[NodeHarness]:
-    harness = NodeHarness(tmp_path, subnet=82, attach=request.param)
-    try:
-        harness.open()
-        harness.start_agent()
+    with running_node(tmp_path, subnet=82, attach=request.param) as harness:
         yield harness
-    finally:
-        harness.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from agent_harness import NodeHarness, Pod, inside, run
+from agent_harness import NodeHarness, Pod, inside, run, running_node
 
 from meshbridge.observe.flow import FlowKind
 from meshbridge.observe.monitor import monitor_lines
@@ -40,13 +40,8 @@ spec:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[NodeHarness]:
-    harness = NodeHarness(tmp_path)
-    try:
-        harness.open()
-        harness.start_agent()
+    with running_node(tmp_path) as harness:
         yield harness
-    finally:
-        harness.close()
 
 
 def proxy(node: NodeHarness, pod: Pod) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agent_harness import NodeHarness
+from agent_harness import NodeHarness, running_node
 
 from meshbridge import abi
 
@@ -23,13 +23,8 @@ MAPS, OLD_MAPS = f"maps-v{abi.ABI_VERSION}", f"maps-v{abi.ABI_VERSION - 1}"
 
 @pytest.fixture(params=["auto", "clsact"])
 def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[NodeHarness]:
-    harness = NodeHarness(tmp_path, attach=request.param)
-    try:
-        harness.open()
-        harness.start_agent()
+    with running_node(tmp_path, attach=request.param) as harness:
         yield harness
-    finally:
-        harness.close()
 
 
 def test_programs_of_another_abi_stay_in_force_until_the_new_maps_are_filled(node: NodeHarness) -> None:
